@@ -1,0 +1,8 @@
+"""Momentum for JAX, done exactly: a pure init/update pair that composes with Optax."""
+
+from momentum_jax._momentum import MomentumState as MomentumState
+from momentum_jax._momentum import apply_updates as apply_updates
+from momentum_jax._momentum import momentum as momentum
+from momentum_jax._momentum import trace as trace
+
+__version__ = "0.1.0"

@@ -1,0 +1,75 @@
+"""How learning_rate and mu arrive: a number, a scalar array or a schedule, checked if possible.
+
+Python and NumPy numbers become Python floats, so that no type of number compiles anew; JAX
+arrays pass as they are.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# name: (test, rule, remedy)
+_RULES = {
+    "learning_rate": (
+        lambda x: math.isfinite(x) and x >= 0,
+        "must be finite and not negative",
+        "To climb instead of descend, negate the gradients",
+    ),
+    "mu": (
+        lambda x: -1 < x <= 1,
+        "must be in (-1, 1]",
+        "0.9 is usual, 0 is plain gradient descent, 1 has no friction",
+    ),
+    "dampening": (
+        math.isfinite,
+        "must be finite",
+        "0 adds the whole gradient, mu makes the velocity an average of gradients",
+    ),
+}
+
+
+def check(name: str, given: Any) -> Any:
+    """A factory's argument: a schedule passes, a value is checked."""
+    return given if callable(given) else check_value(name, given)
+
+
+def resolve(name: str, given: Any, override: Any, count: jax.Array) -> Any:
+    """The value for this step: the override if there is one, else what the factory was given."""
+    if override is not None:
+        return check_value(name, override)
+    if callable(given):
+        # Reading an array that depends on count would wait for the step in flight.
+        return check_value(name, given(count), read_arrays=False)
+    return given
+
+
+def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
+    """Returns a Python float or a scalar JAX array; raises on what no step can use.
+
+    Of a traced value only the dtype and the shape are checked.
+    """
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
+        raise TypeError(
+            f"{name}={value!r} must be a real number, a scalar array or (when the transform is "
+            "made) a schedule: a function of the step's count."
+        )
+    dtype = value.dtype if hasattr(value, "dtype") else np.dtype(type(value))
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name}={value} is {dtype}, but must be a real number.")
+    if np.shape(value) != ():
+        raise ValueError(
+            f"{name} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a sweep, "
+            "optax.partition for groups of params with their own values."
+        )
+    if isinstance(value, jax.Array) and (
+        isinstance(value, jax.core.Tracer) or not read_arrays or not value.is_fully_replicated
+    ):
+        return value
+    number = float(value)
+    fits, rule, remedy = _RULES[name]
+    if not fits(number):
+        raise ValueError(f"{name}={number} {rule}. {remedy}.")
+    return value if isinstance(value, jax.Array) else number

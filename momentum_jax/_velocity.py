@@ -1,0 +1,258 @@
+"""How a velocity is held: zeros like a param, widened to compute, narrowed once to store.
+
+The rules for one leaf live here and nowhere else: what counts as no gradient, which dtype
+a velocity has, how wide the arithmetic is, which sharding a result keeps. What is computed,
+the recurrence, is handed in.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental.shard_alike import shard_alike
+
+PyTree = Any
+# (velocity, grad, *coefficients) -> (velocity, update): arrays of one dtype.
+Recurrence = Callable[..., tuple[jax.Array, jax.Array]]
+
+_HELD = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16))
+
+
+def check_dtype(velocity_dtype: Any) -> np.dtype | None:
+    """The factory's `velocity_dtype` as a NumPy dtype, or None."""
+    if velocity_dtype is None:
+        return None
+    try:
+        dtype = np.dtype(velocity_dtype)
+    except TypeError:
+        dtype = None
+    if dtype not in _HELD:
+        raise TypeError(
+            f"velocity_dtype={velocity_dtype!r} must be None or one of "
+            f"{', '.join(map(str, _HELD))}. Under optax.inject_hyperparams, name it in static_args."
+        )
+    return dtype
+
+
+def any_abstract(params: PyTree) -> bool:
+    """Whether any param is abstract (a `jax.ShapeDtypeStruct`); raises on what is no array."""
+    abstract = False
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            abstract = True
+        elif not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            raise TypeError(
+                f"the param {at(path)} is {type(leaf).__name__}, not an array. Give the arrays "
+                "alone, for example equinox.filter(model, equinox.is_inexact_array)."
+            )
+    return abstract
+
+
+def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
+    """A velocity at rest: zeros of each param's shape, in its sharding."""
+
+    def at_rest(path, param):
+        if isinstance(param, jax.ShapeDtypeStruct):
+            dtype = _held_dtype(path, param.dtype, velocity_dtype)
+            velocity = jnp.zeros(param.shape, dtype, device=param.sharding)
+            if param.sharding is None:
+                return velocity
+            return jax.lax.with_sharding_constraint(velocity, param.sharding)
+        param = jnp.asarray(param)
+        dtype = _held_dtype(path, param.dtype, velocity_dtype)
+        # Under jit nothing else ties fresh zeros to the devices that hold the param.
+        return shard_alike(param, jnp.zeros_like(param, dtype=dtype))[1]
+
+    return jax.tree_util.tree_map_with_path(at_rest, params)
+
+
+def advance(
+    recurrence: Recurrence, grads: PyTree, velocity: PyTree, coefficients: Sequence[Any]
+) -> tuple[PyTree, PyTree]:
+    """Advances each leaf that has a gradient by one step; returns (updates, velocity).
+
+    Updates have the dtypes of the gradients, the new velocity those of the old one.
+    """
+
+    def leaf(path, grad, held):
+        if is_absent(grad):
+            return grad, held
+        grad, held = _arrays("gradient", path, grad, "velocity", held)
+        _check_gradient_dtype(path, grad.dtype, held.dtype)
+        return _advance_leaf(recurrence, grad, held, *coefficients)
+
+    treedef, pairs = _zip_leaves("gradients", grads, "velocity", velocity)
+    results = [leaf(*pair) for pair in pairs]
+    updates, velocities = zip(*results, strict=True) if results else ((), ())
+    return treedef.unflatten(updates), treedef.unflatten(velocities)
+
+
+def add(params: PyTree, updates: PyTree) -> PyTree:
+    """`params + updates`, each param keeping its dtype, weak type and sharding."""
+
+    def leaf(path, update, param):
+        if is_absent(update):
+            return param
+        update, param = _arrays("update", path, update, "param", param)
+        _check_update_dtype(path, update.dtype, param.dtype)
+        return _add_leaf(param, update)
+
+    treedef, pairs = _zip_leaves("updates", updates, "params", params)
+    return treedef.unflatten(leaf(*pair) for pair in pairs)
+
+
+def is_absent(grad: Any) -> bool:
+    """No gradient: None, a masked node, or the float0 that JAX gives an integer input."""
+    return (
+        grad is None
+        or isinstance(grad, optax.MaskedNode)
+        or getattr(grad, "dtype", None) == jax.dtypes.float0
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _advance_leaf(recurrence, grad, held, *coefficients):
+    dtype = jnp.promote_types(_wide(grad.dtype), _wide(held.dtype))
+    coefficients = (jnp.asarray(coefficient, dtype) for coefficient in coefficients)
+    velocity, update = recurrence(held.astype(dtype), grad.astype(dtype), *coefficients)
+    return update.astype(grad.dtype), _keep_sharding(velocity.astype(held.dtype), held)
+
+
+@functools.partial(jax.jit, inline=True)
+def _add_leaf(param, update):
+    if jnp.issubdtype(param.dtype, jnp.inexact):
+        dtype = jnp.promote_types(_wide(param.dtype), _wide(update.dtype))
+        total = (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
+    else:
+        total = param + update.astype(param.dtype)
+    if param.weak_type:  # A Python number: a strong result would be a new type to trace.
+        total = param.at[...].set(total)
+    return _keep_sharding(total, param)
+
+
+def _keep_sharding(value, like):
+    # The partitioner is free to let a result follow the gradient instead. On one device
+    # there is nothing to keep, and the annotation would cost a sixth of the compile time.
+    return shard_alike(value, like)[0] if jax.device_count() > 1 else value
+
+
+def _wide(dtype):
+    """The dtype to compute in: the same kind, at least float32 wide."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.dtype(dtype)
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _held_dtype(path, param_dtype, velocity_dtype):
+    if not jnp.issubdtype(param_dtype, jnp.number) and param_dtype != np.bool_:
+        raise TypeError(
+            f"the param {at(path)} has dtype {param_dtype}, which no velocity can have. "
+            "Leave it out with optax.masked, or give None in its place."
+        )
+    if not jnp.issubdtype(param_dtype, jnp.inexact):
+        return param_dtype  # Never moved: a real gradient for it is refused.
+    if velocity_dtype is None:
+        return _wide(param_dtype)
+    if velocity_dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise ValueError(
+            "velocity_dtype=float64 needs 64-bit mode, or JAX would make it float32. Set "
+            "jax.config.update('jax_enable_x64', True) first."
+        )
+    if jnp.issubdtype(param_dtype, jnp.complexfloating):
+        raise TypeError(
+            f"the param {at(path)} is {param_dtype}, which velocity_dtype={velocity_dtype} "
+            "cannot hold. Leave velocity_dtype=None for it (optax.partition separates them)."
+        )
+    return velocity_dtype
+
+
+def _zip_leaves(name, tree, other_name, other):
+    """The structure of `tree`, and (path, leaf, what `other` has in its place) a leaf."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
+    try:
+        others = treedef.flatten_up_to(other)
+    except (ValueError, TypeError) as error:
+        raise ValueError(_difference(name, tree, other_name, other)) from error
+    return treedef, [(path, leaf, o) for (path, leaf), o in zip(leaves, others, strict=True)]
+
+
+def _difference(name, tree, other_name, other):
+    def paths(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_absent)
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+    def only(here, there):
+        missing = [path or "the root" for path in here if path not in there]
+        return ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "") or "none"
+
+    leaves, others = paths(tree), paths(other)
+    if leaves.keys() == others.keys():
+        what = f"the containers differ: {jax.tree.structure(tree)} and {jax.tree.structure(other)}"
+    else:
+        what = (
+            f"only in the {name}: {only(leaves, others)}; "
+            f"only in the {other_name}: {only(others, leaves)}"
+        )
+    return (
+        f"the {name} and the {other_name} must be trees of one structure, but {what}. "
+        "Call init with the very params that are differentiated and updated, and give None "
+        "where a param has no gradient."
+    )
+
+
+def _arrays(name, path, leaf, other_name, other):
+    if len(jax.tree.leaves(other)) != 1 or not jax.tree_util.all_leaves([other]):
+        raise ValueError(
+            f"the {name} {at(path)} is an array, but the {other_name} there is "
+            f"{type(other).__name__}. Call init with the very params that are "
+            "differentiated and updated."
+        )
+    leaf, other = jnp.asarray(leaf), jnp.asarray(other)
+    if leaf.shape != other.shape:
+        raise ValueError(
+            f"the {name} {at(path)} has shape {leaf.shape}, but the {other_name} there has "
+            f"shape {other.shape}. They must be equal: call init again if the params changed."
+        )
+    return leaf, other
+
+
+def _check_gradient_dtype(path, grad, held):
+    if not jnp.issubdtype(held, jnp.inexact):
+        raise TypeError(
+            f"the param {at(path)} is {held}, and a step of momentum cannot move an integer "
+            "or a boolean. Leave it out with optax.masked, or give None as its gradient."
+        )
+    if not jnp.issubdtype(grad, jnp.inexact):
+        raise TypeError(
+            f"the gradient {at(path)} is {grad}, but a gradient is a floating-point or complex "
+            "array. Convert it, leave it out with optax.masked, or give None in its place."
+        )
+    if jnp.issubdtype(grad, jnp.complexfloating) != jnp.issubdtype(held, jnp.complexfloating):
+        raise TypeError(
+            f"the gradient {at(path)} is {grad}, but its velocity is {held}: a real and a "
+            "complex array do not mix. Give the gradient of the param that init was called with."
+        )
+
+
+def _check_update_dtype(path, update, param):
+    if jnp.issubdtype(param, jnp.inexact) and jnp.issubdtype(update, jnp.number):
+        if jnp.issubdtype(param, jnp.complexfloating) or not jnp.issubdtype(
+            update, jnp.complexfloating
+        ):
+            return
+    elif jnp.issubdtype(param, jnp.integer) and jnp.issubdtype(update, jnp.integer):
+        return
+    raise TypeError(
+        f"the update {at(path)} is {update}, which cannot be added to a param that is {param} "
+        "without losing part of it. Leave the param out with optax.masked, or give None as "
+        "its update."
+    )
+
+
+def at(path: tuple[Any, ...]) -> str:
+    """Where in the tree: "at ['dense']['kernel']"."""
+    return f"at {jax.tree_util.keystr(path)}" if path else "at the root of the tree"
