@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 # name: (test, rule, remedy)
 _RULES = {
@@ -56,7 +57,7 @@ def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
             f"{name}={value!r} must be a real number, a scalar array or (when the transform is "
             "made) a schedule: a function of the step's count."
         )
-    dtype = value.dtype if hasattr(value, "dtype") else np.dtype(type(value))
+    dtype = getattr(value, "dtype", None) or np.dtype(type(value))
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name}={value} is {dtype}, but must be a real number.")
     if np.shape(value) != ():
@@ -65,7 +66,7 @@ def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
             "optax.partition for groups of params with their own values."
         )
     if isinstance(value, jax.Array) and (
-        isinstance(value, jax.core.Tracer) or not read_arrays or not value.is_fully_replicated
+        isinstance(value, Tracer) or not read_arrays or not value.is_fully_replicated
     ):
         return value
     number = float(value)

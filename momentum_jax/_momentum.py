@@ -49,7 +49,7 @@ class MomentumState(NamedTuple):
       MomentumState(count=Array(0, dtype=int32), velocity={'w': Array([0., 0.], dtype=float32)})
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple has one too)
     velocity: Any
 
 
@@ -95,15 +95,15 @@ def momentum(
 
     Example:
       >>> import jax, jax.numpy as jnp, momentum_jax as mj
-      >>> tx = mj.momentum(learning_rate=0.1, mu=0.9)
+      >>> tx = mj.momentum(learning_rate=0.25, mu=0.5)
       >>> w = jnp.array([1.0, -2.0])
       >>> state = tx.init(w)
       >>> for _ in range(2):
       ...     grads = jax.grad(lambda w: (w**2).sum() / 2)(w)
       ...     updates, state = tx.update(grads, state, w)
       ...     w = mj.apply_updates(w, updates)
-      >>> print(w.round(2), state.count)
-      [ 0.72 -1.44] 2
+      >>> print(w, state.count)
+      [ 0.4375 -0.875 ] 2
 
     Source:
       Polyak (1964), Some methods of speeding up the convergence of iteration methods;
@@ -221,7 +221,7 @@ def _transformation(recurrence, velocity_dtype, **hyperparameters):
 
     def update(
         updates: optax.Updates,
-        state: MomentumState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, MomentumState]:
@@ -249,7 +249,8 @@ def _at_rest(params, velocity_dtype):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _update(recurrence, grads, state, coefficients):
     updates, velocity = _velocity.advance(recurrence, grads, state.velocity, coefficients)
-    return updates, MomentumState(optax.safe_increment(state.count), velocity)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return updates, MomentumState(count, velocity)
 
 
 _init = jax.jit(_at_rest, static_argnums=1, inline=True)

@@ -157,7 +157,7 @@ def _held_dtype(path, param_dtype, velocity_dtype):
         return param_dtype  # Never moved: a real gradient for it is refused.
     if velocity_dtype is None:
         return _wide(param_dtype)
-    if velocity_dtype == np.float64 and not jax.config.jax_enable_x64:
+    if velocity_dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "velocity_dtype=float64 needs 64-bit mode, or JAX would make it float32. Set "
             "jax.config.update('jax_enable_x64', True) first."
