@@ -60,7 +60,7 @@ def momentum(
     nesterov: bool = False,
     velocity_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum with the learning rate inside the velocity (Sutskever, Keras, TensorFlow, Caffe).
+    """Momentum with the learning rate inside the velocity (Sutskever, Keras, Caffe).
 
         v <- mu * v - learning_rate * g
         update = v
