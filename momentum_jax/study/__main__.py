@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,13 +72,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.init_scale = sorted(set(options.init_scale or scales))
     if options.seeds < 3:
         parser.error(f"--seeds {options.seeds}: a spread and its interval need at least 3")
+    options.problem = digits()
+    examples = len(options.problem.train["y"])
+    if options.batch_size > examples:
+        parser.error(f"--batch-size {options.batch_size}: digits has {examples} training examples")
     if options.out is None:
         now = datetime.datetime.now()
         options.out = Path("study-results") / f"digits-{now:%Y%m%d-%H%M%S}"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        with open(options.out / "summary.json", "a"):
-            pass
+        tempfile.TemporaryFile(dir=options.out).close()
     except OSError as error:
         parser.error(f"--out {options.out}: cannot write there ({error.strerror})")
     return options
@@ -86,7 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the study as the command line says."""
     options = parse(arguments)
-    problem = digits()
+    problem = options.problem
     contrasts = sweep.contrasts(options.learning_rate)
     arms = list({arm.name: arm for group in contrasts.values() for arm in group}.values())
     runs = len(arms) * len(options.init_scale) * options.seeds
@@ -111,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     seconds = time.monotonic() - start
     print(f"\n{report.text(study)}\n")
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "problem")}
     for path in report.write(study, options.out, {**settings, "seconds": round(seconds, 1)}):
         print(f"wrote {path}")
     print(f"{seconds:.0f} s, {results.attrs['programs']} compiled training programs")

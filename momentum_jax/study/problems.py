@@ -61,7 +61,8 @@ class MLP(nn.Module):
         self, x: Float[Array | np.ndarray, "*batch inputs"]
     ) -> Float[Array, "*batch classes"]:
         """The logits."""
-        return nn.Dense(self.classes)(nn.relu(nn.Dense(self.hidden)(x)))
+        x = nn.relu(nn.Dense(self.hidden, name="hidden_layer")(x))
+        return nn.Dense(self.classes, name="logits")(x)
 
 
 def digits(hidden: int = 32) -> Problem:

@@ -88,11 +88,11 @@ def bootstrap(
         )
         return result.confidence_interval
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         bounds = interval("BCa")
-    if np.isnan(bounds).any():  # All resamples agree, and BCa is undefined.
-        bounds = interval("percentile")
+        if np.isnan(bounds).any():  # All resamples agree, and BCa is undefined.
+            bounds = interval("percentile")
     return Estimate(value, float(bounds.low), float(bounds.high))
 
 
