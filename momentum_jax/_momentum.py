@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check, resolve
@@ -51,6 +52,11 @@ class MomentumState(NamedTuple):
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple has one too)
     velocity: Any
+
+
+export.register_namedtuple_serialization(
+    MomentumState, serialized_name="momentum_jax.MomentumState"
+)
 
 
 def momentum(

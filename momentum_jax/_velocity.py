@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.shard_alike import shard_alike
+
+from momentum_jax._shard_alike import shard_alike
 
 PyTree = Any
 # (velocity, grad, *coefficients) -> (velocity, update): arrays of one dtype.
@@ -64,8 +65,10 @@ def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
             return jax.lax.with_sharding_constraint(velocity, param.sharding)
         param = jnp.asarray(param)
         dtype = _held_dtype(path, param.dtype, velocity_dtype)
-        # Under jit nothing else ties fresh zeros to the devices that hold the param.
-        return shard_alike(param, jnp.zeros_like(param, dtype=dtype))[1]
+        zero = jnp.zeros((), dtype)
+        # Fresh zeros would all be on one device under jit. Chosen by the param they take its
+        # sharding; the choice between equals is folded away once the partitioner is through.
+        return jnp.where(param == param, zero, zero)
 
     return jax.tree_util.tree_map_with_path(at_rest, params)
 
@@ -119,7 +122,8 @@ def _advance_leaf(recurrence, grad, held, *coefficients):
     dtype = jnp.promote_types(_wide(grad.dtype), _wide(held.dtype))
     coefficients = (jnp.asarray(coefficient, dtype) for coefficient in coefficients)
     velocity, update = recurrence(held.astype(dtype), grad.astype(dtype), *coefficients)
-    return update.astype(grad.dtype), _keep_sharding(velocity.astype(held.dtype), held)
+    # The partitioner is free to let the new velocity follow the gradient instead.
+    return update.astype(grad.dtype), shard_alike(velocity.astype(held.dtype), held)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -131,13 +135,7 @@ def _add_leaf(param, update):
         total = param + update.astype(param.dtype)
     if param.weak_type:  # A Python number: a strong result would be a new type to trace.
         total = param.at[...].set(total)
-    return _keep_sharding(total, param)
-
-
-def _keep_sharding(value, like):
-    # The partitioner is free to let a result follow the gradient instead. On one device
-    # there is nothing to keep, and the annotation would cost a sixth of the compile time.
-    return shard_alike(value, like)[0] if jax.device_count() > 1 else value
+    return shard_alike(total, param)
 
 
 def _wide(dtype):
