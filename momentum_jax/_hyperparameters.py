@@ -5,12 +5,15 @@ arrays pass as they are.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
+
+Hyperparameter: TypeAlias = jax.typing.ArrayLike | np.generic | optax.Schedule
 
 # name: (test, rule, remedy)
 _RULES = {
@@ -47,6 +50,12 @@ def resolve(name: str, given: Any, override: Any, count: jax.Array) -> Any:
     return given
 
 
+def is_zero(value: Any) -> bool:
+    """Whether a checked hyperparameter is 0 and stays so."""
+    known = isinstance(value, float) or (isinstance(value, jax.Array) and _can_be_read(value))
+    return known and float(value) == 0
+
+
 def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
     """Returns a Python float or a scalar JAX array; raises on what no step can use.
 
@@ -65,12 +74,14 @@ def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
             f"{name} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a sweep, "
             "optax.partition for groups of params with their own values."
         )
-    if isinstance(value, jax.Array) and (
-        isinstance(value, Tracer) or not read_arrays or not value.is_fully_replicated
-    ):
+    if isinstance(value, jax.Array) and not (read_arrays and _can_be_read(value)):
         return value
     number = float(value)
     fits, rule, remedy = _RULES[name]
     if not fits(number):
         raise ValueError(f"{name}={number} {rule}. {remedy}.")
     return value if isinstance(value, jax.Array) else number
+
+
+def _can_be_read(array):
+    return not isinstance(array, Tracer) and array.is_fully_replicated

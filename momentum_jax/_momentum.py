@@ -14,7 +14,7 @@ import optax
 from jax import export
 
 from momentum_jax import _velocity
-from momentum_jax._hyperparameters import check, resolve
+from momentum_jax._hyperparameters import Hyperparameter, check, is_zero, resolve
 
 
 def _inside(v, g, learning_rate, mu):
@@ -60,8 +60,8 @@ export.register_namedtuple_serialization(
 
 
 def momentum(
-    learning_rate: optax.ScalarOrSchedule,
-    mu: optax.ScalarOrSchedule = 0.9,
+    learning_rate: Hyperparameter,
+    mu: Hyperparameter = 0.9,
     *,
     nesterov: bool = False,
     velocity_dtype: Any = None,
@@ -127,10 +127,10 @@ def momentum(
 
 
 def trace(
-    mu: optax.ScalarOrSchedule = 0.9,
+    mu: Hyperparameter = 0.9,
     *,
     nesterov: bool = False,
-    dampening: optax.ScalarOrSchedule = 0.0,
+    dampening: Hyperparameter = 0.0,
     velocity_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The velocity without a learning rate, to be scaled afterwards (PyTorch, Optax).
@@ -195,20 +195,24 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
 
     Raises:
       ValueError: trees or shapes that do not match.
-      TypeError: an update that the param's dtype would truncate.
+      TypeError: an update that the param's dtype would truncate; a param that is no array.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
       >>> print(mj.apply_updates({"w": jnp.ones(2)}, {"w": jnp.array([-0.5, 1.0])}))
       {'w': Array([0.5, 2. ], dtype=float32)}
     """
-    return _add(params, updates)
+    try:
+        return _add(params, updates)
+    except TypeError:
+        _velocity.any_abstract(params)  # Names the param that is no array.
+        raise
 
 
 def _looks_ahead(nesterov, mu) -> bool:
     if not isinstance(nesterov, (bool, np.bool_)):
         raise TypeError(f"nesterov={nesterov!r} must be True or False.")
-    if nesterov and isinstance(mu, (int, float)) and mu == 0:
+    if nesterov and is_zero(check("mu", mu)):
         raise ValueError(
             "nesterov=True has no effect at mu=0: there is no velocity to look ahead along. "
             "Give a mu above 0, or leave nesterov out."

@@ -28,10 +28,11 @@ def check_dtype(velocity_dtype: Any) -> np.dtype | None:
     if velocity_dtype is None:
         return None
     try:
-        dtype = np.dtype(velocity_dtype)
+        # An array has a dtype and is none; None would be NumPy's float64.
+        dtype = None if isinstance(velocity_dtype, jax.Array) else np.dtype(velocity_dtype)
     except TypeError:
         dtype = None
-    if dtype not in _HELD:
+    if dtype is None or dtype not in _HELD:
         raise TypeError(
             f"velocity_dtype={velocity_dtype!r} must be None or one of "
             f"{', '.join(map(str, _HELD))}. Under optax.inject_hyperparams, name it in static_args."

@@ -1,0 +1,1 @@
+"""momentum_jax side by side with Optax, PyTorch and the machine's own limit."""

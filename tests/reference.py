@@ -1,0 +1,49 @@
+"""Each recurrence as a plain NumPy loop in float64, to be checked by eye against the paper.
+
+Every function takes the gradients of one array, a list with one entry a step, and returns two
+lists of the same length: the updates and the velocities. A hyperparameter is a number or a
+function of the step's count, from 0.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def momentum(grads, learning_rate, mu, nesterov=False):
+    """The learning rate inside: v <- mu v - learning_rate g."""
+    v = 0.0
+    updates, velocities = [], []
+    for count, g in enumerate(map(_wide, grads)):
+        eta, mu_t = _at(learning_rate, count), _at(mu, count)
+        v = mu_t * v - eta * g
+        updates.append(mu_t * v - eta * g if nesterov else v)
+        velocities.append(v)
+    return updates, velocities
+
+
+def trace(grads, mu, dampening: Any = 0.0, nesterov=False):
+    """No learning rate: m <- mu m + (1 - dampening) g."""
+    m = 0.0
+    updates, velocities = [], []
+    for count, g in enumerate(map(_wide, grads)):
+        mu_t, damp = _at(mu, count), _at(dampening, count)
+        m = mu_t * m + (1 - damp) * g
+        updates.append(g + mu_t * m if nesterov else m)
+        velocities.append(m)
+    return updates, velocities
+
+
+def sgd(grads, learning_rate, mu, dampening: Any = 0.0, nesterov=False):
+    """The learning rate outside: trace, then times -learning_rate."""
+    updates, velocities = trace(grads, mu, dampening, nesterov)
+    scaled = [-_at(learning_rate, count) * u for count, u in enumerate(updates)]
+    return scaled, velocities
+
+
+def _at(value: Any, count):
+    return np.asarray(value(count) if callable(value) else value, np.float64)
+
+
+def _wide(g):
+    return np.asarray(g, np.result_type(g, np.float64))  # complex128 if g is complex

@@ -1,0 +1,702 @@
+"""momentum, trace and apply_updates against NumPy, against Optax, and on problems to solve."""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from compiles import count_compiles
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import momentum_jax as mj
+
+UNIT_ROUNDOFF = 2.0**-24  # float32
+PUBLIC_NAMES = ["MomentumState", "apply_updates", "momentum", "trace"]
+SHAPES = {"scalar": (), "matrix": (65, 33)}
+
+both_read_outs = pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
+
+
+@contextlib.contextmanager
+def double_precision():
+    """64-bit arrays: the fixture x64, for a part of a test (Hypothesis takes no fixture)."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def normal_trees(seed, steps, dtype: Any = np.float32, shapes=SHAPES):
+    """One tree of normally distributed numbers a step."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        numbers = rng.normal(size=shape)
+        if np.issubdtype(dtype, np.complexfloating):
+            numbers = numbers + 1j * rng.normal(size=shape)
+        return np.asarray(numbers, dtype)
+
+    return [{name: draw(shape) for name, shape in shapes.items()} for _ in range(steps)]
+
+
+def run(tx, grads):
+    """The updates and the velocities of every step from rest, compiled as a user would."""
+    state = tx.init(grads[0])
+    update = jax.jit(tx.update)
+    updates, states = [], []
+    for g in grads:
+        u, state = update(g, state)
+        updates.append(u)
+        states.append(state)
+    return updates, states
+
+
+def largest(tree):
+    """The largest modulus of all numbers in a tree."""
+    return max(np.abs(wide(leaf)).max(initial=0) for leaf in jax.tree.leaves(tree))
+
+
+def largest_difference(tree, other):
+    """The largest modulus of the difference of two trees, taken in float64 or complex128."""
+    return largest(jax.tree.map(lambda x, y: wide(x) - wide(y), tree, other))
+
+
+def wide(x):
+    """A NumPy array in float64 or complex128."""
+    x = np.asarray(x)
+    return x.astype(np.result_type(x, np.float64))
+
+
+def rounding(velocity, mu, unit_roundoff=UNIT_ROUNDOFF):
+    """How far a computed velocity of at most this size is from the exact one.
+
+    A step rounds two products, whose sizes add up to `velocity` at most, and their sum: an
+    error of 2 u velocity. The next steps keep mu, mu^2, ... of it: 1 / (1 - mu) times as much.
+    """
+    return 2 * unit_roundoff * velocity / (1 - mu)
+
+
+def assert_same_bits(actual, expected):
+    """Trees of one structure, each leaf with the same dtype, shape and bytes."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), other in pairs:
+        leaf, other, at = np.asarray(leaf), np.asarray(other), jax.tree_util.keystr(path)
+        assert (leaf.dtype, leaf.shape) == (other.dtype, other.shape), at
+        assert leaf.tobytes() == other.tobytes(), (at, leaf, other)
+
+
+# The recurrence against a NumPy loop.
+
+LEAVES = st.none() | hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3).map(np.zeros)
+TREES = st.recursive(
+    LEAVES,
+    lambda tree: (
+        st.lists(tree, max_size=3)
+        | st.lists(tree, max_size=3).map(tuple)
+        | st.dictionaries(st.sampled_from("abc"), tree, max_size=3)
+    ),
+    max_leaves=4,
+)
+MOST_STEPS = 8
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def constant_or_scheduled(least, most, *, exclude_min=False):
+    """A number, or one number a step."""
+    numbers = st.floats(least, most, exclude_min=exclude_min)
+    return numbers | st.lists(numbers, min_size=MOST_STEPS, max_size=MOST_STEPS)
+
+
+def as_schedule(value, array=jnp.asarray):
+    """A number as it is; one number a step as a function of the count."""
+    return (lambda count: array(value)[count]) if isinstance(value, list) else value
+
+
+def assert_equals_reference(tx, recurrence, tree, seed, steps):
+    """Steps `tx` through random gradients shaped like `tree`; compares every leaf of each."""
+    rng = np.random.default_rng(seed)
+    grads = [jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape), tree) for _ in range(steps)]
+    expected = [recurrence(leaf) for leaf in zip(*map(jax.tree.leaves, grads), strict=True)]
+    state = tx.init(tree)
+    for step, g in enumerate(grads):
+        updates, state = tx.update(g, state)
+        for result in (updates, state.velocity):
+            assert jax.tree.structure(result) == jax.tree.structure(tree)
+        for u, v, (all_updates, all_velocities) in zip(
+            jax.tree.leaves(updates), jax.tree.leaves(state.velocity), expected, strict=True
+        ):
+            assert u.dtype == v.dtype == np.float64
+            # All numbers are below 20, so 8 steps round by less than 1e-13.
+            np.testing.assert_allclose(u, all_updates[step], rtol=0, atol=1e-12)
+            np.testing.assert_allclose(v, all_velocities[step], rtol=0, atol=1e-12)
+
+
+@both_read_outs
+@settings(max_examples=20, deadline=None)
+@given(
+    tree=TREES,
+    seed=SEEDS,
+    steps=st.integers(1, MOST_STEPS),
+    learning_rate=constant_or_scheduled(0, 1),
+    mu=constant_or_scheduled(-1, 1, exclude_min=True),
+)
+def test_momentum_equals_the_numpy_loop(nesterov, tree, seed, steps, learning_rate, mu):
+    """The learning rate inside, to 1e-12 in float64, over random trees and schedules."""
+    assume(not (nesterov and mu == 0))  # refused
+    with double_precision():
+        assert_equals_reference(
+            mj.momentum(as_schedule(learning_rate), as_schedule(mu), nesterov=nesterov),
+            lambda grads: reference.momentum(
+                grads, as_schedule(learning_rate, np.array), as_schedule(mu, np.array), nesterov
+            ),
+            tree,
+            seed,
+            steps,
+        )
+
+
+@both_read_outs
+@settings(max_examples=20, deadline=None)
+@given(
+    tree=TREES,
+    seed=SEEDS,
+    steps=st.integers(1, MOST_STEPS),
+    mu=constant_or_scheduled(-1, 1, exclude_min=True),
+    dampening=constant_or_scheduled(-1, 1),
+)
+def test_trace_equals_the_numpy_loop(nesterov, tree, seed, steps, mu, dampening):
+    """No learning rate, with dampening, to 1e-12 in float64, over random trees and schedules."""
+    assume(not (nesterov and mu == 0))  # refused
+    with double_precision():
+        assert_equals_reference(
+            mj.trace(as_schedule(mu), nesterov=nesterov, dampening=as_schedule(dampening)),
+            lambda grads: reference.trace(
+                grads, as_schedule(mu, np.array), as_schedule(dampening, np.array), nesterov
+            ),
+            tree,
+            seed,
+            steps,
+        )
+
+
+@both_read_outs
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_complex_leaves_equal_the_numpy_loop(dtype, nesterov):
+    """The same recurrence, with complex gradients and real hyperparameters."""
+    learning_rate, mu, dampening = 0.125, 0.875, 0.25  # exact in float32
+    grads = normal_trees(0, 20, dtype, {"scalar": (), "matrix": (3, 4), "empty": (0,)})
+    trajectories = []
+    with double_precision() if dtype == np.complex128 else contextlib.nullcontext():
+        for tx, recurrence, coefficient in (
+            (
+                mj.momentum(learning_rate, mu, nesterov=nesterov),
+                lambda g: reference.momentum(g, learning_rate, mu, nesterov),
+                learning_rate,
+            ),
+            (
+                mj.trace(mu, nesterov=nesterov, dampening=dampening),
+                lambda g: reference.trace(g, mu, dampening, nesterov),
+                1.0,  # The Nesterov read-out takes the whole gradient.
+            ),
+        ):
+            updates, states = run(tx, grads)
+            trajectories.append((updates, states, recurrence, coefficient))
+    for updates, states, recurrence, coefficient in trajectories:
+        bound = rounding(coefficient * largest(grads) / (1 - mu), mu)
+        for name in grads[0]:
+            expected_updates, expected_velocities = recurrence([g[name] for g in grads])
+            ours = [u[name] for u in updates], [s.velocity[name] for s in states]
+            assert all(x.dtype == dtype for x in jax.tree.leaves(ours))
+            assert largest_difference(ours, (expected_updates, expected_velocities)) <= (
+                bound if dtype == np.complex64 else 1e-12
+            )
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(mj.momentum(0.1, 0.9), id="momentum"),
+        pytest.param(mj.momentum(0.1, 0.9, nesterov=True), id="momentum, nesterov"),
+        pytest.param(mj.trace(0.9, dampening=0.5), id="trace"),
+        pytest.param(mj.trace(0.9, dampening=0.5, nesterov=True), id="trace, nesterov"),
+    ],
+)
+@settings(max_examples=20, deadline=None)
+@given(a=st.floats(-2, 2), b=st.floats(-2, 2), seed=SEEDS)
+def test_from_rest_the_updates_are_linear_in_the_gradients(tx, a, b, seed):
+    """The updates for a g + b h are a times those for g plus b times those for h."""
+    with double_precision():
+        g, h = np.random.default_rng(seed).uniform(-1, 1, (2, 4, 3, 2))
+        of_sum, of_g, of_h = (np.stack(run(tx, list(x))[0]) for x in (a * g + b * h, g, h))
+    np.testing.assert_allclose(of_sum, a * of_g + b * of_h, rtol=0, atol=1e-12)
+
+
+# Against Optax.
+
+RATES = {
+    "constant": 0.1,
+    "drop and rise": optax.piecewise_constant_schedule(0.1, {15: 0.1, 30: 10.0}),
+    "up and down": optax.warmup_cosine_decay_schedule(0.0, 0.3, 10, 50),
+}
+
+
+@jax.jit
+def gradient(params, noise):
+    """Of |params + noise|^2 / 2."""
+    return jax.tree.map(jnp.add, params, noise)
+
+
+def descend(tx, apply_updates, noise, *, whole_step):
+    """The updates and params of each step; the gradients depend on the params."""
+    update, apply = jax.jit(tx.update), jax.jit(apply_updates)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return updates, apply_updates(params, updates), state
+
+    params = jax.device_put(noise[0])
+    state = tx.init(params)
+    trajectory = []
+    for shift in noise[1:]:
+        grads = gradient(params, shift)
+        if whole_step:
+            updates, params, state = step(params, state, grads)
+        else:
+            updates, state = update(grads, state, params)
+            params = apply(params, updates)
+        trajectory.append((updates, params))
+    return trajectory
+
+
+@pytest.mark.parametrize("rate", ["constant", "up and down"])
+@both_read_outs
+@pytest.mark.parametrize("whole_step", [False, True], ids=["jit(update)", "jit(step)"])
+def test_trace_then_learning_rate_is_optax_sgd_to_the_bit(whole_step, nesterov, rate):
+    """In float32 under jit, over 50 steps, updates and params."""
+    learning_rate, noise = RATES[rate], normal_trees(1, 51)
+    ours = optax.chain(
+        mj.trace(0.9, nesterov=nesterov), optax.scale_by_learning_rate(learning_rate)
+    )
+    theirs = optax.sgd(learning_rate, 0.9, nesterov=nesterov)
+    assert_same_bits(
+        descend(ours, mj.apply_updates, noise, whole_step=whole_step),
+        descend(theirs, optax.apply_updates, noise, whole_step=whole_step),
+    )
+
+
+@both_read_outs
+@pytest.mark.parametrize("mu", [0.5, 0.9, 0.99])
+def test_momentum_at_a_constant_learning_rate_is_optax_sgd_to_rounding(mu, nesterov):
+    """They round in different places, and each by no more than can be proved."""
+    learning_rate, grads = 0.1, normal_trees(2, 50, shapes={"w": (500,)})
+    ours, _ = run(mj.momentum(learning_rate, mu, nesterov=nesterov), grads)
+    theirs, _ = run(optax.sgd(learning_rate, mu, nesterov=nesterov), grads)
+    velocity = learning_rate * largest(grads) / (1 - mu)  # No v, and no -learning_rate m, is more.
+    # Both see the same rounded learning_rate and mu. Optax's scaling rounds once more.
+    bound = 2 * rounding(velocity, mu) + UNIT_ROUNDOFF * velocity
+    assert largest_difference(ours, theirs) <= bound * (1 + 1e-4)  # u^2 and smaller left out
+
+
+@pytest.mark.parametrize("rate", ["drop and rise", "up and down"])
+@both_read_outs
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_momentum_under_a_schedule_scales_before_it_accumulates(dtype, nesterov, rate):
+    """It is Optax's trace of scaled gradients, and far from optax.sgd, which scales last."""
+    mu, learning_rate, grads = 0.9, RATES[rate], normal_trees(3, 50, dtype, {"w": (500,)})
+    with double_precision() if dtype == np.float64 else contextlib.nullcontext():
+        ours, states = run(mj.momentum(learning_rate, mu, nesterov=nesterov), grads)
+        inside, _ = run(
+            optax.chain(
+                optax.scale_by_learning_rate(learning_rate), optax.trace(mu, nesterov=nesterov)
+            ),
+            grads,
+        )
+        outside, _ = run(optax.sgd(learning_rate, mu, nesterov=nesterov), grads)
+        velocity = largest(grads) * max(float(learning_rate(k)) for k in range(50)) / (1 - mu)
+    bound = 1e-12 if dtype == np.float64 else 2 * rounding(velocity, mu) * (1 + 1e-4)
+    assert largest_difference(ours, inside) <= bound
+    assert largest_difference(ours, outside) > 1e3 * bound
+    assert int(states[-1].count) == 50
+
+
+def drop_after_400_steps(count):
+    """A learning rate of 0.1, then of 0.01."""
+    return jnp.where(count < 400, 0.1, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("tx", "next_update"),
+    [
+        pytest.param(mj.momentum(drop_after_400_steps, 0.9), -0.91, id="momentum"),
+        pytest.param(optax.sgd(drop_after_400_steps, 0.9), -0.1, id="optax.sgd"),
+        pytest.param(
+            optax.chain(mj.trace(0.9), optax.scale_by_learning_rate(drop_after_400_steps)),
+            -0.1,
+            id="trace",
+        ),
+    ],
+)
+def test_after_a_drop_of_the_learning_rate_the_velocity_stays_inside(x64, tx, next_update):
+    """After many gradients of 1 the update is -1; the first one after the drop tells which."""
+
+    def step(state, _):
+        update, state = tx.update(jnp.ones(()), state)
+        return state, update
+
+    updates = jax.lax.scan(step, tx.init(jnp.zeros(())), length=401)[1]
+    np.testing.assert_allclose(updates[-2:], [-1.0, next_update], rtol=0, atol=1e-12)
+
+
+@both_read_outs
+def test_scaling_the_velocity_with_the_learning_rate_turns_inside_into_outside(x64, nesterov):
+    """Multiplied by new / old learning rate at each change, momentum goes on as optax.sgd."""
+    learning_rate = RATES["drop and rise"]
+    grads = normal_trees(4, 40, np.float64, {"w": (5,)})
+    theirs, _ = run(optax.sgd(learning_rate, 0.9, nesterov=nesterov), grads)
+    tx = mj.momentum(learning_rate, 0.9, nesterov=nesterov)
+    state = tx.init(grads[0])
+    for step, (g, expected) in enumerate(zip(grads, theirs, strict=True)):
+        assert isinstance(state, mj.MomentumState)
+        if step in (15, 30):
+            change = learning_rate(step) / learning_rate(step - 1)
+            state = state._replace(velocity={"w": change * state.velocity["w"]})
+        updates, state = tx.update(g, state)
+        assert largest_difference(updates, expected) <= 1e-12
+
+
+# On problems, with momentum on.
+
+
+def minimize(tx, loss, start, steps):
+    """The point reached after so many steps, all in one compiled program."""
+
+    def step(carry, _):
+        w, state = carry
+        # For a complex w, the conjugate of JAX's gradient is the direction of ascent.
+        grads = jax.tree.map(jnp.conj, jax.grad(loss)(w))
+        updates, state = tx.update(grads, state, w)
+        return (mj.apply_updates(w, updates), state), None
+
+    return jax.jit(lambda w: jax.lax.scan(step, (w, tx.init(w)), length=steps)[0][0])(start)
+
+
+def inside(learning_rate, mu, nesterov):
+    """The learning rate inside."""
+    return mj.momentum(learning_rate, mu, nesterov=nesterov)
+
+
+def outside(learning_rate, mu, nesterov):
+    """The learning rate outside."""
+    return optax.chain(mj.trace(mu, nesterov=nesterov), optax.scale_by_learning_rate(learning_rate))
+
+
+each_form = pytest.mark.parametrize("form", [inside, outside])
+
+
+@each_form
+@both_read_outs
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_momentum_finds_the_bottom_of_a_long_valley(dtype, form, nesterov):
+    """A parabola 100 times steeper in one direction: out of reach without momentum."""
+    bottom = np.array([1.5, -0.25, 3.0], dtype) * (1 if dtype == np.float32 else 1 - 2j)
+    steepness = np.array([1.0, 10.0, 100.0], np.float32)
+
+    def loss(w):
+        return (steepness * jnp.abs(w - bottom) ** 2).sum() / 2
+
+    start = jnp.full(3, 10, dtype)
+    found = minimize(form(0.01, 0.9, nesterov), loss, start, 400)
+    # The slowest direction shrinks by sqrt(0.9) a step: by 7e-10 in all.
+    np.testing.assert_allclose(found, bottom, rtol=0, atol=1e-4)
+    without = minimize(form(0.01, 0.0, False), loss, start, 400)
+    np.testing.assert_allclose(  # 1 - 0.01 a step
+        abs(without[0] - bottom[0]), abs(10 - bottom[0]) * 0.99**400, rtol=1e-2
+    )
+
+
+@each_form
+@both_read_outs
+def test_momentum_finds_the_minimum_of_the_rosenbrock_function(form, nesterov):
+    """Along the curved valley to (1, 1)."""
+
+    def loss(w):
+        return (1 - w["x"]) ** 2 + 100 * (w["y"] - w["x"] ** 2) ** 2
+
+    start = {"x": jnp.zeros(()), "y": jnp.zeros(())}
+    found = minimize(form(1e-3, 0.9, nesterov), loss, start, 6000)
+    np.testing.assert_allclose([found["x"], found["y"]], 1, rtol=0, atol=1e-3)
+    without = minimize(form(1e-3, 0.0, False), loss, start, 6000)
+    assert abs(without["y"] - 1) > 0.05
+
+
+@each_form
+def test_a_training_loop_compiles_its_step_once(form):
+    """Fifty steps under jit, each with other numbers."""
+    tx, grads = (
+        form(RATES["up and down"], 0.9, True),
+        normal_trees(5, 50, shapes={"w": (11,), "b": ()}),
+    )
+    params = jax.device_put(grads[0])
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return mj.apply_updates(params, updates), state
+
+    with count_compiles() as compiles:
+        for g in grads:
+            params, state = step(params, state, g)
+    assert compiles.count == 1, compiles
+
+
+@pytest.mark.parametrize("tx", [mj.momentum(0.1, 0.9), mj.trace(0.9, nesterov=True)])
+def test_steps_outside_jit_compile_nothing_after_the_first(tx):
+    """The first call of init, update and apply_updates compiles each, for all that follow."""
+    grads = normal_trees(6, 50, shapes={"w": (13,), "b": ()})
+    params = jax.device_put(grads[0])
+
+    def steps(params, grads):
+        state = tx.init(params)
+        for g in grads:
+            updates, state = tx.update(g, state, params)
+            params = mj.apply_updates(params, updates)
+
+    steps(params, grads[:1])
+    with count_compiles() as compiles:
+        steps(params, grads)
+    assert compiles.count == 0, compiles
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@both_read_outs
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_params_and_state_keep_their_avals_on_eight_devices(jitted, nesterov, axis_type):
+    """Shape, dtype, weak type and sharding, over three steps with momentum on."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    specs = {"kernel": P("data", "model"), "bias": P("model"), "table": P(None, "data"), "one": P()}
+    shapes = {"kernel": (8, 4), "bias": (4,), "table": (3, 8), "one": ()}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    params = jax.device_put(normal_trees(7, 1, shapes=shapes)[0], shardings)
+    tx = mj.momentum(0.1, 0.9, nesterov=nesterov)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return mj.apply_updates(params, updates), state
+
+    step = jax.jit(step) if jitted else step
+    before = after = (params, tx.init(params))
+    for g in normal_trees(8, 3, shapes=shapes):
+        after = step(*after, jax.device_put(g, shardings))
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+        ):
+            at = jax.tree_util.keystr(path)
+            assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, y.weak_type), at
+            assert y.sharding.is_equivalent_to(x.sharding, x.ndim), (at, x.sharding, y.sharding)
+    state = after[1]
+    assert isinstance(state, mj.MomentumState)
+    for name, velocity in state.velocity.items():
+        assert velocity.sharding.is_equivalent_to(shardings[name], velocity.ndim), name
+
+
+# apply_updates.
+
+
+def awkward(dtype, seed):
+    """Numbers of very different sizes, and the extreme ones."""
+    rng = np.random.default_rng(seed)
+    info = jnp.finfo(dtype)  # of the real part, if complex
+    numbers = rng.choice([-1, 1], 500) * 2.0 ** rng.uniform(-12, 12, 500)
+    special = [0.0, -0.0, np.inf, -np.inf, info.max, info.tiny, info.smallest_subnormal, 1.0]
+    numbers = np.concatenate([numbers.astype(info.dtype), np.array(special, info.dtype)])
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.stack([numbers, numbers[::-1]], axis=1).view(dtype)[:, 0]
+    return numbers
+
+
+def mixed_trees(pairs):
+    """Params and updates, a leaf for each pair of dtypes."""
+    params = {f"{p} + {u}": awkward(p, 10) for p, u in pairs}
+    # In reverse, so that nothing infinite meets its opposite: a NaN has many bit patterns.
+    updates = {f"{p} + {u}": awkward(u, 11)[::-1].copy() for p, u in pairs}
+    return jax.device_put((params, updates))  # Given NumPy arrays, Optax would add with NumPy.
+
+
+REALS = ["float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize("theirs", [optax.apply_updates, jax.jit(optax.apply_updates)])
+def test_apply_updates_is_that_of_optax_to_the_bit(theirs):
+    """Over all pairs of dtypes in one tree, nested, with Python numbers and integers."""
+    pairs = [(p, u) for p in REALS for u in REALS]
+    pairs += [("complex64", u) for u in (*REALS, "complex64")]
+    params, updates = mixed_trees(pairs)
+    params = {"arrays": (params, [None]), "numbers": [0.1, 3.0, -7], "ints": np.arange(3)}
+    updates = {
+        "arrays": (updates, [None]),
+        "numbers": [jnp.float32(0.7), jnp.float32(1.7), jnp.int32(5)],
+        "ints": np.array([3, -4, 5]),
+    }
+    assert_same_bits(mj.apply_updates(params, updates), theirs(params, updates))
+
+
+@pytest.mark.parametrize("theirs", [optax.apply_updates, jax.jit(optax.apply_updates)])
+def test_apply_updates_is_that_of_optax_to_the_bit_in_64_bits(x64, theirs):
+    """The same with float64 and complex128 on either side."""
+    doubles = ["float64", "complex128"]
+    pairs = [("float64", u) for u in (*REALS, "float64")] + [(p, "float64") for p in REALS]
+    pairs += [("complex128", u) for u in (*REALS, "complex64", *doubles)]
+    pairs += [("complex64", u) for u in doubles]
+    params, updates = mixed_trees(pairs)
+    assert_same_bits(mj.apply_updates(params, updates), theirs(params, updates))
+
+
+@pytest.mark.parametrize(
+    "no_update",
+    [None, optax.MaskedNode(), np.zeros((2,), jax.dtypes.float0)],
+    ids=["None", "MaskedNode", "float0"],
+)
+@pytest.mark.parametrize(
+    "param",
+    [
+        pytest.param(np.array([np.nan, -0.0], np.float32), id="float32"),
+        pytest.param(np.array([np.inf, 1e-3]).astype(jnp.bfloat16), id="bfloat16"),
+        pytest.param(np.array([1 + 2j, -0.0j], np.complex64), id="complex64"),
+        pytest.param(np.array([2**31 - 1, -1], np.int32), id="int32"),
+        pytest.param(np.array([True, False]), id="bool"),
+    ],
+)
+def test_c5_no_update_leaves_the_param_untouched(param, no_update):
+    """Bit for bit, beside a param that moves."""
+    params = {"still": param, "moving": np.ones(2, np.float32)}
+    updates = {"still": no_update, "moving": np.ones(2, np.float32)}
+    expected = {"still": param, "moving": np.full(2, 2, np.float32)}
+    assert_same_bits(mj.apply_updates(params, updates), expected)
+
+
+# The package as a whole.
+
+
+def in_a_fresh_process(code, **environment):
+    """What the code prints as JSON, run beside the tests but without their configuration."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=pathlib.Path(__file__).parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def after_import():
+    """The public names and the loaded modules after `import momentum_jax` alone."""
+    return in_a_fresh_process(
+        "import json, sys, momentum_jax as mj\n"
+        "names = [name for name in dir(mj) if not name.startswith('_')]\n"
+        "print(json.dumps({'names': names, 'modules': list(sys.modules)}))"
+    )
+
+
+def test_the_public_names_are_these(after_import):
+    """A new one is added on purpose, here too."""
+    assert after_import["names"] == PUBLIC_NAMES
+
+
+@pytest.mark.parametrize(
+    "module", ["flax", "sklearn", "matplotlib", "scipy", "momentum_jax.study", "jaxtyping"]
+)
+def test_importing_the_package_does_not_import_what_only_the_study_needs(after_import, module):
+    """So that it imports fast, and where only JAX and Optax are installed."""
+    assert "momentum_jax" in after_import["modules"]
+    assert module not in after_import["modules"]
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_every_public_name_is_documented_with_an_example(name):
+    """A docstring with a doctest and a word on each parameter."""
+    documented = getattr(mj, name)
+    doc = inspect.getdoc(documented) or ""
+    assert "Example:\n" in doc
+    assert ">>> " in doc
+    for parameter in inspect.signature(documented).parameters:
+        assert f"  {parameter}: " in doc, parameter
+
+
+def digests():
+    """A digest of the bits of updates, velocities and params, by method, of some steps."""
+    result = {}
+    for name, tx in {
+        "momentum, nesterov": mj.momentum(0.1, 0.99, nesterov=True),
+        "trace": mj.trace(0.9, dampening=0.3),
+    }.items():
+        for wrap in (jax.jit, lambda update: update):
+            update = wrap(tx.update)
+            bits = hashlib.sha256()
+            params, *grads = jax.device_put(normal_trees(9, 6), jax.devices()[0])
+            state = tx.init(params)
+            for g in grads:
+                updates, state = update(g, state, params)
+                params = mj.apply_updates(params, updates)
+                for leaf in jax.tree.leaves((updates, state, params)):
+                    bits.update(np.asarray(leaf).tobytes())
+            result[f"{name}, {'jit' if wrap is jax.jit else 'eager'}"] = bits.hexdigest()
+    return result
+
+
+def sharding_annotations():
+    """Whether the lowered programs tie shardings together."""
+    params = jax.device_put(normal_trees(9, 1)[0], jax.devices()[0])
+    tx = mj.momentum(0.1)
+    programs = {
+        "update": jax.jit(tx.update).lower(params, tx.init(params)),
+        "apply_updates": jax.jit(mj.apply_updates).lower(params, params),
+    }
+    texts = {name: lowered.as_text() for name, lowered in programs.items()}
+    return {name: "sharding_group" in text or "shard_alike" in text for name, text in texts.items()}
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """The same in a process that has one device."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
+    return in_a_fresh_process(
+        "import jax, json, test_momentum as t\n"
+        "print(json.dumps([jax.device_count(), t.digests(), t.sharding_annotations()]))",
+        XLA_FLAGS=flags,
+    )
+
+
+def test_one_device_of_one_gives_the_bits_of_one_device_of_eight(on_one_device):
+    """What keeps shardings changes no number."""
+    assert (on_one_device[0], jax.device_count()) == (1, 8)
+    assert on_one_device[1] == digests()
+
+
+def test_shardings_are_annotated_only_where_there_is_more_than_one_device(on_one_device):
+    """On one device the annotations would cost compile time for nothing."""
+    assert on_one_device[2] == {"update": False, "apply_updates": False}
+    assert sharding_annotations() == {"update": True, "apply_updates": True}
