@@ -40,7 +40,7 @@ def check(name: str, given: Any) -> Any:
     return given if callable(given) else check_value(name, given)
 
 
-def resolve(name: str, given: Any, override: Any, count: jax.Array) -> Any:
+def resolve(name: str, given: Any, override: Any, count: Any) -> Any:
     """The value for this step: the override if there is one, else what the factory was given."""
     if override is not None:
         return check_value(name, override)

@@ -4,6 +4,7 @@ v <- mu * v - learning_rate * g        v starts at 0, mu is usually 0.9
 w <- w + v
 """
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export
+from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import Hyperparameter, check, is_zero, resolve
@@ -202,11 +204,8 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
       >>> print(mj.apply_updates({"w": jnp.ones(2)}, {"w": jnp.array([-0.5, 1.0])}))
       {'w': Array([0.5, 2. ], dtype=float32)}
     """
-    try:
+    with _naming_leaves(param=params, update=updates):
         return _add(params, updates)
-    except TypeError:
-        _velocity.any_abstract(params)  # Names the param that is no array.
-        raise
 
 
 def _looks_ahead(nesterov, mu) -> bool:
@@ -225,9 +224,7 @@ def _transformation(recurrence, velocity_dtype, **hyperparameters):
     given = {name: check(name, value) for name, value in hyperparameters.items()}
 
     def init(params: optax.Params) -> MomentumState:
-        # An abstract param is no argument that a compiled function takes.
-        at_rest = _at_rest if _velocity.any_abstract(params) else _init
-        return at_rest(params, velocity_dtype)
+        return _init(_velocity.concrete(params), velocity_dtype)
 
     def update(
         updates: optax.Updates,
@@ -246,22 +243,35 @@ def _transformation(recurrence, velocity_dtype, **hyperparameters):
         coefficients = [
             resolve(name, value, extra_args.get(name), state.count) for name, value in given.items()
         ]
-        return _update(recurrence, updates, state, coefficients)
+        # Within a caller's jit, a jit of ours would only have everything traced twice.
+        step = _step if isinstance(state.count, DynamicJaxprTracer) else _update
+        with _naming_leaves(gradient=updates):
+            return step(recurrence, updates, state, coefficients)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _at_rest(params, velocity_dtype):
-    return MomentumState(jnp.zeros([], jnp.int32), _velocity.zeros(params, velocity_dtype))
+@contextlib.contextmanager
+def _naming_leaves(**trees):
+    """JAX refuses what is no array; says so in our words."""
+    try:
+        yield
+    except TypeError:
+        for name, tree in trees.items():
+            _velocity.check_arrays(name, tree)
+        raise
+
+
+def _step(recurrence, grads, state, coefficients):
+    updates, velocity = _velocity.advance(recurrence, grads, state.velocity, coefficients)
+    return updates, MomentumState(jnp.asarray(optax.safe_increment(state.count)), velocity)
 
 
 # Compiled once for all instances: a hyperparameter is an argument, not part of the program.
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _update(recurrence, grads, state, coefficients):
-    updates, velocity = _velocity.advance(recurrence, grads, state.velocity, coefficients)
-    count = jnp.asarray(optax.safe_increment(state.count))
-    return updates, MomentumState(count, velocity)
-
-
-_init = jax.jit(_at_rest, static_argnums=1, inline=True)
+_update = jax.jit(_step, static_argnums=0, inline=True)
 _add = jax.jit(_velocity.add, inline=True)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _init(params, velocity_dtype):
+    return MomentumState(jnp.zeros([], jnp.int32), _velocity.zeros(params, velocity_dtype))

@@ -50,6 +50,7 @@ def _differentiate(primals, tangents):
     return _shard_alike_p.bind(*primals), tangents[0]
 
 
-mlir.register_lowering(_shard_alike_p, _lower)
+# Cached, one lowering would serve all leaves of a shape, and put them all into one group.
+mlir.register_lowering(_shard_alike_p, _lower, cacheable=False)
 batching.primitive_batchers[_shard_alike_p] = _batch
 ad.primitive_jvps[_shard_alike_p] = _differentiate

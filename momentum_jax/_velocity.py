@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
+from jax.sharding import AxisType
 
 from momentum_jax._shard_alike import shard_alike
 
@@ -20,6 +22,7 @@ PyTree = Any
 # (velocity, grad, *coefficients) -> (velocity, update): arrays of one dtype.
 Recurrence = Callable[..., tuple[jax.Array, jax.Array]]
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 _HELD = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16))
 
 
@@ -40,35 +43,57 @@ def check_dtype(velocity_dtype: Any) -> np.dtype | None:
     return dtype
 
 
-def any_abstract(params: PyTree) -> bool:
-    """Whether any param is abstract (a `jax.ShapeDtypeStruct`); raises on what is no array."""
-    abstract = False
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            abstract = True
-        elif not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+def check_arrays(name: str, tree: PyTree) -> None:
+    """Raises a TypeError that names the first leaf that is no array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not isinstance(leaf, _ARRAYS):
             raise TypeError(
-                f"the param {at(path)} is {type(leaf).__name__}, not an array. Give the arrays "
+                f"the {name} {at(path)} is {type(leaf).__name__}, not an array. Give the arrays "
                 "alone, for example equinox.filter(model, equinox.is_inexact_array)."
             )
-    return abstract
+
+
+def concrete(params: PyTree) -> PyTree:
+    """The params, with zeros in place of each `jax.ShapeDtypeStruct`, in its sharding.
+
+    Raises a TypeError that names the first leaf for which there can be no velocity.
+    """
+    params = jax.tree_util.tree_map_with_path(_stand_in, params)
+    if not all(isinstance(leaf, _ARRAYS) for leaf in jax.tree.leaves(params)):
+        check_arrays("param", params)
+    return params
+
+
+def _stand_in(path, param):
+    dtype = getattr(param, "dtype", None)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.number) and dtype != np.bool_:
+        raise TypeError(
+            f"the param {at(path)} has dtype {dtype}, which no velocity can have. Leave it out "
+            "with optax.masked, or give None in its place."
+        )
+    if not isinstance(param, jax.ShapeDtypeStruct):
+        return param
+    zeros = jnp.zeros(param.shape, dtype, device=param.sharding)
+    if param.sharding is None or not isinstance(zeros, Tracer):
+        return zeros
+    # Under jit, `device` alone is no constraint.
+    mesh = getattr(param.sharding, "mesh", None)
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(zeros, param.sharding)
+    return jax.lax.with_sharding_constraint(zeros, param.sharding)
 
 
 def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
     """A velocity at rest: zeros of each param's shape, in its sharding."""
 
     def at_rest(path, param):
-        if isinstance(param, jax.ShapeDtypeStruct):
-            dtype = _held_dtype(path, param.dtype, velocity_dtype)
-            velocity = jnp.zeros(param.shape, dtype, device=param.sharding)
-            if param.sharding is None:
-                return velocity
-            return jax.lax.with_sharding_constraint(velocity, param.sharding)
         param = jnp.asarray(param)
         dtype = _held_dtype(path, param.dtype, velocity_dtype)
+        if jax.device_count() == 1:
+            return jnp.zeros_like(param, dtype=dtype)
+        # Fresh zeros would all be on one device under jit. Chosen by the param, they take its
+        # sharding, and the partitioner does not see that both choices are equal.
         zero = jnp.zeros((), dtype)
-        # Fresh zeros would all be on one device under jit. Chosen by the param they take its
-        # sharding; the choice between equals is folded away once the partitioner is through.
         return jnp.where(param == param, zero, zero)
 
     return jax.tree_util.tree_map_with_path(at_rest, params)
@@ -120,7 +145,7 @@ def is_absent(grad: Any) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _advance_leaf(recurrence, grad, held, *coefficients):
-    dtype = jnp.promote_types(_wide(grad.dtype), _wide(held.dtype))
+    dtype = np.promote_types(_wide(grad.dtype), _wide(held.dtype))
     coefficients = (jnp.asarray(coefficient, dtype) for coefficient in coefficients)
     velocity, update = recurrence(held.astype(dtype), grad.astype(dtype), *coefficients)
     # The partitioner is free to let the new velocity follow the gradient instead.
@@ -130,7 +155,7 @@ def _advance_leaf(recurrence, grad, held, *coefficients):
 @functools.partial(jax.jit, inline=True)
 def _add_leaf(param, update):
     if jnp.issubdtype(param.dtype, jnp.inexact):
-        dtype = jnp.promote_types(_wide(param.dtype), _wide(update.dtype))
+        dtype = np.promote_types(_wide(param.dtype), _wide(update.dtype))
         total = (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
     else:
         total = param + update.astype(param.dtype)
@@ -147,11 +172,6 @@ def _wide(dtype):
 
 
 def _held_dtype(path, param_dtype, velocity_dtype):
-    if not jnp.issubdtype(param_dtype, jnp.number) and param_dtype != np.bool_:
-        raise TypeError(
-            f"the param {at(path)} has dtype {param_dtype}, which no velocity can have. "
-            "Leave it out with optax.masked, or give None in its place."
-        )
     if not jnp.issubdtype(param_dtype, jnp.inexact):
         return param_dtype  # Never moved: a real gradient for it is refused.
     if velocity_dtype is None:
