@@ -13,13 +13,20 @@ from jax.interpreters import ad, batching, mlir
 
 
 def shard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, in the sharding that `like` turns out to have. Shapes must be equal."""
+    """`value`, in the sharding that `like` turns out to have. Shapes must be equal.
+
+    The partitioner groups arrays by the code that they come from: a jitted function that is
+    called for two models within one program ties the shardings of the two together.
+    """
     if jax.device_count() == 1:
         return value  # Nothing to hold, and an annotation costs compile time.
-    held = jax.typeof(like).sharding  # Tells axes of Explicit meshes alone.
-    if jax.typeof(value).sharding != held:
-        value = jax.sharding.reshard(value, held)
-    return _shard_alike_p.bind(value, like)
+    return _shard_alike_p.bind(reshard_alike(value, like), like)
+
+
+def reshard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
+    """`value`, in the sharding that is part of `like`'s type: on Explicit axes alone."""
+    held = jax.typeof(like).sharding
+    return value if jax.typeof(value).sharding == held else jax.sharding.reshard(value, held)
 
 
 _shard_alike_p = Primitive("momentum_jax_shard_alike")

@@ -16,7 +16,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType
 
-from momentum_jax._shard_alike import shard_alike
+from momentum_jax._shard_alike import reshard_alike, shard_alike
 
 PyTree = Any
 # (velocity, grad, *coefficients) -> (velocity, update): arrays of one dtype.
@@ -147,13 +147,15 @@ def is_absent(grad: Any) -> bool:
 def _advance_leaf(recurrence, grad, held, *coefficients):
     dtype = np.promote_types(_wide(grad.dtype), _wide(held.dtype))
     coefficients = (jnp.asarray(coefficient, dtype) for coefficient in coefficients)
-    velocity, update = recurrence(held.astype(dtype), grad.astype(dtype), *coefficients)
+    wide_grad = reshard_alike(grad.astype(dtype), held)
+    velocity, update = recurrence(held.astype(dtype), wide_grad, *coefficients)
     # The partitioner is free to let the new velocity follow the gradient instead.
     return update.astype(grad.dtype), shard_alike(velocity.astype(held.dtype), held)
 
 
 @functools.partial(jax.jit, inline=True)
 def _add_leaf(param, update):
+    update = reshard_alike(update, param)
     if jnp.issubdtype(param.dtype, jnp.inexact):
         dtype = np.promote_types(_wide(param.dtype), _wide(update.dtype))
         total = (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)

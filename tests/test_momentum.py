@@ -571,6 +571,16 @@ def test_apply_updates_is_that_of_optax_to_the_bit_in_64_bits(x64, theirs):
     assert_same_bits(mj.apply_updates(params, updates), theirs(params, updates))
 
 
+@pytest.mark.parametrize("param", [1.5, 1.5 + 2j, 3, jnp.float32(1.5), jnp.bfloat16(1.5)], ids=repr)
+@pytest.mark.parametrize("update", [1, jnp.int32(1)], ids=["weak", "strong"])
+def test_c2_apply_updates_keeps_dtype_and_weak_type(param, update):
+    """A Python number stays what a Python number is to jit, so that no step is traced twice."""
+    moved, before = mj.apply_updates(param, update), jnp.asarray(param)
+    assert isinstance(moved, jax.Array)
+    assert (moved.dtype, moved.weak_type) == (before.dtype, before.weak_type)
+    assert moved == param + 1
+
+
 @pytest.mark.parametrize(
     "no_update",
     [None, optax.MaskedNode(), np.zeros((2,), jax.dtypes.float0)],

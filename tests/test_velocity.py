@@ -32,12 +32,12 @@ def check_refused(grads, params, error, *parts, traced):
     """The step is refused in these words, also while a caller's program is being traced."""
     tx = momentum(0.5)
     state = tx.init(params)
+
+    def step(state):  # What is no array cannot be an argument when traced: it is closed over.
+        return tx.update(grads, state)
+
     with pytest.raises(error, match=words(*parts)):
-        if traced:
-            # What is no array cannot be an argument there: it is closed over.
-            jax.eval_shape(lambda state: tx.update(grads, state), state)
-        else:
-            tx.update(grads, state)
+        jax.eval_shape(step, state) if traced else step(state)
 
 
 each_way = pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
