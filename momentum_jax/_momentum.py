@@ -141,8 +141,8 @@ def trace(
         update = m
         update = g + mu * m        with nesterov: the new m
 
-    `optax.chain(mj.trace(mu), optax.scale_by_learning_rate(learning_rate))` is `optax.sgd` to
-    the bit. With the learning rate outside, a change of it acts on the whole velocity at
+    `optax.chain(mj.trace(mu), optax.scale_by_learning_rate(learning_rate))` is `optax.sgd`, under
+    jit to the bit. With the learning rate outside, a change of it acts on the whole velocity at
     once; with `momentum` it acts on new gradients only.
 
     Args:
@@ -185,7 +185,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     """Moves the params: `w <- w + update`, in one compiled call.
 
     The sum is taken at least float32 wide and rounded once to the param's dtype. Each param
-    keeps its dtype, weak type and sharding. `optax.apply_updates` gives the same values.
+    keeps its dtype, weak type and sharding. `optax.apply_updates` gives the same values to arrays.
 
     Args:
       params: a tree of arrays.
