@@ -87,7 +87,9 @@ def test_summary_has_a_row_for_each_arm_and_scale():
 
 
 def ratio(loss):
-    return statistics.spread_ratio(results(loss), "heavy", "plain", 1.0)
+    estimate = statistics.spread_ratio(results(loss), "heavy", "plain", 1.0)
+    assert estimate is not None
+    return estimate
 
 
 def test_spread_ratio_of_known_values():
@@ -96,7 +98,8 @@ def test_spread_ratio_of_known_values():
     half = ratio([start, 1 + start / 2])
     assert (same.value, same.low, same.high) == (1, 1, 1)
     assert (half.value, half.low, half.high) == pytest.approx((0.5, 0.5, 0.5), rel=1e-5)
-    assert ratio([start, np.full(40, 0.3)]) is None
+    alike = results([start, np.full(40, 0.3)])
+    assert statistics.spread_ratio(alike, "heavy", "plain", 1.0) is None
 
 
 def test_spread_ratio_finds_nothing_where_there_is_nothing():

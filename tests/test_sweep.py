@@ -1,6 +1,6 @@
 """Many runs in one program train just as each would alone, on the same weights and batches."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def test_arms_start_from_the_same_weights_and_see_the_same_batches(problem):
 
 
 def test_how_runs_are_grouped_does_not_change_them(problem, monkeypatch):
-    settings = dict(seeds=range(5), init_scales=[1.0], steps=20, batch_size=32)
+    settings: dict[str, Any] = dict(seeds=range(5), init_scales=[1.0], steps=20, batch_size=32)
     together = sweep.run(problem, [PLAIN, HEAVY], **settings)
     monkeypatch.setattr(sweep, "_runs_at_once", lambda *arguments: 8)
     in_pieces = sweep.run(problem, [HEAVY, PLAIN], **settings)
@@ -101,7 +101,7 @@ def test_how_runs_are_grouped_does_not_change_them(problem, monkeypatch):
 
 
 def test_settings_share_a_program_and_a_new_structure_makes_one_more(problem):
-    settings = dict(seeds=range(3), init_scales=[1.0, 2.0], steps=20, batch_size=32)
+    settings: dict[str, Any] = dict(seeds=range(3), init_scales=[1.0, 2.0], steps=20, batch_size=32)
     with count_compiles() as first:
         one = sweep.run(problem, [PLAIN, HEAVY], **settings)
     assert one.attrs["programs"] == 1
@@ -116,7 +116,7 @@ def test_work_is_split_over_the_devices_without_any_talk(problem):
     train = sweep._compile(problem, mj.momentum, 32, 2, 2, mesh)
     ones = np.ones(16, np.float32)
     arguments = np.arange(16), ones, {"learning_rate": ones, "mu": 0 * ones}
-    program = train.lower(*arguments).compile().as_text()
+    program = str(train.lower(*arguments).compile().as_text())
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert collective not in program
     loss, _ = train(*arguments)
@@ -125,7 +125,7 @@ def test_work_is_split_over_the_devices_without_any_talk(problem):
 
 def test_a_diverging_run_is_recorded_and_harms_no_other(problem):
     wild = sweep.Arm("wild", mj.momentum, {"learning_rate": 1e6, "mu": 0.99})
-    settings = dict(seeds=[0, 1], init_scales=[1.0], steps=40, batch_size=32)
+    settings: dict[str, Any] = dict(seeds=[0, 1], init_scales=[1.0], steps=40, batch_size=32)
     result = sweep.run(problem, [HEAVY, wild], **settings)
     alone = sweep.run(problem, [HEAVY], **settings)
     assert not np.isfinite(result.loss.sel(arm="wild").values[..., -1]).any()
@@ -156,6 +156,8 @@ def test_contrasts_equal_the_rate_or_the_effective_rate():
     ],
 )
 def test_refusals(problem, change, message):
-    settings = dict(arms=[PLAIN], seeds=[0], init_scales=[1.0], steps=2, batch_size=4) | change
+    settings: dict[str, Any] = (
+        dict(arms=[PLAIN], seeds=[0], init_scales=[1.0], steps=2, batch_size=4) | change
+    )
     with pytest.raises(ValueError, match=message):
-        functools.partial(sweep.run, problem)(**settings)
+        sweep.run(problem, **settings | change)
