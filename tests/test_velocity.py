@@ -199,7 +199,11 @@ def test_c9_gradient_that_is_a_key():
 
 
 @each_way
-@pytest.mark.parametrize("grad", [jax.nn.relu, "text", jax.ShapeDtypeStruct((3,), "float32")])
+@pytest.mark.parametrize(
+    "grad",
+    [jax.nn.relu, "text", jax.ShapeDtypeStruct((3,), "float32")],
+    ids=["function", "text", "shape"],
+)
 def test_c9_gradient_that_is_no_array(grad, traced):
     """A leaf that was left in a model, or a gradient that is only its shape."""
     name = type(grad).__name__
@@ -225,7 +229,7 @@ def test_c9_param_that_is_no_array(params, parts, traced):
         init() if init else momentum(0.1).init(params)
 
 
-@pytest.mark.parametrize("values", [["text"], [None, 1.0]])
+@pytest.mark.parametrize("values", [["text"], [None, 1.0]], ids=["text", "objects"])
 def test_c9_param_of_a_dtype_that_jax_does_not_have(values):
     """NumPy holds text and objects in arrays; a velocity cannot be one."""
     param = np.array(values, object if None in values else None)
