@@ -36,11 +36,6 @@ trace: Any = mj.trace
 MomentumState: Any = mj.MomentumState
 apply_updates: Any = mj.apply_updates
 
-if hasattr(jax, "shard_map"):
-    shard_map = jax.shard_map
-else:
-    from jax.experimental.shard_map import shard_map  # pyright: ignore  (an older JAX's place)
-
 LEARNING_RATE, MU, DAMPENING = 0.375, 0.75, 0.25
 
 # Of each recurrence: how it is made, and the paper's equations in whatever dtype v and g have.
@@ -157,7 +152,7 @@ def bits(tree):
     return treedef, [(x.shape, x.dtype, x.tobytes()) for x in arrays]
 
 
-def same_sharding(tree, like):
+def sharded_otherwise(tree, like):
     """Which leaves of `tree` are sharded unlike those of `like`."""
     pairs = zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True)
     return {
@@ -382,7 +377,7 @@ def test_c1_pure_shard_map(where, axis_type):
     else:
         expected = run(params, first, second)
     spec = P("d") if where == "sharded" else P()
-    mapped = shard_map(
+    mapped = jax.shard_map(
         on_each_device,
         mesh=mesh,
         in_specs=(spec, P("d"), P("d")),
@@ -404,7 +399,7 @@ def test_c1_pure_shard_map_with_a_learning_rate_that_varies():
         updates, state = tx.update(params, tx.init(params), learning_rate=learning_rate[0])
         return apply_updates(params, updates), state
 
-    mapped = shard_map(
+    mapped = jax.shard_map(
         step, mesh=mesh, in_specs=P("d"), out_specs=(P("d"), MomentumState(P(), P("d")))
     )
     rates = np.arange(8, dtype=np.float32) / 8
@@ -629,12 +624,12 @@ def check_steps_keep_sharding(params, grads, how):
     # Donated params are gone after the step: compare with what they were.
     like = jax.tree.map(lambda w: jax.device_put(np.zeros(w.shape, w.dtype), w.sharding), params)
     state = tx.init(params)
-    assert same_sharding(state.velocity, like) == {}
+    assert sharded_otherwise(state.velocity, like) == {}
     count = state.count.sharding
     for _ in range(2):
         params, state = step(params, state, grads)
-        assert same_sharding(state.velocity, like) == {}
-        assert same_sharding(params, like) == {}
+        assert sharded_otherwise(state.velocity, like) == {}
+        assert sharded_otherwise(params, like) == {}
         assert state.count.sharding.is_equivalent_to(count, 0)
     for name, (w, v) in moved_to.items():
         np.testing.assert_array_equal(params[name], w)
@@ -704,8 +699,8 @@ def test_c2_stable_sharding_through_scan(axis_type):
         return jax.lax.scan(step, (params, state), None, length=3)[0]
 
     moved, state = run(params, tx.init(params), grads)
-    assert same_sharding(moved, params) == {}
-    assert same_sharding(state, tx.init(params)) == {}
+    assert sharded_otherwise(moved, params) == {}
+    assert sharded_otherwise(state, tx.init(params)) == {}
 
 
 @pytest.mark.parametrize("device", [0, 3])
@@ -1225,7 +1220,7 @@ def test_c7_init_takes_the_params_sharding(axis_type, mesh_kind, mesh_context):
     with mesh_context(mesh):
         states = tx.init(params), jax.jit(tx.init)(params)
     for state in states:
-        assert same_sharding(state.velocity, params) == {}
+        assert sharded_otherwise(state.velocity, params) == {}
         assert len(state.count.sharding.device_set) == 8
         assert not any(np.any(np.asarray(v)) for v in jax.tree.leaves(state.velocity))
 
@@ -1242,7 +1237,7 @@ def test_c7_init_from_abstract_params(axis_type, mesh_kind, mesh_context):
         from_arrays = tx.init(params)
     assert types(state) == types(from_arrays)
     assert bits(state) == bits(from_arrays)
-    assert same_sharding(state, from_arrays) == {}
+    assert sharded_otherwise(state, from_arrays) == {}
 
 
 @pytest.mark.parametrize("mesh_kind", MESHES)
@@ -1264,7 +1259,7 @@ def test_c7_init_from_abstract_params_inside_jit(axis_type, mesh_kind, mesh_cont
     with mesh_context(mesh):
         state = jax.jit(lambda: tx.init(abstract(params)))()
     assert types(state) == types(tx.init(params))
-    assert same_sharding(state.velocity, params) == {}
+    assert sharded_otherwise(state.velocity, params) == {}
 
 
 @pytest.mark.usefixtures("width")
