@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=parse_rounds,
         default=30,
         metavar="N",
-        help="rounds, at least 20 (default: %(default)s); compile times take N / 4",
+        help="rounds, at least 20 (default: %(default)s); compile times take N / 4, at least 6",
     )
     parser.add_argument(
         "--sizes",
@@ -166,7 +166,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     size = parse_size("20x1k" if args.quick else "1000x1k")
     show_progress(f"{size.name}: trace, lower, compile")
     results["compile_times"] = {"size": size.name} | compilation.times(
-        size, repeats=max(5, args.rounds // 4)
+        size, repeats=max(6, args.rounds // 4)
     )
     results["compiles"] = compilation.counts()
     show_progress("")

@@ -16,7 +16,11 @@ from benchmarks.timing import compare, timed
 
 
 def times(size: Size, repeats: int) -> dict[str, Any]:
-    """Seconds to trace, to lower and to compile the donated step, with all of JAX's caches cold."""
+    """Seconds to trace, to lower and to compile the donated step, with all of JAX's caches cold.
+
+    Without Python's garbage collector: a full collection takes as long as a stage, and falls
+    into one library's trace and into the other's lowering by chance.
+    """
     libraries = {"ours": OURS, "optax": OPTAX}
     params, grads = size.arrays(seed=0), size.arrays(seed=1)
     states = {name: tx.init(params) for name, (tx, _) in libraries.items()}
@@ -25,7 +29,7 @@ def times(size: Size, repeats: int) -> dict[str, Any]:
 
     def once(name):
         jax.clear_caches()
-        gc.collect()  # What the one before left behind; what this one makes is its own cost.
+        gc.collect()
         step = jax.jit(whole_step(libraries[name]), donate_argnums=(0, 1))
         trace_seconds, traced = timed(step.trace, params, states[name], grads)
         lower_seconds, lowered = timed(traced.lower)
@@ -36,10 +40,14 @@ def times(size: Size, repeats: int) -> dict[str, Any]:
 
     order = list(libraries)
     shuffle = random.Random(0).shuffle
-    for _ in range(repeats):
-        shuffle(order)
-        for name in order:
-            once(name)
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            shuffle(order)
+            for name in order:
+                once(name)
+    finally:
+        gc.enable()
     return {stage: compare(seconds[stage], "optax", target=1.0) for stage in stages}
 
 

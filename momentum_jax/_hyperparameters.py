@@ -33,6 +33,7 @@ _RULES = {
         "0 adds the whole gradient, mu makes the velocity an average of gradients",
     ),
 }
+_EXAMPLES = {"learning_rate": 0.1, "mu": 0.9, "dampening": 0.0}
 
 
 def check(name: str, given: Any) -> Any:
@@ -68,7 +69,10 @@ def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
         )
     dtype = getattr(value, "dtype", None) or np.dtype(type(value))
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{name}={value} is {dtype}, but must be a real number.")
+        raise TypeError(
+            f"{name}={value} is {dtype}, but must be a real number. Give a float, for example "
+            f"{name}={_EXAMPLES[name]}."
+        )
     if np.shape(value) != ():
         raise ValueError(
             f"{name} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a sweep, "
@@ -76,7 +80,10 @@ def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
         )
     if isinstance(value, jax.Array) and not (read_arrays and _can_be_read(value)):
         return value
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # An integer beyond the floats.
+        number = math.inf if int(value) > 0 else -math.inf
     fits, rule, remedy = _RULES[name]
     if not fits(number):
         raise ValueError(f"{name}={number} {rule}. {remedy}.")

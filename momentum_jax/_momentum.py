@@ -83,7 +83,9 @@ def momentum(
     Args:
       learning_rate: a float, a scalar array (traced or not), or a schedule: a function of the
         number of steps taken, from 0. Finite, at least 0.
-      mu: the momentum coefficient, in (-1, 1], given in the same ways.
+      mu: the momentum coefficient, in (-1, 1], given in the same ways. Under
+        `optax.inject_hyperparams` give `hyperparam_dtype=jnp.float32` too, or Optax rounds both
+        to the params' dtype, where 0.999 may be 1.
       nesterov: whether the update looks one step ahead.
       velocity_dtype: the dtype to store the velocities of real params in: float32, float64,
         bfloat16 or float16. None is the param's own, widened to at least float32. With 16
@@ -156,7 +158,9 @@ def trace(
 
     Returns:
       An Optax transformation like that of `momentum`; `update` takes `mu` and `dampening` as
-      overriding keywords.
+      overriding keywords. In a chain every transform is handed all keywords and takes those
+      it knows, so a `learning_rate` given to `update` has no effect here: it is
+      `scale_by_learning_rate` that holds it (`optax.inject_hyperparams` makes it adjustable).
 
     Raises:
       ValueError, TypeError: as for `momentum`.
@@ -268,10 +272,10 @@ def _step(recurrence, grads, state, coefficients):
 
 
 # Compiled once for all instances: a hyperparameter is an argument, not part of the program.
-_update = jax.jit(_step, static_argnums=0, inline=True)
-_add = jax.jit(_velocity.add, inline=True)
+_update = _velocity.inlined_jit(_step, static_argnums=0)
+_add = _velocity.inlined_jit(_velocity.add)
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
+@functools.partial(_velocity.inlined_jit, static_argnums=1)
 def _init(params, velocity_dtype):
     return MomentumState(jnp.zeros([], jnp.int32), _velocity.zeros(params, velocity_dtype))

@@ -23,6 +23,12 @@ PyTree = Any
 Recurrence = Callable[..., tuple[jax.Array, jax.Array]]
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+# Compiled when called from Python; within another program, operations of that program. From
+# JAX 0.11 `inline=True` means one lowering for equal calls, which ties their shardings together.
+_inline = getattr(jax, "Inline", None)
+inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
+
 _HELD = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16))
 
 
@@ -32,7 +38,8 @@ def check_dtype(velocity_dtype: Any) -> np.dtype | None:
         return None
     try:
         # An array has a dtype and is none; None would be NumPy's float64.
-        dtype = None if isinstance(velocity_dtype, jax.Array) else np.dtype(velocity_dtype)
+        is_array = isinstance(velocity_dtype, (jax.Array, np.ndarray, np.generic))
+        dtype = None if is_array else np.dtype(velocity_dtype)
     except TypeError:
         dtype = None
     if dtype is None or dtype not in _HELD:
@@ -143,7 +150,7 @@ def is_absent(grad: Any) -> bool:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
+@functools.partial(inlined_jit, static_argnums=0)
 def _advance_leaf(recurrence, grad, held, *coefficients):
     dtype = np.promote_types(_wide(grad.dtype), _wide(held.dtype))
     coefficients = (jnp.asarray(coefficient, dtype) for coefficient in coefficients)
@@ -153,7 +160,7 @@ def _advance_leaf(recurrence, grad, held, *coefficients):
     return update.astype(grad.dtype), shard_alike(velocity.astype(held.dtype), held)
 
 
-@functools.partial(jax.jit, inline=True)
+@inlined_jit
 def _add_leaf(param, update):
     update = reshard_alike(update, param)
     if jnp.issubdtype(param.dtype, jnp.inexact):

@@ -341,6 +341,15 @@ def test_c9_what_is_no_real_number_is_refused(as_shipped, factory, name, way, va
 
 
 @each_hyperparameter
+@pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["1e400", "-1e400"])
+def test_c9_an_integer_beyond_the_floats_is_refused(as_shipped, factory, name, value):
+    """It is as infinite as its float would be."""
+    with pytest.raises(ValueError, match=f"{name}=-?inf") as error:
+        factory(**{**DEFAULTS[factory], name: value})
+    assert_says(error, *RULES[name])
+
+
+@each_hyperparameter
 @pytest.mark.parametrize("way", [given_to_the_factory, given_by_a_schedule])
 def test_c9_none_is_refused(as_shipped, factory, name, way):
     """Given in place of a value, or by a schedule that forgot its return."""
@@ -385,7 +394,9 @@ def test_c9_a_traced_value_that_is_no_real_number_is_refused(as_shipped, factory
     """A dtype is known without the value."""
     with pytest.raises(TypeError, match=f"{name}=") as error:
         jax.jit(lambda value: way(factory, name, value))(np.ones((), dtype))
-    assert_says(error, f"is {dtype}, but must be a real number")
+    assert_says(
+        error, f"is {dtype}, but must be a real number", f"Give a float, for example {name}="
+    )
 
 
 @pytest.mark.parametrize("factory", DEFAULTS)
@@ -431,7 +442,11 @@ def test_nesterov_allows_a_mu_that_passes_through_zero():
 
 @pytest.mark.parametrize("factory", DEFAULTS)
 @pytest.mark.parametrize(
-    "value", [np.int8, "int8", "nonsense", np.complex64, "complex64", bool, object, 16, "float31"]
+    "value",
+    [
+        *(np.int8, "int8", "nonsense", np.complex64, "complex64", bool, object, 16, "float31"),
+        *(np.float32(3), np.ones(2, np.float32)),
+    ],
 )
 def test_c9_a_bad_velocity_dtype_is_refused(as_shipped, factory, value):
     """When the transform is made, with the list of the good ones."""
