@@ -5,4 +5,5 @@ from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
 
+__all__ = ["MomentumState", "apply_updates", "momentum", "trace"]
 __version__ = "0.1.0"

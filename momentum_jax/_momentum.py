@@ -4,7 +4,6 @@ v <- mu * v - learning_rate * g        v starts at 0, mu is usually 0.9
 w <- w + v
 """
 
-import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export
-from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import Hyperparameter, check, is_zero, resolve
@@ -97,7 +95,12 @@ def momentum(
       `update(grads, state, params=None, *, learning_rate=None, mu=None)` returns the updates,
       in the gradients' dtypes, and the next state; the keywords override what was given here
       for that call and never recompile. A gradient that is None, an `optax.MaskedNode` or
-      float0 means no update and an untouched velocity. Both functions are compiled.
+      float0 means no update and an untouched velocity. Both functions are compiled. Values
+      that are traced (under jit or vmap) are used as they are, unchecked.
+
+      The velocity keeps its param's sharding. A jitted function that another calls for two
+      models of equal shapes is one piece of code, and ties the shardings of the two together:
+      give the inner one `inline=True`.
 
     Raises:
       ValueError: a value out of range; trees or shapes that do not match; nesterov at mu 0.
@@ -145,7 +148,8 @@ def trace(
 
     `optax.chain(mj.trace(mu), optax.scale_by_learning_rate(learning_rate))` is `optax.sgd`, under
     jit to the bit. With the learning rate outside, a change of it acts on the whole velocity at
-    once; with `momentum` it acts on new gradients only.
+    once; with `momentum` it acts on new gradients only. The states of the two have one type and
+    differ in sign and scale: neither continues the other.
 
     Args:
       mu: the momentum coefficient, in (-1, 1]: a float, a scalar array (traced or not), or a
@@ -208,8 +212,9 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
       >>> print(mj.apply_updates({"w": jnp.ones(2)}, {"w": jnp.array([-0.5, 1.0])}))
       {'w': Array([0.5, 2. ], dtype=float32)}
     """
-    with _naming_leaves(param=params, update=updates):
-        return _add(params, updates)
+    _velocity.check_arrays("param", params)
+    _velocity.check_arrays("update", updates)
+    return _add(params, updates)
 
 
 def _looks_ahead(nesterov, mu) -> bool:
@@ -239,40 +244,35 @@ def _transformation(recurrence, velocity_dtype, **hyperparameters):
         # Optax hands each transform of a chain the same params and extra arguments.
         del params
         if not isinstance(state, MomentumState):
-            raise TypeError(
-                f"the state is {type(state).__name__}, but must be the MomentumState that init "
-                "or the last update returned. In a chain, call the chain's update; after a "
-                "restore, give the restoring function an initialised state as its target."
-            )
+            raise TypeError(_no_state(updates, state))
+        _velocity.check_arrays("gradient", updates)
         coefficients = [
             resolve(name, value, extra_args.get(name), state.count) for name, value in given.items()
         ]
-        # Within a caller's jit, a jit of ours would only have everything traced twice.
-        step = _step if isinstance(state.count, DynamicJaxprTracer) else _update
-        with _naming_leaves(gradient=updates):
-            return step(recurrence, updates, state, coefficients)
+        return _update(recurrence, updates, state, coefficients)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@contextlib.contextmanager
-def _naming_leaves(**trees):
-    """JAX refuses what is no array; says so in our words."""
-    try:
-        yield
-    except TypeError:
-        for name, tree in trees.items():
-            _velocity.check_arrays(name, tree)
-        raise
+def _no_state(updates, state):
+    if isinstance(updates, MomentumState):
+        return "the gradients and the state are swapped: it is update(grads, state, params)."
+    if state is None:
+        return "the state is None. Call `state = tx.init(params)` before the first update."
+    return (
+        f"the state is {type(state).__name__}, but must be the MomentumState that init or the "
+        "last update returned. In a chain, call the chain's update; after a restore, give the "
+        "restoring function tx.init(params) as its target."
+    )
 
 
-def _step(recurrence, grads, state, coefficients):
+# Compiled once for all instances: a hyperparameter is an argument, not part of the program.
+@functools.partial(_velocity.inlined_jit, static_argnums=0)
+def _update(recurrence, grads, state, coefficients):
     updates, velocity = _velocity.advance(recurrence, grads, state.velocity, coefficients)
     return updates, MomentumState(jnp.asarray(optax.safe_increment(state.count)), velocity)
 
 
-# Compiled once for all instances: a hyperparameter is an argument, not part of the program.
-_update = _velocity.inlined_jit(_step, static_argnums=0)
 _add = _velocity.inlined_jit(_velocity.add)
 
 

@@ -5,11 +5,14 @@ that it stood for is still there, and this is its primitive.
 """
 
 import itertools
+import weakref
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 
 def shard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
@@ -20,26 +23,35 @@ def shard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
     """
     if jax.device_count() == 1:
         return value  # Nothing to hold, and an annotation costs compile time.
+    if AxisType.Manual in jax.typeof(like).sharding.mesh.axis_types:
+        return value  # Within shard_map: the partitioner has no groups beside manual axes.
     return _shard_alike_p.bind(reshard_alike(value, like), like)
 
 
 def reshard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
     """`value`, in the sharding that is part of `like`'s type: on Explicit axes alone."""
     held = jax.typeof(like).sharding
-    return value if jax.typeof(value).sharding == held else jax.sharding.reshard(value, held)
+    if held.mesh.empty or jax.typeof(value).sharding == held:
+        return value
+    return jax.sharding.reshard(value, held)
 
 
 _shard_alike_p = Primitive("momentum_jax_shard_alike")
 _shard_alike_p.def_impl(lambda value, like: value)
 _shard_alike_p.def_abstract_eval(lambda value, like: value)
-_group_ids = itertools.count()
+# Each program counts from 0, so that one function gives one text: the compilation cache's key.
+_group_ids: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _lower(ctx, value, like):
-    del ctx
-    # Without Shardy, JAX's partitioner from 0.7 on, the choice is left to its predecessor.
-    if jax.config.values.get("jax_use_shardy_partitioner", True):
-        group = next(_group_ids)
+    # Without Shardy, JAX's partitioner from 0.7 on, the choice is left to its predecessor. Two
+    # exported programs may meet in a third, where their groups would be taken for one another.
+    module = ctx.module_context
+    if (
+        jax.config.values.get("jax_use_shardy_partitioner", True)
+        and not module.lowering_parameters.for_export
+    ):
+        group = next(_group_ids.setdefault(module.module, itertools.count()))
         sdy.ShardingGroupOp(value, group)
         sdy.ShardingGroupOp(like, group)
     return [value]
@@ -48,9 +60,10 @@ def _lower(ctx, value, like):
 def _batch(arguments, dimensions):
     value, like = arguments
     value_dimension, like_dimension = dimensions
-    if value_dimension == like_dimension:
-        value = _shard_alike_p.bind(value, like)
-    return value, value_dimension
+    if None in dimensions:
+        return value, value_dimension
+    value = jnp.moveaxis(value, value_dimension, like_dimension)
+    return _shard_alike_p.bind(value, like), like_dimension
 
 
 def _differentiate(primals, tangents):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import AxisType
+from jax.sharding import AxisType, SingleDeviceSharding
 
 from momentum_jax._shard_alike import reshard_alike, shard_alike
 
@@ -30,6 +30,21 @@ _inline = getattr(jax, "Inline", None)
 inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
 
 _HELD = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16))
+
+_LEAVE_OUT = (
+    "To leave the param out, give None as its gradient or update, or give it "
+    "optax.set_to_zero() with optax.partition (optax.masked alone would pass the gradient on "
+    "as its update)."
+)
+
+
+# What may have gone wrong where two trees do not match.
+_REMEDIES = {
+    "gradients": "Call init with the very params that are differentiated and updated, again if "
+    "they change, and give None where a param has no gradient.",
+    "updates": "Give the first of what update returned for these params: "
+    "`updates, state = tx.update(grads, state, params)`.",
+}
 
 
 def check_dtype(velocity_dtype: Any) -> np.dtype | None:
@@ -52,11 +67,18 @@ def check_dtype(velocity_dtype: Any) -> np.dtype | None:
 
 def check_arrays(name: str, tree: PyTree) -> None:
     """Raises a TypeError that names the first leaf that is no array."""
+    if all(isinstance(leaf, _ARRAYS) for leaf in jax.tree.leaves(tree)):
+        return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, _ARRAYS):
+            remedy = (
+                "Call it: what counts is the array that it returns"
+                if name == "gradient" and callable(leaf)
+                else "Give the arrays alone, for example equinox.filter(model, "
+                "equinox.is_inexact_array), and join the result with equinox.combine"
+            )
             raise TypeError(
-                f"the {name} {at(path)} is {type(leaf).__name__}, not an array. Give the arrays "
-                "alone, for example equinox.filter(model, equinox.is_inexact_array)."
+                f"the {name} {at(path)} is {type(leaf).__name__}, not an array. {remedy}."
             )
 
 
@@ -66,8 +88,7 @@ def concrete(params: PyTree) -> PyTree:
     Raises a TypeError that names the first leaf for which there can be no velocity.
     """
     params = jax.tree_util.tree_map_with_path(_stand_in, params)
-    if not all(isinstance(leaf, _ARRAYS) for leaf in jax.tree.leaves(params)):
-        check_arrays("param", params)
+    check_arrays("param", params)
     return params
 
 
@@ -80,8 +101,11 @@ def _stand_in(path, param):
         )
     if not isinstance(param, jax.ShapeDtypeStruct):
         return param
+    # The sharding of an array that is bound to no device names the one where it happens to be.
+    if param.sharding in (None, SingleDeviceSharding(jax.local_devices()[0])):
+        return jnp.zeros(param.shape, dtype)
     zeros = jnp.zeros(param.shape, dtype, device=param.sharding)
-    if param.sharding is None or not isinstance(zeros, Tracer):
+    if not isinstance(zeros, Tracer):
         return zeros
     # Under jit, `device` alone is no constraint.
     mesh = getattr(param.sharding, "mesh", None)
@@ -101,7 +125,9 @@ def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
         # Fresh zeros would all be on one device under jit. Chosen by the param, they take its
         # sharding, and the partitioner does not see that both choices are equal.
         zero = jnp.zeros((), dtype)
-        return jnp.where(param == param, zero, zero)
+        rest = jnp.where(param == param, zero, zero)
+        # Of integers the compiler knows that they equal themselves.
+        return rest if jnp.issubdtype(dtype, jnp.inexact) else shard_alike(rest, param)
 
     return jax.tree_util.tree_map_with_path(at_rest, params)
 
@@ -227,8 +253,7 @@ def _difference(name, tree, other_name, other):
         )
     return (
         f"the {name} and the {other_name} must be trees of one structure, but {what}. "
-        "Call init with the very params that are differentiated and updated, and give None "
-        "where a param has no gradient."
+        f"{_REMEDIES[name]}"
     )
 
 
@@ -236,14 +261,13 @@ def _arrays(name, path, leaf, other_name, other):
     if len(jax.tree.leaves(other)) != 1 or not jax.tree_util.all_leaves([other]):
         raise ValueError(
             f"the {name} {at(path)} is an array, but the {other_name} there is "
-            f"{type(other).__name__}. Call init with the very params that are "
-            "differentiated and updated."
+            f"{type(other).__name__}. {_REMEDIES[name + 's']}"
         )
     leaf, other = jnp.asarray(leaf), jnp.asarray(other)
     if leaf.shape != other.shape:
         raise ValueError(
             f"the {name} {at(path)} has shape {leaf.shape}, but the {other_name} there has "
-            f"shape {other.shape}. They must be equal: call init again if the params changed."
+            f"shape {other.shape}. They must be equal. {_REMEDIES[name + 's']}"
         )
     return leaf, other
 
@@ -252,12 +276,12 @@ def _check_gradient_dtype(path, grad, held):
     if not jnp.issubdtype(held, jnp.inexact):
         raise TypeError(
             f"the param {at(path)} is {held}, and a step of momentum cannot move an integer "
-            "or a boolean. Leave it out with optax.masked, or give None as its gradient."
+            f"or a boolean. {_LEAVE_OUT}"
         )
     if not jnp.issubdtype(grad, jnp.inexact):
         raise TypeError(
             f"the gradient {at(path)} is {grad}, but a gradient is a floating-point or complex "
-            "array. Convert it, leave it out with optax.masked, or give None in its place."
+            f"array. Convert it. {_LEAVE_OUT}"
         )
     if jnp.issubdtype(grad, jnp.complexfloating) != jnp.issubdtype(held, jnp.complexfloating):
         raise TypeError(
@@ -276,8 +300,7 @@ def _check_update_dtype(path, update, param):
         return
     raise TypeError(
         f"the update {at(path)} is {update}, which cannot be added to a param that is {param} "
-        "without losing part of it. Leave the param out with optax.masked, or give None as "
-        "its update."
+        f"without losing part of it. {_LEAVE_OUT}"
     )
 
 

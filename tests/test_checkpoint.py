@@ -186,7 +186,7 @@ def test_a_state_restored_without_its_types_is_refused_with_the_way_out(library,
     else:
         untyped = flax.serialization.msgpack_restore(flax.serialization.to_bytes(state))
         untyped = [untyped[key] for key in sorted(untyped)]
-    message = "the state is dict, .* give the restoring function an initialised state as its target"
+    message = "the state is dict, .* give the restoring function tx.init"
     with pytest.raises(TypeError, match=message):
         tx.update(params, untyped, params)
 

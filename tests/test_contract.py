@@ -36,6 +36,9 @@ trace: Any = mj.trace
 MomentumState: Any = mj.MomentumState
 apply_updates: Any = mj.apply_updates
 
+# An older JAX has it elsewhere.
+set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else getattr(jax.sharding, "use_mesh")  # noqa: B009
+
 LEARNING_RATE, MU, DAMPENING = 0.375, 0.75, 0.25
 
 # Of each recurrence: how it is made, and the paper's equations in whatever dtype v and g have.
@@ -390,6 +393,22 @@ def test_c1_pure_shard_map(where, axis_type):
     assert bits(jax.jit(mapped)(*args)) == bits(expected)
 
 
+def test_c1_pure_shard_map_over_some_axes_of_a_mesh():
+    """The other axes are left to the partitioner; each device has the bits of one device."""
+    mesh, params, grads = on_mesh(AxisType.Auto, "2-D", [(P("d", "m"), P("d", "m"))])
+    run = two_steps(momentum(LEARNING_RATE, MU))
+    expected = jax.tree.map(np.asarray, run(params, grads, grads))
+    spec = P("d")
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=(spec, spec, MomentumState(P(), spec)),
+        axis_names={"d"},
+    )
+    assert bits(jax.jit(mapped)(params, grads, grads)) == bits(expected)
+
+
 def test_c1_pure_shard_map_with_a_learning_rate_that_varies():
     """Each device may have its own learning rate."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -701,6 +720,69 @@ def test_c2_stable_sharding_through_scan(axis_type):
     moved, state = run(params, tx.init(params), grads)
     assert sharded_otherwise(moved, params) == {}
     assert sharded_otherwise(state, tx.init(params)) == {}
+
+
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_c2_stable_sharding_when_updates_are_sharded_otherwise(how):
+    """Whatever lies between update and apply_updates: the params stay where they are."""
+    _, params, updates = on_mesh(AxisType.Auto, "2-D", EVERY_WAY)
+    assert sharded_otherwise(how(apply_updates)(params, updates), params) == {}
+
+
+@pytest.mark.parametrize("spec", [P(), P("d"), P("d", "m")], ids=str)
+def test_c2_stable_sharding_under_vmap_along_unlike_axes(spec):
+    """Gradients are batched along another axis, and sharded along it."""
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+    velocity = jax.device_put(np.ones((8, 16), np.float32), NamedSharding(mesh, spec))
+    grads = jax.device_put(np.ones((16, 8), np.float32), NamedSharding(mesh, P("d", "m")))
+    axes = MomentumState(None, 1)
+    update = jax.vmap(momentum(0.5, 0.5).update, in_axes=(0, axes), out_axes=(0, axes))
+    _, state = jax.jit(update)(grads, MomentumState(jnp.zeros((), jnp.int32), velocity))
+    np.testing.assert_array_equal(state.velocity, np.zeros((8, 16)))
+    assert sharded_otherwise(state.velocity, velocity) == {}
+
+
+def test_c2_stable_sharding_beside_leaves_that_are_on_no_mesh():
+    """On a mesh with explicit axes a number and a NumPy array train along."""
+    mesh, params, _ = on_mesh(AxisType.Explicit, "2-D", [(P("d", "m"), P())])
+    params |= {"number": 2.0, "host": np.ones(3, np.float32)}
+    tx = momentum(0.5, 0.5)
+
+    def step(params, state):
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, state = tx.update(grads, state, params)
+        return apply_updates(params, updates), state
+
+    with set_mesh(mesh):
+        eager, jitted = (run(params, tx.init(params)) for run in (step, jax.jit(step)))
+    assert bits(eager) == bits(jitted)
+    moved, _ = eager
+    np.testing.assert_array_equal(moved["number"], 1.5)
+    np.testing.assert_array_equal(moved["host"], np.full(3, 0.5))
+    assert sharded_otherwise(moved["P('d', 'm') P()"], params["P('d', 'm') P()"]) == {}
+
+
+def test_c8_the_program_is_the_same_at_each_lowering():
+    """Its text is the key of a compilation cache on disk."""
+    _, params, grads = on_mesh(AxisType.Auto, "2-D", EVERY_WAY)
+    tx = momentum(0.5, 0.5)
+    texts = [jax.jit(tx.update).lower(grads, tx.init(params)).as_text() for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_c1_pure_exported_programs_meet_in_one():
+    """Two steps exported apart, of arrays of other shapes, run within one program."""
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+    tx = momentum(0.5, 0.5)
+
+    def exported(shape, spec):
+        grads = jax.device_put(np.ones(shape, np.float32), NamedSharding(mesh, spec))
+        state = tx.init(grads)
+        return jax.export.export(jax.jit(tx.update))(grads, state), (grads, state)
+
+    (one, args), (other, more) = exported((8, 4), P("d")), exported((16,), P("m"))
+    both = jax.jit(lambda args, more: (one.call(*args), other.call(*more)))(args, more)
+    assert bits(both) == bits((tx.update(*args), tx.update(*more)))
 
 
 @pytest.mark.parametrize("device", [0, 3])
@@ -1201,10 +1283,7 @@ def abstract(params):
 @pytest.fixture(params=["set_mesh", "no mesh set"])
 def mesh_context(request):
     """Enters a mesh as a user of Explicit axes does, or does not."""
-    if request.param == "no mesh set":
-        return contextlib.nullcontext
-    # An older JAX has it elsewhere.
-    return jax.set_mesh if hasattr(jax, "set_mesh") else getattr(jax.sharding, "use_mesh")  # noqa: B009
+    return contextlib.nullcontext if request.param == "no mesh set" else set_mesh
 
 
 @pytest.mark.parametrize("mesh_kind", MESHES)
@@ -1216,6 +1295,8 @@ def test_c7_init_takes_the_params_sharding(axis_type, mesh_kind, mesh_context):
     params["weak"] = jax.device_put(jnp.full((8, 2), 1.0), NamedSharding(mesh, P("d")))
     params["scalar"] = jax.device_put(jnp.ones(()), NamedSharding(mesh, P()))
     params["empty"] = jax.device_put(jnp.ones((0, 3)), NamedSharding(mesh, P()))
+    for dtype in ("int32", "bool"):  # Never moved, and yet as large as any other.
+        params[dtype] = jax.device_put(jnp.ones((8, 2), dtype), NamedSharding(mesh, P("d")))
     tx = momentum(0.1)
     with mesh_context(mesh):
         states = tx.init(params), jax.jit(tx.init)(params)
@@ -1259,6 +1340,18 @@ def test_c7_init_from_abstract_params_inside_jit(axis_type, mesh_kind, mesh_cont
     with mesh_context(mesh):
         state = jax.jit(lambda: tx.init(abstract(params)))()
     assert types(state) == types(tx.init(params))
+    assert sharded_otherwise(state.velocity, params) == {}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_c7_init_from_abstract_params_of_which_some_are_bound_to_no_device(wrap):
+    """A fresh scalar beside arrays on a mesh: its sharding names the device it happens to be on."""
+    _, params, _ = on_mesh(AxisType.Auto, "2-D", [(P("d", "m"), P())])
+    params["fresh"] = jnp.float32(1)
+    tx = momentum(0.1)
+    state = wrap(lambda: tx.init(abstract(params)))()
+    assert types(state) == types(tx.init(params))
+    del params["fresh"], state.velocity["fresh"]
     assert sharded_otherwise(state.velocity, params) == {}
 
 

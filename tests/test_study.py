@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,8 +95,12 @@ def test_help_names_every_option_and_default(capsys):
     ("arguments", "message"),
     [
         (["--seeds", "2"], "--seeds 2: a spread and its interval need at least 3"),
-        (["--steps", "0"], "0 is not a whole number from 1"),
-        (["--learning-rate", "-1"], "-1 is not a number above 0"),
+        (["--steps", "0"], "'0' is not a whole number from 1"),
+        (["--steps", "many"], "'many' is not a whole number from 1"),
+        (["--learning-rate", "-1"], "'-1' is not a number above 0"),
+        (["--learning-rate", "big"], "'big' is not a number above 0"),
+        (["--out", __file__], "is there already, and is no empty folder"),
+        (["--out", str(Path(__file__).parent)], "is there already, and is no empty folder"),
         (["--batch-size", "1500"], "--batch-size 1500: digits has 1437 training examples"),
         (["--out", "/dev/null/results"], "--out /dev/null/results: cannot write there"),
     ],

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for the results, made if it is not there (study-results/digits-DATE-TIME)",
+        help="folder for the results, new or empty (study-results/digits-DATE-TIME)",
     )
     add(
         "--quick",
@@ -79,6 +80,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.out is None:
         now = datetime.datetime.now()
         options.out = Path("study-results") / f"digits-{now:%Y%m%d-%H%M%S}"
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        parser.error(f"--out {options.out}: is there already, and is no empty folder")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
@@ -122,16 +125,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _whole(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
@@ -139,4 +144,7 @@ if __name__ == "__main__":
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # A device a core: one alone keeps only part of the machine busy with small models.
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing was written")
