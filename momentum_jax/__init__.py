@@ -1,9 +1,10 @@
 """Momentum for JAX, done exactly: a pure init/update pair that composes with Optax."""
 
+from momentum_jax import frameworks as frameworks
 from momentum_jax._momentum import MomentumState as MomentumState
 from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
 
-__all__ = ["MomentumState", "apply_updates", "momentum", "trace"]
+__all__ = ["MomentumState", "apply_updates", "frameworks", "momentum", "trace"]
 __version__ = "0.1.0"

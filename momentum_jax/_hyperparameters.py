@@ -20,7 +20,7 @@ _RULES = {
     "learning_rate": (
         lambda x: math.isfinite(x) and x >= 0,
         "must be finite and not negative",
-        "To climb instead of descend, negate the gradients",
+        "0.1 is an example, 0 stands still; to climb instead of descend, negate the gradients",
     ),
     "mu": (
         lambda x: -1 < x <= 1,
@@ -33,7 +33,14 @@ _RULES = {
         "0 adds the whole gradient, mu makes the velocity an average of gradients",
     ),
 }
-_EXAMPLES = {"learning_rate": 0.1, "mu": 0.9, "dampening": 0.0}
+# What other frameworks call them, and allow.
+_RULES["lr"] = _RULES["base_lr"] = _RULES["learning_rate"]
+_RULES["momentum"] = (lambda x: 0 <= x <= 1, "must be in [0, 1]", _RULES["mu"][2])
+_RULES["weight_decay"] = (
+    lambda x: math.isfinite(x) and x >= 0,
+    "must be finite and not negative",
+    "0 is no decay, 1e-4 is usual",
+)
 
 
 def check(name: str, given: Any) -> Any:
@@ -70,8 +77,8 @@ def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
     dtype = getattr(value, "dtype", None) or np.dtype(type(value))
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(
-            f"{name}={value} is {dtype}, but must be a real number. Give a float, for example "
-            f"{name}={_EXAMPLES[name]}."
+            f"{name}={value} is {dtype}, but must be a real number. Give a float: "
+            f"{_RULES[name][2]}."
         )
     if np.shape(value) != ():
         raise ValueError(

@@ -189,7 +189,7 @@ def trace(
     )
 
 
-def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
+def apply_updates(params: Any, updates: Any) -> Any:
     """Moves the params: `w <- w + update`, in one compiled call.
 
     The sum is taken at least float32 wide and rounded once to the param's dtype. Each param

@@ -1,5 +1,7 @@
 """Eight virtual devices and 64-bit mode on request, for every test."""
 
+import contextlib
+import importlib.metadata
 import os
 
 # Read when JAX starts its backend, so set before anything imports it.
@@ -19,3 +21,37 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+ORACLES = ("torch", "keras")
+
+
+def versions_of_oracles() -> dict[str, str | None]:
+    """The version of each framework that is compared with where it is installed, or None."""
+    found: dict[str, str | None] = dict.fromkeys(ORACLES)
+    for name in ORACLES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+@pytest.fixture
+def oracle(request):
+    """Skips the test where the framework that it is parametrized by is not installed."""
+    if versions_of_oracles()[request.param] is None:
+        pytest.skip(f"{request.param} is not installed")
+    return request.param
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Names what was compared with, so that no oracle is missed silently."""
+    for name, version in versions_of_oracles().items():
+        terminalreporter.write_line(
+            f"oracle {name}: "
+            + (
+                f"{version}, run beside ours"
+                if version
+                else "not installed, so that ours was compared with its recorded trajectories "
+                "alone and no job was carried over from it: pip install -e '.[oracles]'"
+            )
+        )

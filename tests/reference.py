@@ -41,6 +41,21 @@ def sgd(grads, learning_rate, mu, dampening: Any = 0.0, nesterov=False):
     return scaled, velocities
 
 
+def caffe(start, gradient, base_lr, momentum, weight_decay, steps):
+    """Caffe's solver, with its sign: v <- momentum v + base_lr (g + weight_decay w), w <- w - v.
+
+    `gradient` is a function of w and the step's count; returned are the params after each step.
+    """
+    w, v = np.asarray(start, np.float64), 0.0
+    params = []
+    for count in range(steps):
+        g = gradient(w, count) + weight_decay * w
+        v = momentum * v + _at(base_lr, count) * g
+        w = w - v
+        params.append(w)
+    return params
+
+
 def _at(value: Any, count):
     return np.asarray(value(count) if callable(value) else value, np.float64)
 

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 import momentum_jax as mj
 
 UNIT_ROUNDOFF = 2.0**-24  # float32
-PUBLIC_NAMES = ["MomentumState", "apply_updates", "momentum", "trace"]
+PUBLIC_NAMES = ["MomentumState", "apply_updates", "frameworks", "momentum", "trace"]
 SHAPES = {"scalar": (), "matrix": (65, 33)}
 
 both_read_outs = pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
@@ -645,10 +645,21 @@ def test_importing_the_package_does_not_import_what_only_the_study_needs(after_i
     assert module not in after_import["modules"]
 
 
-@pytest.mark.parametrize("name", PUBLIC_NAMES)
-def test_every_public_name_is_documented_with_an_example(name):
+def public_functions():
+    """All that a user calls, by the names that they type."""
+    for name in PUBLIC_NAMES:
+        value = getattr(mj, name)
+        if not inspect.ismodule(value):
+            yield pytest.param(value, id=f"mj.{name}")
+            continue
+        for inner, function in inspect.getmembers(value, inspect.isfunction):
+            if function.__module__ == value.__name__ and not inner.startswith("_"):
+                yield pytest.param(function, id=f"mj.{name}.{inner}")
+
+
+@pytest.mark.parametrize("documented", public_functions())
+def test_every_public_name_is_documented_with_an_example(documented):
     """A docstring with a doctest and a word on each parameter."""
-    documented = getattr(mj, name)
     doc = inspect.getdoc(documented) or ""
     assert "Example:\n" in doc
     assert ">>> " in doc

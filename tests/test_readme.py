@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -15,7 +16,7 @@ SHELL = [code for language, code in BLOCKS if language == "bash"]
 
 def test_every_block_is_of_a_kind_that_is_checked():
     assert {language for language, _ in BLOCKS} <= {"python", "bash", "text", "bibtex"}
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
     assert len(SHELL) == 2
 
 
@@ -29,6 +30,12 @@ def test_the_example_reaches_the_minimum(capsys):
 def test_inside_and_outside_print_the_worked_numbers(capsys):
     exec(PYTHON[1], {})
     assert capsys.readouterr().out == "inside: -0.91\noutside: -0.10\n"
+
+
+def test_the_job_of_pytorch_goes_on():
+    names = {}
+    exec(PYTHON[2], names)
+    np.testing.assert_array_equal(names["state"][0].velocity["kernel"], np.ones((2, 3)))
 
 
 @pytest.mark.parametrize("command", SHELL)

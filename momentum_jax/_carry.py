@@ -1,0 +1,254 @@
+"""How a running job is carried over: velocities by path, out of one state and into another.
+
+A velocity is named by its path in the params. Whatever maps another framework's weights to the
+params, by name, maps its buffers to velocities: which value goes where is found by sending
+numbered arrays through it, and used both ways.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from momentum_jax._momentum import MomentumState
+
+PyTree = Any
+# From {name: weights} of another framework to the params.
+ToParams = Callable[[dict[str, np.ndarray]], PyTree]
+
+# States whose count a schedule follows.
+_SCHEDULED = (
+    optax.ScaleByScheduleState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
+
+
+def velocities(state: PyTree, kind: type = MomentumState) -> dict[str, Any]:
+    """The velocity of each param by its path, from all states of a kind within a state.
+
+    A masked or partitioned transformation holds some of the leaves only; together they may
+    not hold one twice.
+    """
+    field = {MomentumState: "velocity", optax.TraceState: "trace"}[kind]
+    found: dict[str, Any] = {}
+    for held in parts(state, kind):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(held, field)):
+            name = jax.tree_util.keystr(path)
+            if name in found:
+                raise ValueError(
+                    f"the state holds two velocities of the param {name or 'at the root'}, so that "
+                    "it is not clear which is meant. Carry over the parts of the chain one by one."
+                )
+            found[name] = leaf
+    return found
+
+
+def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type) -> PyTree:
+    """The state with these velocities and, unless it is None, this count, in all its parts.
+
+    Each leaf keeps its dtype and sharding.
+    """
+
+    def at(node):
+        if isinstance(node, MomentumState):
+            node = node._replace(velocity=_fill_tree(node.velocity, values))
+        elif isinstance(node, optax.TraceState):
+            node = node._replace(trace=_fill_tree(node.trace, values))
+        if count is not None and isinstance(node, (MomentumState, *_SCHEDULED)):
+            node = node._replace(count=_like(node.count, count))
+        return node
+
+    def is_part(node):
+        return isinstance(node, (kind, *_SCHEDULED))
+
+    return jax.tree.map(at, state, is_leaf=is_part)
+
+
+def follows_a_schedule(state: PyTree) -> bool:
+    """Whether the state has a count that is not momentum's own."""
+    return any(parts(state, kind) for kind in _SCHEDULED)
+
+
+def scheduled_count(state: PyTree) -> int | None:
+    """The count of the state's schedules, if there are any."""
+    counts = {int(held.count) for kind in _SCHEDULED for held in parts(state, kind)}
+    if len(counts) > 1:
+        raise ValueError(
+            f"the state's schedules have counted {sorted(counts)}: give the one that is meant, "
+            "as count."
+        )
+    return counts.pop() if counts else None
+
+
+def match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raises a ValueError that lists the paths on both sides if they differ, or the shapes."""
+    if ours.keys() != theirs.keys():
+        raise ValueError(
+            "the velocities and what is carried over must be of the same params, but "
+            f"only in the state: {listed(ours.keys() - theirs.keys())}; "
+            f"only in what is carried over: {listed(theirs.keys() - ours.keys())}. "
+            "Give the state that init returned for the very params, and a to_params that "
+            "returns a tree like them."
+        )
+    for name, held in ours.items():
+        if np.shape(held) != np.shape(theirs[name]):
+            raise ValueError(
+                f"the velocity {name or 'at the root'} has shape {np.shape(held)}, but what is "
+                f"carried over to it has shape {np.shape(theirs[name])}. The function that maps "
+                "the weights must give them the shapes of the params."
+            )
+
+
+class Routes:
+    """Which value of which named array each value of the params comes from.
+
+    `to_params` must only rename, reshape, transpose, split or join: every value of the named
+    arrays arrives in at most one place, and nothing else does.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], to_params: ToParams) -> None:
+        """Sends the number of each value through `to_params`, a byte at a time.
+
+        A byte is exact in every floating dtype that weights may be converted to on the way.
+        """
+        self.shapes = dict(shapes)
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        self.starts = dict(zip(shapes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        self.total = sum(sizes)
+        numbers = np.arange(1, self.total + 1)  # 0 is what a constant may be.
+        sums: dict[str, Any] = {}
+        for shift in range(0, max(self.total.bit_length(), 1), 8):
+            for path, digits in self._send((numbers >> shift) & 255, to_params).items():
+                sums[path] = sums.get(path, 0) + (digits << shift)
+        self.places = {path: number - 1 for path, number in sums.items()}
+        self._check()
+        values = np.random.default_rng(0).integers(-127, 128, self.total)
+        for path, sent in self._send(values, to_params).items():
+            if not np.array_equal(sent, values[self.places[path]]):
+                raise self._changes(path)
+
+    def _send(self, values, to_params):
+        values = values.astype(np.float32)
+        arrays = {name: self._of_name(values, name) for name in self.shapes}
+        try:
+            params = to_params(arrays)
+        except KeyError as error:
+            raise ValueError(
+                f"to_params asked for {error}, but was given {listed(self.shapes)}: the params "
+                "of the optimizer alone. Let it do without the others, or leave them as they are."
+            ) from error
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        sent = {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+        for path, leaf in sent.items():
+            if not np.array_equal(leaf, np.rint(leaf)):
+                raise self._changes(path)
+        return {path: leaf.astype(np.int64) for path, leaf in sent.items()}
+
+    def _of_name(self, values, name):
+        start, shape = self.starts[name], self.shapes[name]
+        return values[start : start + math.prod(shape)].reshape(shape)
+
+    def _check(self):
+        used = np.zeros(self.total, bool)
+        for path, places in self.places.items():
+            if np.any(places < 0) or np.any(places >= self.total):
+                raise self._changes(path)
+            if np.unique(places).size != places.size or np.any(used[places]):
+                raise self._changes(path)
+            used[places] = True
+
+    @staticmethod
+    def _changes(path):
+        return ValueError(
+            f"to_params does more than move values to {path or 'the root'}: it changes, repeats "
+            "or invents them there. What it does to weights is then not what must be done to "
+            "velocities. Let it rename, reshape, transpose, split and join only."
+        )
+
+    def forward(self, buffers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Named arrays, as arrays by the path in the params."""
+        flat = np.concatenate([np.ravel(buffers[name]) for name in self.shapes])
+        return {path: flat[places] for path, places in self.places.items()}
+
+    def backward(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays by path as named arrays; without those of which no value is there."""
+        dtype = np.result_type(np.float32, *(array.dtype for array in arrays.values()))
+        flat, there = np.zeros(self.total, dtype), np.zeros(self.total, bool)
+        for path, array in arrays.items():
+            flat[self.places[path]], there[self.places[path]] = array, True
+        named = {}
+        for name in self.shapes:
+            here = self._of_name(there, name)
+            if here.all():
+                named[name] = self._of_name(flat, name).copy()
+            elif here.any():
+                raise ValueError(
+                    f"the state has velocities of a part of {name} only. Leave a param out as a "
+                    "whole, or keep it."
+                )
+        return named
+
+
+def to_numpy(name: str, array: Any) -> np.ndarray:
+    """Anything with `__array__` as a NumPy array, at least float32 wide."""
+    if str(getattr(array, "dtype", "")) == "torch.bfloat16":
+        array = array.float()  # NumPy has no such dtype, and float32 holds all its values.
+    if hasattr(array, "detach"):
+        array = array.detach()
+    try:
+        array = np.asarray(array)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} cannot be read as an array ({error}). Bring it to the host first: "
+            "torch.load(path, map_location='cpu')."
+        ) from error
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(f"{name} is {array.dtype}, but must hold floating-point numbers.")
+    return array.astype(np.result_type(array.dtype, np.float32), copy=False)
+
+
+def check_names(names: Iterable[str]) -> list[str]:
+    """Names are text, and no two are equal."""
+    names = list(names)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names must be text, but are {names[:5]}.")
+    if len(set(names)) != len(names):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"names must differ from one another, but these repeat: {repeated}.")
+    return names
+
+
+def check_count(count: Any) -> int:
+    """A whole number of steps."""
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
+        raise ValueError(f"count={count!r} must be the number of steps taken: 0, 1, 2, ...")
+    return int(count)
+
+
+def parts(state: PyTree, kind: type) -> list[Any]:
+    """All states of a kind within a state."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def _fill_tree(tree, values):
+    def at(path, held):
+        return _like(held, values[jax.tree_util.keystr(path)])
+
+    return jax.tree_util.tree_map_with_path(at, tree)
+
+
+def _like(held, value):
+    value = np.asarray(value).astype(held.dtype)
+    # What was bound to no device stays free to follow others.
+    return jax.device_put(value, held.sharding) if held.committed else jnp.asarray(value)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message."""
+    return ", ".join(sorted(name or "the root" for name in names)) or "none"

@@ -1,0 +1,931 @@
+"""Each framework's momentum, to the last bit, and a running job carried over.
+
+Recipes do not reproduce from one framework to the next because these differ:
+
+    ==================  =============  =============  =============  =============
+                        torch_sgd      keras_sgd      caffe_sgd      optax_sgd
+    ==================  =============  =============  =============  =============
+    learning rate       outside        inside         inside         outside
+    its default         1e-3           0.01           none           none
+    default momentum    0              0              0              None
+    dampening           but not in     none           none           none
+                        the first step
+    weight decay        coupled        decoupled      coupled        none
+    maximize            flips the      none           none           none
+                        gradient, not
+                        the decay
+    nesterov without    refused        ignored        no nesterov    ignored
+    momentum
+    schedules count     from 0         from 0         from 0         from 0
+    ==================  =============  =============  =============  =============
+
+Inside and outside: see `momentum_jax.momentum`. Coupled decay adds weight_decay * w to the
+gradient, and so to the velocity; decoupled decay shrinks w by learning_rate * weight_decay
+beside it. A learning rate may be a schedule: a function of the number of steps taken, from 0.
+
+A job that has run elsewhere goes on here with `load_torch`, `load_keras` or `load_optax`, and
+back with `dump_torch`, `dump_keras` or `dump_optax`. Neither PyTorch nor Keras is imported:
+what comes in has `__array__`, what goes out is NumPy.
+
+Example:
+  A checkpoint of PyTorch, `{"model": model.state_dict(), "optimizer": optimizer.state_dict()}`::
+
+    checkpoint = torch.load("checkpoint.pt", map_location="cpu")
+    names = [name for name, _ in model.named_parameters()]  # in the optimizer's order
+    weights = {name: checkpoint["model"][name] for name in names}
+
+    def to_params(weights):  # whatever gives the params from the weights, by name
+        return {
+            "conv": {"kernel": np.transpose(weights["conv.weight"], (2, 3, 1, 0))},
+            "head": {"kernel": np.transpose(weights["head.weight"]), "bias": weights["head.bias"]},
+        }
+
+    params = jax.tree.map(jnp.asarray, to_params(weights))
+    hyperparameters = torch_hyperparameters(checkpoint["optimizer"])
+    tx = torch_sgd(**hyperparameters)
+    opt_state = load_torch(
+        tx.init(params), checkpoint["optimizer"], names=weights, to_params=to_params
+    )
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from momentum_jax import _carry
+from momentum_jax._carry import ToParams
+from momentum_jax._hyperparameters import Hyperparameter, check, check_value, is_zero
+from momentum_jax._momentum import MomentumState, momentum, trace
+
+PyTree = Any
+# The names of the weights in the optimizer's order, or the weights by name in that order.
+Names = Sequence[str] | Mapping[str, Any]
+
+_momentum = momentum  # Where an argument has the name.
+
+
+def torch_sgd(
+    lr: Hyperparameter = 1e-3,
+    momentum: Hyperparameter = 0.0,
+    dampening: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """PyTorch's `torch.optim.SGD`.
+
+        g <- -g                        with maximize
+        g <- g + weight_decay * w
+        m <- g                         in the first step: no dampening
+        m <- momentum * m + (1 - dampening) * g        in the others
+        w <- w - lr * m,  with nesterov  w - lr * (g + momentum * m)
+
+    PyTorch's first step is that of each param, the first with a gradient; here it is that of
+    the optimizer. The two differ where dampening meets a param that is unfrozen later.
+
+    Args:
+      lr: the learning rate, or a schedule of it.
+      momentum: the momentum coefficient, in [0, 1]. At 0 there is no velocity.
+      dampening: what part of each gradient but the first is left out.
+      weight_decay: coupled decay; `update` then needs the params.
+      nesterov: whether the update looks one step ahead.
+      maximize: whether to climb.
+
+    Returns:
+      An Optax transformation.
+
+    Raises:
+      ValueError: a value out of range; nesterov without momentum or with dampening, as there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from momentum_jax.frameworks import torch_sgd
+      >>> tx = torch_sgd(lr=0.1, momentum=0.9, dampening=0.5)
+      >>> w = jnp.ones(1)
+      >>> state = tx.init(w)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jnp.ones(1), state, w)
+      ...     print(updates)
+      [-0.1]
+      [-0.14]
+
+    Source:
+      PyTorch's documentation of torch.optim.SGD.
+    """
+    lr, momentum = check("lr", lr), check("momentum", momentum)
+    dampening = check_value("dampening", dampening)
+    if nesterov and (is_zero(momentum) or not is_zero(dampening)):
+        raise ValueError(
+            f"nesterov=True needs a momentum above 0 and no dampening, but momentum={momentum} "
+            f"and dampening={dampening}. PyTorch refuses this too."
+        )
+    steps: list[Any] = [optax.scale(-1.0)] if maximize else []
+    steps += _coupled_decay(weight_decay)
+    if not is_zero(momentum):
+        steps.append(trace(momentum, nesterov=nesterov, dampening=_exempt_first_step(dampening)))
+    return _chain(*steps, _scale(lr))
+
+
+def keras_sgd(
+    learning_rate: Hyperparameter = 0.01,
+    momentum: Hyperparameter = 0.0,
+    nesterov: bool = False,
+    weight_decay: jax.typing.ArrayLike | None = None,
+) -> optax.GradientTransformation:
+    """Keras' `keras.optimizers.SGD`.
+
+        v <- momentum * v - learning_rate * g
+        w <- w - learning_rate * weight_decay * w
+        w <- w + v,  with nesterov  w + momentum * v - learning_rate * g
+
+    Args:
+      learning_rate: the learning rate, or a schedule of it.
+      momentum: the momentum coefficient, in [0, 1]. At 0 there is no velocity, and nesterov
+        has no effect.
+      nesterov: whether the update looks one step ahead.
+      weight_decay: decoupled decay; `update` then needs the params. Keras' excluded variables
+        are left out with `optax.partition`.
+
+    Returns:
+      An Optax transformation.
+
+    Raises:
+      ValueError: a value out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from momentum_jax.frameworks import keras_sgd
+      >>> tx = keras_sgd(learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+      >>> w = jnp.ones(1)
+      >>> updates, state = tx.update(jnp.ones(1), tx.init(w), w)
+      >>> print(updates)
+      [-0.15]
+
+    Source:
+      Keras' documentation of keras.optimizers.SGD.
+    """
+    learning_rate = check("learning_rate", learning_rate)
+    momentum = check("momentum", momentum)
+    if is_zero(momentum):
+        step: Any = _scale(learning_rate)
+    else:
+        step = _momentum(learning_rate, momentum, nesterov=nesterov)
+    if weight_decay is None:
+        return step
+    decay = _coupled_decay(weight_decay)
+    return _sum(step, optax.chain(optax.set_to_zero(), *decay, _scale(learning_rate)))
+
+
+def caffe_sgd(
+    base_lr: Hyperparameter,
+    momentum: Hyperparameter = 0.0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Caffe's SGD solver.
+
+        v <- momentum * v - base_lr * (g + weight_decay * w)
+        w <- w + v
+
+    Args:
+      base_lr: the learning rate, or a schedule of it (Caffe's lr_policy).
+      momentum: the momentum coefficient, in [0, 1].
+      weight_decay: coupled decay; `update` then needs the params.
+
+    Returns:
+      An Optax transformation.
+
+    Raises:
+      ValueError: a value out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from momentum_jax.frameworks import caffe_sgd
+      >>> tx = caffe_sgd(base_lr=0.1, momentum=0.9, weight_decay=0.5)
+      >>> w = jnp.ones(1)
+      >>> updates, state = tx.update(jnp.ones(1), tx.init(w), w)
+      >>> print(updates)
+      [-0.15]
+
+    Source:
+      Jia and others (2014), Caffe: convolutional architecture for fast feature embedding;
+      its tutorial on the solver.
+    """
+    base_lr, momentum = check("base_lr", base_lr), check("momentum", momentum)
+    return _chain(*_coupled_decay(weight_decay), _momentum(base_lr, momentum))
+
+
+def optax_sgd(
+    learning_rate: Hyperparameter, momentum: Hyperparameter | None = None, nesterov: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Optax' `optax.sgd`, with the stricter state of `momentum_jax.trace`.
+
+        m <- momentum * m + g
+        w <- w - learning_rate * m,  with nesterov  w - learning_rate * (g + momentum * m)
+
+    Args:
+      learning_rate: the learning rate, or a schedule of it.
+      momentum: the momentum coefficient, in (-1, 1]. At None there is no velocity, and
+        nesterov has no effect.
+      nesterov: whether the update looks one step ahead.
+
+    Returns:
+      An Optax transformation.
+
+    Raises:
+      ValueError: a value out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from momentum_jax.frameworks import optax_sgd
+      >>> tx = optax_sgd(learning_rate=0.1, momentum=0.5, nesterov=True)
+      >>> updates, state = tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+      >>> print(updates)
+      [-0.15]
+
+    Source:
+      Optax' documentation of optax.sgd and optax.trace.
+    """
+    step = _scale(check("learning_rate", learning_rate))
+    if momentum is None:
+        return _chain(step)
+    mu = check("mu", momentum)
+    return _chain(trace(mu, nesterov=nesterov and not is_zero(mu)), step)
+
+
+def torch_hyperparameters(
+    state_dict: Mapping[str, Any], *, group: int | None = None
+) -> dict[str, Any]:
+    """The keyword arguments for `torch_sgd` that PyTorch's optimizer has at present.
+
+    Args:
+      state_dict: what `optimizer.state_dict()` returned.
+      group: the number of the parameter group; None where all have the same settings.
+
+    Returns:
+      A dict of lr, momentum, dampening, weight_decay, nesterov and maximize. The lr is the
+      present one: for a scheduler give a schedule in its place.
+
+    Raises:
+      ValueError: groups with different settings and none chosen; no state of SGD.
+
+    Example:
+      >>> from momentum_jax.frameworks import torch_hyperparameters, torch_sgd
+      >>> settings = dict(dampening=0, weight_decay=0, nesterov=False, maximize=False)
+      >>> group = {"lr": 0.1, "momentum": 0.9, **settings, "params": [0, 1]}
+      >>> found = torch_hyperparameters({"state": {}, "param_groups": [group]})
+      >>> found["lr"], found["momentum"]
+      (0.1, 0.9)
+      >>> tx = torch_sgd(**found)
+    """
+    groups = [_torch_settings(found) for found in _torch_groups(state_dict)]
+    if group is not None:
+        if not 0 <= group < len(groups):
+            raise ValueError(f"group={group} must be below {len(groups)}, the number of groups.")
+        return groups[group]
+    differing = [name for name in groups[0] if any(g[name] != groups[0][name] for g in groups)]
+    if differing:
+        raise ValueError(
+            f"the {len(groups)} parameter groups differ in {', '.join(differing)}. Make one "
+            "transformation each:\n"
+            "    tx = optax.partition(\n"
+            '        {f"group_{i}": torch_sgd(**torch_hyperparameters(state_dict, group=i))'
+            f" for i in range({len(groups)})}},\n"
+            "        torch_labels(state_dict, names=names, to_params=to_params),\n"
+            "    )"
+        )
+    return groups[0]
+
+
+def torch_labels(state_dict: Mapping[str, Any], *, names: Names, to_params: ToParams) -> PyTree:
+    """The parameter group of each param, "group_0", ..., as labels for `optax.partition`.
+
+    Args:
+      state_dict: what `optimizer.state_dict()` returned.
+      names: as for `load_torch`.
+      to_params: as for `load_torch`.
+
+    Returns:
+      A tree like the params, of text.
+
+    Raises:
+      ValueError: names or shapes that do not fit; a param made of weights of two groups.
+
+    Example:
+      >>> import numpy as np
+      >>> from momentum_jax.frameworks import torch_labels
+      >>> settings = dict(lr=0.1, momentum=0, dampening=0, weight_decay=0, nesterov=False)
+      >>> groups = [{**settings, "maximize": False, "params": [i]} for i in range(2)]
+      >>> torch_labels(
+      ...     {"state": {}, "param_groups": groups},
+      ...     names={"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(2)},
+      ...     to_params=lambda weights: {"w": weights["fc.weight"].T, "b": weights["fc.bias"]},
+      ... )
+      {'b': 'group_1', 'w': 'group_0'}
+    """
+    job = _TorchJob(state_dict, names)
+    shapes = job.shapes()
+
+    def label(path, leaf):
+        groups = np.unique(np.asarray(leaf, np.float64))
+        if groups.size != 1:
+            raise ValueError(
+                f"the param {jax.tree_util.keystr(path)} is made of weights of the parameter "
+                f"groups {groups.astype(int).tolist()}. Split it, or give them one group."
+            )
+        return f"group_{int(groups[0])}"
+
+    groups = {name: np.full(shapes[name], job.group_of[name], np.float32) for name in job.names}
+    return jax.tree_util.tree_map_with_path(label, to_params(groups))
+
+
+def load_torch(
+    opt_state: optax.OptState,
+    state_dict: Mapping[str, Any],
+    *,
+    names: Names,
+    to_params: ToParams,
+    count: int | None = None,
+) -> Any:
+    """Continues a job of PyTorch's SGD: its momentum buffers as our velocity.
+
+    Args:
+      opt_state: the state that init returned, of `torch_sgd` or any transformation with a
+        `momentum_jax.trace` in it, also under `optax.partition`.
+      state_dict: what `optimizer.state_dict()` returned, on the host.
+      names: the names of the optimizer's params in its order, most often
+        `[name for name, _ in model.named_parameters()]`; or the weights themselves by name,
+        `dict(model.named_parameters())`, which is needed where a param has no buffer yet.
+      to_params: the function that gives the params from the weights, a dict by name. It is
+        called with NumPy arrays of these names and must only move values: rename, reshape,
+        transpose, split, join.
+      count: the number of steps taken, for schedules to continue from. PyTorch's SGD does not
+        save it; a scheduler does, as `last_epoch` where it steps once a batch.
+
+    Returns:
+      The state with velocity and count filled, each leaf in its dtype and sharding. Without
+      count, it is 1 if there is any buffer: enough for constant settings.
+
+    Raises:
+      ValueError: names, shapes or paths that do not fit, with both sides listed; a schedule
+        without count; a missing buffer where there is dampening, which PyTorch leaves out of
+        its first step.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from momentum_jax.frameworks import load_torch, torch_hyperparameters, torch_sgd
+      >>> settings = dict(dampening=0, weight_decay=0, nesterov=False, maximize=False)
+      >>> state_dict = {
+      ...     "state": {0: {"momentum_buffer": np.array([[1.0, 2.0]])}},
+      ...     "param_groups": [{"lr": 0.1, "momentum": 0.9, **settings, "params": [0]}],
+      ... }
+      >>> tx = torch_sgd(**torch_hyperparameters(state_dict))
+      >>> opt_state = load_torch(
+      ...     tx.init({"kernel": jnp.zeros((2, 1))}),
+      ...     state_dict,
+      ...     names=["fc.weight"],
+      ...     to_params=lambda weights: {"kernel": weights["fc.weight"].T},
+      ... )
+      >>> print(opt_state[0].velocity["kernel"].T)
+      [[1. 2.]]
+    """
+    job = _TorchJob(state_dict, names)
+    count = _steps(count, None, opt_state, bool(job.buffers), "a scheduler's last_epoch")
+    velocities, missing = _arriving(opt_state, job.buffers, job.shapes(), to_params)
+    dampened = [
+        name for name in missing if _torch_settings(job.groups[job.group_of[name]])["dampening"]
+    ]
+    if dampened:
+        raise ValueError(
+            f"there is no momentum buffer of {_carry.listed(dampened)}, and its group has "
+            "dampening. PyTorch will leave the dampening out of its first step, and here only "
+            "the first step of all params together has none. Take one step more there, so that "
+            "every param has a buffer, or leave it out of the optimizer."
+        )
+    return _carry.fill(opt_state, velocities, count, MomentumState)
+
+
+def dump_torch(
+    opt_state: optax.OptState,
+    state_dict: Mapping[str, Any],
+    *,
+    names: Names,
+    to_params: ToParams,
+    to_tensor: Callable[[np.ndarray], Any] = np.asarray,
+) -> dict[str, Any]:
+    """Takes a job back to PyTorch: our velocity as the momentum buffers of its SGD.
+
+    Args:
+      opt_state: the state of `torch_sgd`, or of any transformation with a trace in it.
+      state_dict: `optimizer.state_dict()` of the optimizer that goes on, new or old: its
+        parameter groups are kept, its buffers replaced.
+      names: as for `load_torch`; a new optimizer has no buffers yet, so give the weights.
+      to_params: as for `load_torch`; it is used backwards.
+      to_tensor: makes of a NumPy array what goes into the dict. Give `torch.from_numpy` for
+        `optimizer.load_state_dict`, which takes tensors alone.
+
+    Returns:
+      A new dict for `optimizer.load_state_dict`. Params that have no velocity here, and all
+      before the first step, have no buffer.
+
+    Raises:
+      ValueError: names, shapes or paths that do not fit, with both sides listed.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from momentum_jax.frameworks import dump_torch, torch_sgd
+      >>> settings = dict(dampening=0, weight_decay=0, nesterov=False, maximize=False)
+      >>> group = {"lr": 0.1, "momentum": 0.9, **settings, "params": [0]}
+      >>> tx = torch_sgd(0.1, 0.9)
+      >>> params = {"kernel": jnp.zeros((2, 1))}
+      >>> _, opt_state = tx.update({"kernel": jnp.array([[1.0], [2.0]])}, tx.init(params))
+      >>> dumped = dump_torch(
+      ...     opt_state,
+      ...     {"state": {}, "param_groups": [group]},
+      ...     names={"fc.weight": np.zeros((1, 2))},
+      ...     to_params=lambda weights: {"kernel": weights["fc.weight"].T},
+      ... )
+      >>> print(dumped["state"][0]["momentum_buffer"])
+      [[1. 2.]]
+    """
+    job = _TorchJob(state_dict, names)
+    named = _leaving(opt_state, job.shapes(), to_params)
+    if not _has_moved(opt_state):
+        named = {}
+    return {
+        **state_dict,
+        "state": {
+            number: {"momentum_buffer": to_tensor(named[name])}
+            for name, number in job.number_of.items()
+            if name in named
+        },
+        "param_groups": copy.deepcopy(job.groups),
+    }
+
+
+def load_keras(
+    opt_state: optax.OptState,
+    variables: Iterable[Any] | Mapping[str, Any],
+    *,
+    names: Names,
+    to_params: ToParams,
+) -> Any:
+    """Continues a job of Keras' SGD: its momentums as our velocity, its iteration as our count.
+
+    Args:
+      opt_state: the state that init returned, of `keras_sgd` or any transformation with a
+        `momentum_jax.momentum` in it, also under `optax.partition`.
+      variables: `optimizer.variables`, or a dict of arrays by their paths.
+      names: the paths of the trained weights, `[w.path for w in model.trainable_variables]`, or
+        a dict of the weights by path.
+      to_params: the function that gives the params from the weights, a dict by path, as for
+        `load_torch`.
+
+    Returns:
+      The state with velocity and count filled, each leaf in its dtype and sharding.
+
+    Raises:
+      ValueError: names, shapes or paths that do not fit, with both sides listed; variables that
+        are not those of SGD.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from momentum_jax.frameworks import keras_sgd, load_keras
+      >>> variables = {
+      ...     "sgd/iteration": np.array(7),
+      ...     "sgd/learning_rate": np.array(0.1),
+      ...     "sgd/dense_kernel_momentum": np.array([1.0, 2.0]),
+      ... }
+      >>> opt_state = load_keras(
+      ...     keras_sgd(0.1, 0.9).init({"kernel": jnp.zeros(2)}),
+      ...     variables,
+      ...     names=["dense/kernel"],
+      ...     to_params=lambda weights: {"kernel": weights["dense/kernel"]},
+      ... )
+      >>> print(opt_state.count, opt_state.velocity["kernel"])
+      7 [1. 2.]
+    """
+    job = _KerasJob(variables, names)
+    velocities, _ = _arriving(opt_state, job.buffers, job.shapes(), to_params)
+    return _carry.fill(opt_state, velocities, job.count, MomentumState)
+
+
+def dump_keras(
+    opt_state: optax.OptState,
+    variables: Iterable[Any] | Mapping[str, Any],
+    *,
+    names: Names,
+    to_params: ToParams,
+) -> dict[str, np.ndarray]:
+    """Takes a job back to Keras: our velocity as its SGD's momentums, our count as its iteration.
+
+    Args:
+      opt_state: the state of `keras_sgd`, or of any transformation with a momentum in it.
+      variables: `optimizer.variables` of the built optimizer that goes on, or a dict of arrays
+        by their paths.
+      names: as for `load_keras`.
+      to_params: as for `load_keras`; it is used backwards.
+
+    Returns:
+      A value for each variable by its path, the learning rate as it was:
+      `for v in optimizer.variables: v.assign(values[v.path])`.
+
+    Raises:
+      ValueError: names, shapes or paths that do not fit, with both sides listed.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from momentum_jax.frameworks import dump_keras, keras_sgd
+      >>> tx = keras_sgd(0.5, 0.9)
+      >>> _, opt_state = tx.update({"kernel": jnp.ones(2)}, tx.init({"kernel": jnp.zeros(2)}))
+      >>> values = dump_keras(
+      ...     opt_state,
+      ...     {"sgd/iteration": np.array(0), "sgd/dense_kernel_momentum": np.zeros(2)},
+      ...     names=["dense/kernel"],
+      ...     to_params=lambda weights: {"kernel": weights["dense/kernel"]},
+      ... )
+      >>> print(values["sgd/iteration"], values["sgd/dense_kernel_momentum"])
+      1 [-0.5 -0.5]
+    """
+    job = _KerasJob(variables, names)
+    named = _leaving(opt_state, job.shapes(), to_params)
+    if named.keys() != job.buffers.keys():
+        raise ValueError(
+            "the state and Keras' optimizer must have velocities of the same weights, but "
+            f"only in the state: {_carry.listed(named.keys() - job.buffers.keys())}; "
+            f"only in Keras: {_carry.listed(job.buffers.keys() - named.keys())}. Build Keras' "
+            "optimizer first: optimizer.build(model.trainable_variables)."
+        )
+    values = dict(job.variables)
+    for name, array in named.items():
+        path = job.path_of[name]
+        values[path] = array.astype(values[path].dtype)
+    for path in values:
+        if path.endswith("iteration"):
+            values[path] = np.asarray(_count_of(opt_state), values[path].dtype)
+    return values
+
+
+def load_optax(
+    opt_state: optax.OptState, optax_state: optax.OptState, *, count: int | None = None
+) -> Any:
+    """Continues a job of `optax.sgd` or `optax.trace`: its trace as our velocity.
+
+    Args:
+      opt_state: the state that init returned, of `optax_sgd` or any transformation with a
+        `momentum_jax.trace` in it.
+      optax_state: a state with one or more `optax.TraceState` in it.
+      count: the number of steps taken, if no schedule in `optax_state` has counted it.
+
+    Returns:
+      The state with velocity and count filled, each leaf in its dtype and sharding. Without
+      any count, it is 1 if the velocity has moved: enough for constant settings.
+
+    Raises:
+      ValueError: shapes or paths that do not fit, with both sides listed; a schedule without
+        count.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from momentum_jax.frameworks import load_optax, optax_sgd
+      >>> old, new = optax.sgd(0.1, 0.9), optax_sgd(0.1, 0.9)
+      >>> _, old_state = old.update(jnp.ones(1), old.init(jnp.ones(1)))
+      >>> print(load_optax(new.init(jnp.ones(1)), old_state)[0].velocity)
+      [1.]
+    """
+    theirs = _carry.velocities(optax_state, optax.TraceState)
+    _carry.match(_carry.velocities(opt_state), theirs)
+    known = _carry.scheduled_count(optax_state) if count is None else None
+    moved = any(np.any(np.asarray(leaf)) for leaf in theirs.values())
+    count = _steps(count, known, opt_state, moved, "how often update was called")
+    return _carry.fill(opt_state, theirs, count, MomentumState)
+
+
+def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
+    """Takes a job back to Optax: our velocity as the trace of `optax.sgd` or `optax.trace`.
+
+    Args:
+      optax_state: the state that init returned, with one or more `optax.TraceState` in it.
+      opt_state: the state of `optax_sgd`, or of any transformation with a trace in it.
+
+    Returns:
+      `optax_state` with traces and the schedules' count filled.
+
+    Raises:
+      ValueError: shapes or paths that do not fit, with both sides listed.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from momentum_jax.frameworks import dump_optax, optax_sgd
+      >>> ours, theirs = optax_sgd(0.1, 0.9), optax.sgd(0.1, 0.9)
+      >>> _, state = ours.update(jnp.ones(1), ours.init(jnp.ones(1)))
+      >>> print(dump_optax(theirs.init(jnp.ones(1)), state)[0].trace)
+      [1.]
+    """
+    velocities = _carry.velocities(opt_state)
+    _carry.match(_carry.velocities(optax_state, optax.TraceState), velocities)
+    return _carry.fill(optax_state, velocities, _count_of(opt_state), optax.TraceState)
+
+
+def inside_from_outside(
+    opt_state: optax.OptState, outside: optax.OptState, *, learning_rate: float
+) -> Any:
+    """Continues a job of `trace` with `momentum`: v = -learning_rate * m.
+
+    Exact at the present learning rate only. After a schedule the velocity inside would hold
+    each gradient times the learning rate of its own step; from outside, where all are scaled
+    alike, that history cannot be had. What follows is the run as if the learning rate had
+    always been the present one.
+
+    Args:
+      opt_state: the state that init returned, of a transformation with a `momentum` in it.
+      outside: the state of a transformation with a `trace` in it.
+      learning_rate: the present learning rate, above 0.
+
+    Returns:
+      `opt_state` with velocity and count filled.
+
+    Raises:
+      ValueError: a learning rate that is not above 0; shapes or paths that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> from momentum_jax.frameworks import inside_from_outside
+      >>> outside = mj.MomentumState(count=jnp.array(3), velocity=jnp.array([2.0]))
+      >>> state = mj.momentum(0.5).init(jnp.zeros(1))
+      >>> print(inside_from_outside(state, outside, learning_rate=0.5).velocity)
+      [-1.]
+    """
+    return _scaled(opt_state, outside, -_above_zero(learning_rate))
+
+
+def outside_from_inside(
+    opt_state: optax.OptState, inside: optax.OptState, *, learning_rate: float
+) -> Any:
+    """Continues a job of `momentum` with `trace`: m = -v / learning_rate.
+
+    Exact at the present learning rate only. After a schedule the velocity outside would hold
+    the plain gradients; from inside, where each came with the learning rate of its own step,
+    they cannot be had. The next update is the same; how the old gradients are scaled by
+    learning rates to come is not.
+
+    Args:
+      opt_state: the state that init returned, of a transformation with a `trace` in it.
+      inside: the state of a transformation with a `momentum` in it.
+      learning_rate: the present learning rate, above 0.
+
+    Returns:
+      `opt_state` with velocity and count filled.
+
+    Raises:
+      ValueError: a learning rate that is not above 0; shapes or paths that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> from momentum_jax.frameworks import outside_from_inside
+      >>> inside = mj.MomentumState(count=jnp.array(3), velocity=jnp.array([-1.0]))
+      >>> state = mj.trace(0.9).init(jnp.zeros(1))
+      >>> print(outside_from_inside(state, inside, learning_rate=0.5).velocity)
+      [2.]
+    """
+    return _scaled(opt_state, inside, -1 / _above_zero(learning_rate))
+
+
+def _scale(learning_rate: Any):
+    return optax.scale_by_learning_rate(learning_rate)
+
+
+def _coupled_decay(weight_decay):
+    weight_decay = check_value("weight_decay", weight_decay)
+    return [] if is_zero(weight_decay) else [optax.add_decayed_weights(weight_decay)]
+
+
+def _exempt_first_step(dampening):
+    if is_zero(dampening):
+        return dampening
+    return lambda count: jnp.where(count == 0, 0.0, dampening)
+
+
+def _chain(*steps):
+    return optax.with_extra_args_support(optax.chain(*steps))
+
+
+def _sum(first, second):
+    """The transformation whose updates are the sum of those of two."""
+
+    def init(params):
+        return first.init(params), second.init(params)
+
+    def update(updates, state, params=None):
+        left, first_state = first.update(updates, state[0], params)
+        right, second_state = second.update(updates, state[1], params)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), left, right), (
+            first_state,
+            second_state,
+        )
+
+    # Without extra arguments: a learning rate given to update would reach one of the two only.
+    return optax.GradientTransformation(init, update)
+
+
+class _Job:
+    """The buffers by name, and the shapes of all that is named."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = _carry.check_names(names)
+        self.weights = names if isinstance(names, Mapping) else {}
+        self.buffers: dict[str, np.ndarray] = {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {name: tuple(np.shape(buffer)) for name, buffer in self.buffers.items()}
+        for name in self.names:
+            if name not in self.weights:
+                continue
+            shape = tuple(self.weights[name].shape)
+            if shapes.setdefault(name, shape) != shape:
+                raise ValueError(
+                    f"the weight {name} has shape {shape}, but its momentum has shape "
+                    f"{shapes[name]}. Give names in the order of the optimizer's params."
+                )
+        unknown = [name for name in self.names if name not in shapes]
+        if unknown:
+            raise ValueError(
+                f"the shape of {_carry.listed(unknown)} is not known: there is no momentum of it "
+                "yet. Give the weights by name as names, for example "
+                "names=dict(model.named_parameters())."
+            )
+        return {name: shapes[name] for name in self.names}
+
+
+class _TorchJob(_Job):
+    """PyTorch's `optimizer.state_dict()`, with the names of what it numbers."""
+
+    def __init__(self, state_dict: Mapping[str, Any], names: Names) -> None:
+        super().__init__(names)
+        self.groups = _torch_groups(state_dict)
+        numbers = [number for group in self.groups for number in group["params"]]
+        if len(numbers) != len(self.names):
+            raise ValueError(
+                f"the optimizer has {len(numbers)} params, but names has {len(self.names)}: "
+                f"{', '.join(self.names)}. Give the names of the params that the optimizer was "
+                "made with, frozen ones too, in its order."
+            )
+        known = [name for group in self.groups for name in group.get("param_names", ())]
+        if known and known != self.names:
+            raise ValueError(
+                f"the optimizer's own names are {', '.join(known)}, but names has "
+                f"{', '.join(self.names)}. They must be equal, in one order."
+            )
+        self.number_of = dict(zip(self.names, numbers, strict=True))
+        name_of = {number: name for name, number in self.number_of.items()}
+        self.group_of = {
+            name_of[number]: i for i, group in enumerate(self.groups) for number in group["params"]
+        }
+        strange = [number for number in state_dict["state"] if number not in name_of]
+        if strange:
+            raise ValueError(f"the state has params {strange} that no parameter group has.")
+        for number, held in state_dict["state"].items():
+            if held.get("momentum_buffer") is not None:
+                name = name_of[number]
+                self.buffers[name] = _carry.to_numpy(
+                    f"the momentum buffer of {name}", held["momentum_buffer"]
+                )
+
+
+class _KerasJob(_Job):
+    """Keras' `optimizer.variables`, with the weights that they belong to."""
+
+    def __init__(self, variables: Iterable[Any] | Mapping[str, Any], names: Names) -> None:
+        super().__init__(names)
+        pairs = (
+            variables.items()
+            if isinstance(variables, Mapping)
+            else ((variable.path, variable) for variable in variables)
+        )
+        self.variables = {path: np.asarray(variable) for path, variable in pairs}
+        # Keras calls the momentum of "dense/kernel" "sgd/dense_kernel_momentum".
+        wanted = {f"{name.replace('/', '_')}_momentum": name for name in self.names}
+        if len(wanted) < len(self.names):
+            raise ValueError(
+                f"Keras gives one name to the momentums of two of {', '.join(self.names)}. "
+                "Rename a layer."
+            )
+        self.path_of: dict[str, str] = {}
+        counts, strange = [], []
+        for path, array in self.variables.items():
+            last = path.split("/")[-1]
+            if last in wanted:
+                name = wanted[last]
+                self.path_of[name] = path
+                self.buffers[name] = _carry.to_numpy(f"the variable {path}", array)
+            elif last == "iteration":
+                counts.append(int(array))
+            elif last != "learning_rate":
+                strange.append(path)
+        if strange or len(counts) != 1:
+            raise ValueError(
+                f"the variables {', '.join(self.variables)} are not those of Keras' SGD for the "
+                f"weights {', '.join(self.names)}. It has one iteration, one learning_rate and a "
+                "momentum a weight; averages and gradients being accumulated are not carried over."
+            )
+        self.count = counts[0]
+
+
+def _torch_groups(state_dict):
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        keys = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(
+            "state_dict must be what optimizer.state_dict() returned, with state and "
+            f"param_groups, but is {keys}. Of a checkpoint give the part that holds it."
+        )
+    for group in state_dict["param_groups"]:
+        missing = [
+            name for name in ("lr", "momentum", "dampening", "nesterov") if name not in group
+        ]
+        if missing:
+            raise ValueError(
+                f"a parameter group has no {', '.join(missing)}, so that it is not of "
+                f"torch.optim.SGD: it has {', '.join(group)}."
+            )
+    return list(state_dict["param_groups"])
+
+
+def _torch_settings(group):
+    return {
+        "lr": float(group["lr"]),
+        "momentum": float(group["momentum"]),
+        "dampening": float(group["dampening"]),
+        "weight_decay": float(group.get("weight_decay", 0.0)),
+        "nesterov": bool(group["nesterov"]),
+        "maximize": bool(group.get("maximize", False)),
+    }
+
+
+def _arriving(opt_state, buffers, shapes, to_params):
+    """The velocities by path, and the names of those for which there was no buffer."""
+    routes = _carry.Routes(shapes, to_params)
+    ours = _carry.velocities(opt_state)
+    there = {name: np.full(shape, name in buffers) for name, shape in shapes.items()}
+    # What never had a gradient there need not have a velocity here.
+    wanted = {path for path, here in routes.forward(there).items() if path in ours or np.any(here)}
+    full = {name: buffers.get(name, np.zeros(shape)) for name, shape in shapes.items()}
+    dtype = np.result_type(np.float32, *(buffer.dtype for buffer in buffers.values()))
+    full = {name: array.astype(dtype, copy=False) for name, array in full.items()}
+    velocities = {path: array for path, array in routes.forward(full).items() if path in wanted}
+    _carry.match(ours, velocities)
+    held = routes.backward(velocities)
+    return velocities, [name for name in held if name not in buffers]
+
+
+def _leaving(opt_state, shapes, to_params):
+    """The velocities by name."""
+    routes = _carry.Routes(shapes, to_params)
+    ours = {path: np.asarray(leaf) for path, leaf in _carry.velocities(opt_state).items()}
+    _carry.match(ours, {path: p for path, p in routes.places.items() if path in ours})
+    return routes.backward(ours)
+
+
+def _scaled(opt_state, source, factor):
+    velocities = _carry.velocities(source)
+    _carry.match(_carry.velocities(opt_state), velocities)
+    velocities = {path: np.asarray(leaf) * factor for path, leaf in velocities.items()}
+    return _carry.fill(opt_state, velocities, _count_of(source), MomentumState)
+
+
+def _above_zero(learning_rate):
+    value = check_value("learning_rate", learning_rate)
+    if is_zero(value):
+        raise ValueError(
+            "learning_rate=0 says nothing of the velocity: v = -learning_rate * m is 0 for every "
+            "m. Give the learning rate of the last step that moved."
+        )
+    return float(value)
+
+
+def _steps(count, known, opt_state, has_moved, hint):
+    if count is not None:
+        return _carry.check_count(count)
+    if known is not None:
+        return known
+    if _carry.follows_a_schedule(opt_state):
+        raise ValueError(
+            "the optimizer has a schedule that continues from the number of steps taken, which "
+            f"is not saved in what is carried over. Give it: count=... ({hint})."
+        )
+    return int(has_moved)
+
+
+def _count_of(opt_state):
+    counts = {int(held.count) for held in _carry.parts(opt_state, MomentumState)}
+    if len(counts) > 1:
+        raise ValueError(f"the parts of the state have counted {sorted(counts)} steps, not alike.")
+    return counts.pop() if counts else _carry.scheduled_count(opt_state)
+
+
+def _has_moved(opt_state):
+    return any(int(held.count) for held in _carry.parts(opt_state, MomentumState))

@@ -1,0 +1,754 @@
+"""Running jobs carried over from PyTorch and Keras, and back, and between our two forms."""
+
+import copy
+import importlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden.record import float64, import_keras
+
+import momentum_jax as mj
+from momentum_jax.frameworks import (
+    dump_keras,
+    dump_optax,
+    dump_torch,
+    inside_from_outside,
+    keras_sgd,
+    load_keras,
+    load_optax,
+    load_torch,
+    optax_sgd,
+    outside_from_inside,
+    torch_hyperparameters,
+    torch_labels,
+    torch_sgd,
+)
+
+HALF = 30  # steps there, and as many here
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+
+
+def factor(count):
+    """Of the learning rate: up for 20 steps, then down twice."""
+    return (
+        jnp.minimum(1.0, 0.05 * (count + 1))
+        * jnp.where(count < 35, 1.0, 0.3)
+        * jnp.where(count < 50, 1.0, 0.3)
+    )
+
+
+def batches(dtype):
+    """Images and what is to be told of them, for all steps."""
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((2 * HALF, 8, 2, 6, 6)).astype(dtype)
+    targets = generator.standard_normal((2 * HALF, 8, 3)).astype(dtype)
+    return images, targets
+
+
+# PyTorch. --------------------------------------------------------------------------------
+
+GROUPS = [
+    {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.0, "dampening": 0.2},
+]
+
+
+class TorchJob:
+    """A small convolutional net: normalized, its first layer frozen, in two parameter groups."""
+
+    def __init__(self, dtype):
+        torch = self.torch = importlib.import_module("torch")
+        torch.manual_seed(0)
+        nn = torch.nn
+        self.model = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1),  # frozen
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        ).to(getattr(torch, dtype))
+        self.model[0].requires_grad_(False)
+        weights = dict(self.model.named_parameters())
+        kernels = [w for w in weights.values() if w.ndim > 1]
+        others = [w for w in weights.values() if w.ndim == 1]
+        self.optimizer = torch.optim.SGD(
+            [{"params": kernels, **GROUPS[0]}, {"params": others, **GROUPS[1]}], lr=1.0
+        )
+        order = {id(w): name for name, w in weights.items()}
+        # In the optimizer's order, which is not that of the model.
+        self.weights = {order[id(w)]: w for w in kernels + others}
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda count: float(factor(count))
+        )
+
+    def train(self, images, targets):
+        for x, y in zip(images, targets, strict=True):
+            self.optimizer.zero_grad()
+            error = self.model(self.torch.tensor(x)) - self.torch.tensor(y)
+            (error**2).mean().backward()
+            self.optimizer.step()
+            self.scheduler.step()
+
+    def as_arrays(self):
+        return {name: w.detach().numpy().copy() for name, w in self.weights.items()}
+
+    def take(self, weights):
+        with self.torch.no_grad():
+            for name, w in self.weights.items():
+                w.copy_(self.torch.tensor(weights[name]))
+
+
+def from_torch(weights):
+    """As a user writes it: kernels transposed, layers renamed."""
+
+    def conv(name):
+        return {
+            "kernel": np.transpose(weights[f"{name}.weight"], (2, 3, 1, 0)),
+            "bias": weights[f"{name}.bias"],
+        }
+
+    head = np.reshape(weights["5.weight"], (3, 4, 4, 4))  # flattened channels first
+    return {
+        "frozen": conv("0"),
+        "conv": conv("1"),
+        "norm": {"scale": weights["2.weight"], "bias": weights["2.bias"]},
+        "head": (np.transpose(head, (2, 3, 1, 0)), weights["5.bias"]),
+    }
+
+
+def to_torch(params):
+    """The way back, by hand, for the weights themselves."""
+
+    def conv(layer):
+        return np.transpose(layer["kernel"], (3, 2, 0, 1))
+
+    kernel, bias = params["head"]
+    weights = {
+        "0.weight": conv(params["frozen"]),
+        "0.bias": params["frozen"]["bias"],
+        "1.weight": conv(params["conv"]),
+        "1.bias": params["conv"]["bias"],
+        "2.weight": params["norm"]["scale"],
+        "2.bias": params["norm"]["bias"],
+        "5.weight": np.reshape(np.transpose(kernel, (3, 2, 0, 1)), (3, 64)),
+        "5.bias": bias,
+    }
+    return {name: np.array(w) for name, w in weights.items()}
+
+
+def forward(params, images):
+    """The same net on images with the channels last."""
+
+    def conv(layer, x, padding):
+        x = jax.lax.conv_general_dilated(
+            x, layer["kernel"], (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return x + layer["bias"]
+
+    x = conv(params["frozen"], jnp.transpose(images, (0, 2, 3, 1)), "SAME")
+    x = conv(params["conv"], x, "VALID")
+    x = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5)
+    x = jnp.tanh(x * params["norm"]["scale"] + params["norm"]["bias"])
+    kernel, bias = params["head"]
+    return jnp.einsum("nhwc,hwco->no", x, kernel) + bias
+
+
+def train(tx, params, state, images, targets):
+    """The steps that are left, here."""
+
+    @jax.jit
+    def step(params, state, x, y):
+        grads = jax.grad(lambda params: ((forward(params, x) - y) ** 2).mean())(params)
+        updates, state = tx.update(grads, state, params)
+        return mj.apply_updates(params, updates), state
+
+    for x, y in zip(images, targets, strict=True):
+        params, state = step(params, state, x, y)
+    return params, state
+
+
+def transformation_like(state_dict, names):
+    """`optax.partition` over the two groups, each with its schedule, the first layer frozen."""
+    settings = [torch_hyperparameters(state_dict, group=i) for i in range(len(GROUPS))]
+
+    def scheduled(i):
+        lr = GROUPS[i]["lr"]
+        return torch_sgd(**{**settings[i], "lr": lambda count: lr * factor(count)})
+
+    labels: Any = torch_labels(state_dict, names=names, to_params=from_torch)
+    assert labels["conv"] == {"kernel": "group_0", "bias": "group_1"}
+    labels["frozen"] = {"kernel": "frozen", "bias": "frozen"}
+    return optax.partition(
+        {"group_0": scheduled(0), "group_1": scheduled(1), "frozen": optax.set_to_zero()}, labels
+    )
+
+
+def check_near(got, expected, dtype):
+    got, expected = (jax.tree.leaves(tree) for tree in (got, expected))
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype == dtype
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("oracle", ["torch"], indirect=True)
+def test_a_job_of_pytorch_goes_on_here_and_back(oracle, dtype):
+    """30 steps there and 30 here equal 60 there; so do 30 here and 30 there."""
+    images, targets = batches(dtype)
+    first, second = slice(HALF), slice(HALF, None)
+    there = TorchJob(dtype)
+    start, fresh = there.as_arrays(), copy.deepcopy(there.optimizer.state_dict())
+    there.train(images[first], targets[first])
+    state_dict = copy.deepcopy(there.optimizer.state_dict())
+    params = jax.tree.map(jnp.asarray, from_torch(there.as_arrays()))
+    there.train(images[second], targets[second])
+    expected = there.as_arrays()
+    assert np.max(np.abs(expected["1.weight"] - start["1.weight"])) > 0.05  # it learnt
+    np.testing.assert_array_equal(expected["0.weight"], start["0.weight"])
+
+    tx = transformation_like(state_dict, there.weights)
+    state = load_torch(
+        tx.init(params), state_dict, names=there.weights, to_params=from_torch, count=HALF
+    )
+    moved, _ = train(tx, params, state, images[second], targets[second])
+    check_near(to_torch(moved), {name: expected[name] for name in to_torch(moved)}, dtype)
+
+    params = jax.tree.map(jnp.asarray, from_torch(start))
+    params, state = train(tx, params, tx.init(params), images[first], targets[first])
+    back = TorchJob(dtype)
+    back.take(to_torch(params))
+    dumped = dump_torch(
+        state,
+        fresh,
+        names=back.weights,
+        to_params=from_torch,
+        to_tensor=back.torch.from_numpy,
+    )
+    back.optimizer.load_state_dict(dumped)
+    back.scheduler.last_epoch = HALF
+    for group, lr in zip(back.optimizer.param_groups, back.scheduler.base_lrs, strict=True):
+        group["lr"] = lr * float(factor(HALF))
+    back.train(images[second], targets[second])
+    check_near(back.as_arrays(), expected, dtype)
+
+
+@pytest.mark.parametrize("oracle", ["torch"], indirect=True)
+def test_a_state_dict_of_bfloat16_and_of_named_params(oracle):
+    """Its buffers are read exactly, and its own names are compared with those given."""
+    torch = importlib.import_module(oracle)
+    w = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([("w", w)], lr=0.5, momentum=0.5)
+    w.grad = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
+    optimizer.step()
+    state_dict = optimizer.state_dict()
+    tx = torch_sgd(**torch_hyperparameters(state_dict))
+
+    def load(name):
+        return load_torch(
+            tx.init({name: jnp.ones(3, jnp.bfloat16)}),
+            state_dict,
+            names=[name],
+            to_params=lambda weights: weights,
+        )
+
+    np.testing.assert_array_equal(load("w")[0].velocity["w"], [1, 2, 3])
+    with pytest.raises(ValueError, match="the optimizer's own names are w, but names has u"):
+        load("u")
+
+
+# Keras. ----------------------------------------------------------------------------------
+
+
+class KerasJob:
+    """The like in Keras: its first layer frozen, no decay of biases and normalization."""
+
+    def __init__(self):
+        keras = self.keras = import_keras()
+        keras.utils.set_random_seed(0)
+        layers = keras.layers
+        self.model = keras.Sequential(
+            [
+                layers.Input((6, 6, 2)),
+                layers.Conv2D(3, 3, padding="same", trainable=False),
+                layers.Conv2D(4, 3),
+                layers.BatchNormalization(),
+                layers.Activation("tanh"),
+                layers.Flatten(),
+                layers.Dense(3),
+            ]
+        )
+        self.weights = {w.path: w for w in self.model.trainable_variables}
+        self.optimizer = keras.optimizers.SGD(1.0, momentum=0.9, nesterov=True, weight_decay=0.1)
+        self.optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        self.optimizer.build(self.model.trainable_variables)
+        frozen = [w.value for w in self.model.non_trainable_variables]
+
+        @jax.jit
+        def gradients(weights, x, y):
+            def loss(weights):
+                predicted, _ = self.model.stateless_call(weights, frozen, x, training=True)
+                return ((predicted - y) ** 2).mean()
+
+            return jax.grad(loss)(weights)
+
+        self.gradients = gradients
+
+    def train(self, images, targets, start):
+        for count, (x, y) in enumerate(zip(images, targets, strict=True), start):
+            self.optimizer.learning_rate.assign(0.05 * float(factor(count)))
+            weights = [w.value for w in self.weights.values()]
+            grads = self.gradients(weights, np.transpose(x, (0, 2, 3, 1)), y)
+            self.optimizer.apply(grads, list(self.weights.values()))
+
+    def as_arrays(self):
+        return {path: np.asarray(w).copy() for path, w in self.weights.items()}
+
+    def take(self, weights):
+        for path, w in self.weights.items():
+            w.assign(weights[path])
+
+    def to_params(self, weights):
+        """Nested, and the dense kernel transposed."""
+        params: Any = {}
+        for path, w in weights.items():
+            *layers, leaf = path.split("/")
+            params.setdefault("/".join(layers), {})[leaf] = w.T if w.ndim == 2 else w
+        return params
+
+    def from_params(self, params):
+        weights = {}
+        for path in self.weights:
+            *layers, leaf = path.split("/")
+            w = params["/".join(layers)][leaf]
+            weights[path] = w.T if w.ndim == 2 else w
+        return weights
+
+    def go_on(self, tx, params, state, images, targets):
+        """The steps that are left, in our loop."""
+
+        @jax.jit
+        def step(params, state, x, y):
+            weights = list(self.from_params(params).values())
+            grads = dict(zip(self.weights, self.gradients(weights, x, y), strict=True))
+            updates, state = tx.update(self.to_params(grads), state, params)
+            return mj.apply_updates(params, updates), state
+
+        for x, y in zip(images, targets, strict=True):
+            params, state = step(params, state, np.transpose(x, (0, 2, 3, 1)), y)
+        return params, state
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("oracle", ["keras"], indirect=True)
+def test_a_job_of_keras_goes_on_here_and_back(oracle, dtype, request):
+    """30 steps there and 30 here equal 60 there; so do 30 here and 30 there."""
+    keras = import_keras()
+    assert keras.__name__ == oracle
+    if dtype == "float64":
+        within = float64(keras)
+        within.__enter__()
+        request.addfinalizer(lambda: within.__exit__(None, None, None))
+    images, targets = batches(dtype)
+    first, second = slice(HALF), slice(HALF, None)
+    there = KerasJob()
+    start = there.as_arrays()
+    there.train(images[first], targets[first], 0)
+    variables = {v.path: np.asarray(v).copy() for v in there.optimizer.variables}
+    params = jax.tree.map(jnp.asarray, there.to_params(there.as_arrays()))
+    there.train(images[second], targets[second], HALF)
+    expected = there.as_arrays()
+    kernel = next(path for path in expected if path.endswith("kernel"))
+    assert np.max(np.abs(expected[kernel] - start[kernel])) > 0.05  # it learnt
+
+    def rate(count):
+        return 0.05 * factor(count)
+
+    labels = jax.tree.map(lambda w: "decay" if w.ndim > 1 else "none", params)
+    tx = optax.partition(
+        {
+            "decay": keras_sgd(rate, 0.9, nesterov=True, weight_decay=0.1),
+            "none": keras_sgd(rate, 0.9, nesterov=True),
+        },
+        labels,
+    )
+    names = list(there.weights)
+    state = load_keras(tx.init(params), variables, names=names, to_params=there.to_params)
+    moved, _ = there.go_on(tx, params, state, images[second], targets[second])
+    check_near(there.from_params(moved), expected, dtype)
+
+    params = jax.tree.map(jnp.asarray, there.to_params(start))
+    params, state = there.go_on(tx, params, tx.init(params), images[first], targets[first])
+    back = KerasJob()
+    # A second model has other names: its layers are counted on.
+    rename = dict(zip(back.weights, there.weights, strict=True))
+    carried = there.from_params(params)
+    back.take({path: np.asarray(carried[rename[path]]) for path in back.weights})
+    values = dump_keras(
+        state,
+        back.optimizer.variables,
+        names=back.weights,
+        to_params=lambda weights: there.to_params({rename[p]: w for p, w in weights.items()}),
+    )
+    for variable in back.optimizer.variables:
+        variable.assign(values[variable.path])
+    assert int(back.optimizer.iterations) == HALF
+    back.train(images[second], targets[second], HALF)
+    for path, w in back.as_arrays().items():
+        check_near(w, expected[rename[path]], dtype)
+
+
+# Optax, and inside and outside. ----------------------------------------------------------
+
+PARAMS = {"a": np.array([1.0, -2.0], np.float32), "b": np.array([[3.0]], np.float32)}
+
+
+def run(tx, state, steps, start=0, params=PARAMS):
+    """So many steps of a quadratic under a force that changes with time."""
+    params = jax.tree.map(jnp.asarray, params)
+    for count in range(start, start + steps):
+        grads = jax.tree.map(lambda w: w + np.float32(np.cos(count)), params)  # noqa: B023
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def rate(count):
+    """Up and down."""
+    return jnp.where(count % 3 == 0, 0.25, 0.125)
+
+
+OPTAX = {
+    "sgd": (optax.sgd(rate, 0.5), optax_sgd(rate, 0.5)),
+    "chain": (
+        optax.chain(optax.clip(1.0), optax.sgd(rate, 0.5)),
+        optax.chain(optax.clip(1.0), optax_sgd(rate, 0.5)),
+    ),
+    "partition": (
+        optax.partition({1: optax.sgd(rate, 0.5), 2: optax.sgd(0.5, 0.25)}, {"a": 1, "b": 2}),
+        optax.partition({1: optax_sgd(rate, 0.5), 2: optax_sgd(0.5, 0.25)}, {"a": 1, "b": 2}),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPTAX)
+def test_a_job_of_optax_goes_on_here_and_back(case):
+    """Wherever the trace is."""
+    theirs, ours = OPTAX[case]
+    expected, end = run(theirs, theirs.init(PARAMS), 12)
+    params, state = run(theirs, theirs.init(PARAMS), 6)
+    moved, there = run(ours, load_optax(ours.init(PARAMS), state), 6, 6, params)
+    jax.tree.map(np.testing.assert_allclose, moved, expected)
+    back = dump_optax(theirs.init(PARAMS), there)
+    assert jax.tree.structure(back) == jax.tree.structure(end)
+    jax.tree.map(np.testing.assert_allclose, back, end)
+
+
+def test_inside_and_outside_go_on_as_each_other():
+    """At a constant learning rate, both ways; the count comes along."""
+    inside, outside = mj.momentum(0.25, 0.5), optax_sgd(0.25, 0.5)
+    expected, _ = run(inside, inside.init(PARAMS), 12)
+    for source, target, convert in (
+        (inside, outside, outside_from_inside),
+        (outside, inside, inside_from_outside),
+    ):
+        params, state = run(source, source.init(PARAMS), 6)
+        state = convert(target.init(PARAMS), state, learning_rate=0.25)
+        moved, after = run(target, state, 6, 6, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, expected)
+        assert {
+            int(part.count)
+            for part in jax.tree.leaves(
+                after, is_leaf=lambda node: isinstance(node, mj.MomentumState)
+            )
+            if isinstance(part, mj.MomentumState)
+        } == {12}
+
+
+def test_inside_and_outside_at_learning_rate_0_is_refused():
+    """There v is 0 whatever m was."""
+    tx = mj.momentum(0.25)
+    for convert in (inside_from_outside, outside_from_inside):
+        with pytest.raises(ValueError, match="learning_rate=0 says nothing of the velocity"):
+            convert(tx.init(PARAMS), tx.init(PARAMS), learning_rate=0.0)
+
+
+# What does not fit. ----------------------------------------------------------------------
+
+SETTINGS = dict(lr=0.5, momentum=0.5, dampening=0, weight_decay=0, nesterov=False, maximize=False)
+WEIGHTS = {"fc.weight": np.zeros((2, 3)), "fc.bias": np.zeros(2)}
+BUFFERS = [np.arange(6.0).reshape(2, 3), np.array([6.0, 7.0])]
+
+
+def a_state_dict(buffers=(0, 1), **settings):
+    """As PyTorch saves it, with these buffers."""
+    return {
+        "state": {i: {"momentum_buffer": BUFFERS[i]} for i in buffers},
+        "param_groups": [{**SETTINGS, **settings, "params": [0, 1]}],
+    }
+
+
+def fc(weights):
+    return {"kernel": weights["fc.weight"].T, "bias": weights["fc.bias"]}
+
+
+FC = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}
+
+
+def load(state_dict=None, names=tuple(WEIGHTS), to_params=fc, params=FC, tx=None, **kwargs):
+    tx = torch_sgd(0.5, 0.5) if tx is None else tx
+    state_dict = a_state_dict() if state_dict is None else state_dict
+    return load_torch(tx.init(params), state_dict, names=names, to_params=to_params, **kwargs)
+
+
+def test_load_torch_fills_velocity_and_count():
+    """Without a count, that a step was taken; with one, that one, in all schedules."""
+    state: Any = load()[0]
+    np.testing.assert_array_equal(state.velocity["kernel"], BUFFERS[0].T)
+    np.testing.assert_array_equal(state.velocity["bias"], BUFFERS[1])
+    assert (int(state.count), state.count.dtype) == (1, np.int32)
+    assert int(load(a_state_dict([]), names=WEIGHTS)[0].count) == 0
+    momentum, schedule = load(tx=torch_sgd(rate, 0.5), count=7)
+    assert int(momentum.count) == int(schedule.count) == 7
+
+
+def test_load_torch_keeps_dtype_and_sharding():
+    """Of the state that it is given."""
+    mesh = jax.make_mesh((8,), ("d",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
+    buffer = np.arange(64.0).reshape(8, 8)
+    state_dict = a_state_dict([])
+    state_dict["state"] = {0: {"momentum_buffer": buffer}}
+    state_dict["param_groups"][0]["params"] = [0]
+    tx = torch_sgd(0.5, 0.5)
+    w = jax.device_put(np.zeros((8, 8), np.float32), sharding)
+    state: Any = load_torch(tx.init(w), state_dict, names=["w"], to_params=lambda ws: ws["w"].T)
+    velocity = state[0].velocity
+    assert velocity.sharding == sharding
+    assert velocity.dtype == np.float32
+    np.testing.assert_array_equal(velocity, buffer.T)
+
+
+def test_a_missing_buffer_is_a_velocity_at_rest():
+    """Of a param that never had a gradient, if its shape is known."""
+    state: Any = load(a_state_dict([1]), names=WEIGHTS)[0]
+    np.testing.assert_array_equal(state.velocity["kernel"], np.zeros((3, 2)))
+    np.testing.assert_array_equal(state.velocity["bias"], BUFFERS[1])
+    dumped = dump_torch((state,), a_state_dict([]), names=WEIGHTS, to_params=fc)
+    np.testing.assert_array_equal(dumped["state"][1]["momentum_buffer"], BUFFERS[1])
+
+
+def test_before_the_first_step_nothing_is_dumped():
+    """So that PyTorch's first step is still its first."""
+    state = torch_sgd(0.5, 0.5).init(FC)
+    dumped = dump_torch(state, a_state_dict(), names=list(WEIGHTS), to_params=fc)
+    assert dumped["state"] == {}
+    assert dumped["param_groups"] == a_state_dict()["param_groups"]
+
+
+def test_a_param_that_is_frozen_here_needs_no_buffer():
+    """Masked here, without a buffer there; with one, it would be lost."""
+    tx = optax.masked(torch_sgd(0.5, 0.5), {"kernel": False, "bias": True})
+    state: Any = load(a_state_dict([1]), names=WEIGHTS, tx=tx)
+    np.testing.assert_array_equal(state.inner_state[0].velocity["bias"], BUFFERS[1])
+    with pytest.raises(ValueError, match=r"only in what is carried over: \['kernel'\]"):
+        load(tx=tx)
+    dumped = dump_torch(state, a_state_dict([]), names=WEIGHTS, to_params=fc)
+    assert list(dumped["state"]) == [1]
+
+
+def doubled(weights):
+    return jax.tree.map(lambda w: 2 * w, fc(weights))
+
+
+def shifted(weights):
+    return jax.tree.map(lambda w: w + 1, fc(weights))
+
+
+def tied(weights):
+    return {**fc(weights), "kernel": np.broadcast_to(weights["fc.weight"][:1].T, (3, 2))}
+
+
+REFUSED = {
+    "a whole checkpoint": (
+        dict(state_dict={"model": {}, "optimizer": a_state_dict()}),
+        "must be what optimizer.state_dict() returned",
+    ),
+    "of Adam": (
+        dict(state_dict={"state": {}, "param_groups": [{"lr": 1, "betas": (0, 0), "params": []}]}),
+        "is not of torch.optim.SGD",
+    ),
+    "too few names": (dict(names=["fc.weight"]), "the optimizer has 2 params, but names has 1"),
+    "equal names": (dict(names=["fc.bias", "fc.bias"]), "these repeat: ['fc.bias']"),
+    "names in another order": (
+        dict(names=list(WEIGHTS)[::-1]),
+        "the velocity ['bias'] has shape (2,), but what is carried over to it has shape (2, 3)",
+    ),
+    "weights in another order": (
+        dict(names=dict(reversed(WEIGHTS.items()))),
+        "the weight fc.bias has shape (2,), but its momentum has shape (2, 3)",
+    ),
+    "a name that to_params does not know": (
+        dict(names=["fc.weight", "bias"]),
+        "to_params asked for 'fc.bias', but was given bias, fc.weight",
+    ),
+    "other params": (
+        dict(params={"kernel": FC["kernel"]}),
+        "only in the state: none; only in what is carried over: ['bias']",
+    ),
+    "params of another shape": (
+        dict(params={**FC, "kernel": jnp.zeros((2, 3))}),
+        "the velocity ['kernel'] has shape (2, 3), but what is carried over to it has shape (3, 2)",
+    ),
+    "no velocity here": (
+        dict(tx=torch_sgd(0.5)),
+        "only in what is carried over: ['bias'], ['kernel']",
+    ),
+    "to_params that scales": (dict(to_params=doubled), "does more than move values"),
+    "to_params that adds": (dict(to_params=shifted), "does more than move values"),
+    "to_params that repeats": (dict(to_params=tied), "does more than move values to ['kernel']"),
+    "a missing buffer of unknown shape": (
+        dict(state_dict=a_state_dict([1])),
+        "the shape of fc.weight is not known",
+    ),
+    "a missing buffer and dampening": (
+        dict(state_dict=a_state_dict([1], dampening=0.5), names=WEIGHTS),
+        "there is no momentum buffer of fc.weight, and its group has dampening",
+    ),
+    "a schedule and no count": (
+        dict(tx=torch_sgd(rate, 0.5)),
+        "Give it: count=... (a scheduler's last_epoch)",
+    ),
+    "a negative count": (dict(count=-1), "count=-1 must be the number of steps taken"),
+    "a buffer of integers": (
+        dict(
+            state_dict={
+                **a_state_dict([]),
+                "state": {i: {"momentum_buffer": np.ones(2, int)} for i in (0, 1)},
+            }
+        ),
+        "the momentum buffer of fc.weight is int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case):
+    """With both sides listed, and nothing is loaded by half."""
+    arguments, message = REFUSED[case]
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        load(**arguments)
+
+
+def test_groups_that_differ_are_told_how():
+    """The error is code that works."""
+    state_dict = a_state_dict()
+    settings = state_dict["param_groups"][0]
+    state_dict["param_groups"] = [
+        {**settings, "params": [0]},
+        {**settings, "params": [1], "momentum": 0.25},
+    ]
+    with pytest.raises(ValueError, match="the 2 parameter groups differ in momentum") as error:
+        torch_hyperparameters(state_dict)
+    _, code = str(error.value).split("\n", 1)
+    scope: dict[str, Any] = dict(
+        globals(), state_dict=state_dict, names=list(WEIGHTS), to_params=fc
+    )
+    exec("if True:\n" + code, scope)
+    state = load(state_dict, tx=scope["tx"])
+    updates, _ = scope["tx"].update(jax.tree.map(jnp.zeros_like, FC), state, FC)
+    np.testing.assert_array_equal(updates["kernel"], -0.5 * 0.5 * BUFFERS[0].T)
+    np.testing.assert_array_equal(updates["bias"], -0.5 * 0.25 * BUFFERS[1])
+    with pytest.raises(ValueError, match="group=2 must be below 2"):
+        torch_hyperparameters(state_dict, group=2)
+
+
+def test_a_param_of_two_groups_has_no_label():
+    """Weights that are joined to one param cannot have two settings."""
+    state_dict = a_state_dict()
+    settings = state_dict["param_groups"][0]
+    state_dict["param_groups"] = [{**settings, "params": [i]} for i in (0, 1)]
+    with pytest.raises(ValueError, match=r"made of weights of the parameter groups \[0, 1\]"):
+        torch_labels(
+            state_dict,
+            names=WEIGHTS,
+            to_params=lambda weights: np.concatenate([w.ravel() for w in weights.values()]),
+        )
+
+
+def test_joined_and_split_weights_are_carried_over_and_back():
+    """Three projections become one, and one becomes two."""
+    weights = {"q": np.zeros((2, 2)), "k": np.zeros((2, 2)), "both": np.zeros(6)}
+
+    def to_params(weights):
+        return {
+            "qk": np.concatenate([weights["q"], weights["k"]], axis=1),
+            "halves": list(np.split(weights["both"], 2)),
+        }
+
+    buffers = {name: np.random.default_rng(0).normal(size=w.shape) for name, w in weights.items()}
+    state_dict = {
+        "state": {i: {"momentum_buffer": b} for i, b in enumerate(buffers.values())},
+        "param_groups": [{**SETTINGS, "params": [0, 1, 2]}],
+    }
+    params = jax.tree.map(jnp.asarray, to_params(weights))
+    tx = torch_sgd(0.5, 0.5)
+    state: Any = load_torch(tx.init(params), state_dict, names=list(weights), to_params=to_params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        state[0].velocity,
+        to_params(buffers),
+    )
+    dumped = dump_torch(state, state_dict, names=list(weights), to_params=to_params)
+    for i, buffer in enumerate(buffers.values()):
+        np.testing.assert_allclose(dumped["state"][i]["momentum_buffer"], buffer, rtol=1e-6)
+
+
+KERAS = {
+    "sgd/iteration": np.array(3),
+    "sgd/learning_rate": np.array(0.5),
+    "sgd/fc_kernel_momentum": np.ones(2),
+}
+REFUSED_OF_KERAS = {
+    "of Adam": ({**KERAS, "adam/fc_kernel_velocity": np.ones(2)}, "are not those of Keras' SGD"),
+    "no iteration": ({"sgd/fc_kernel_momentum": np.ones(2)}, "are not those of Keras' SGD"),
+    "another shape": (
+        {**KERAS, "sgd/fc_kernel_momentum": np.ones(3)},
+        "has shape (2,), but what is carried over to it has shape (3,)",
+    ),
+    "no momentum": (
+        {"sgd/iteration": np.array(3)},
+        "the shape of fc/kernel is not known",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OF_KERAS)
+def test_what_does_not_fit_of_keras_is_refused(case):
+    """With the names on both sides."""
+    variables, message = REFUSED_OF_KERAS[case]
+    state = keras_sgd(0.5, 0.5).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_keras(
+            state, variables, names=["fc/kernel"], to_params=lambda weights: weights["fc/kernel"]
+        )
+
+
+def test_two_velocities_of_one_param_are_refused():
+    """In a chain of two there is no telling which is meant."""
+    tx = optax.chain(mj.trace(0.5), mj.trace(0.25))
+    with pytest.raises(ValueError, match="the state holds two velocities of the param"):
+        load(tx=tx)
+
+
+def test_an_optax_state_of_other_params_is_refused():
+    """With the paths on both sides."""
+    state = optax.sgd(0.5, 0.5).init({"x": jnp.ones(1)})
+    with pytest.raises(ValueError, match=r"only in the state: \['a'\], \['b'\]; only in .*\['x'\]"):
+        load_optax(optax_sgd(0.5, 0.5).init(PARAMS), state)

@@ -1,0 +1,238 @@
+"""Each framework's arithmetic, beside the real one and beside what was recorded of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from golden import record
+
+import momentum_jax as mj
+from momentum_jax.frameworks import caffe_sgd, keras_sgd, optax_sgd, torch_sgd
+
+
+def schedule(count):
+    """The learning rate of `record.learning_rate`, traceable."""
+    rates = jnp.asarray(record.LEARNING_RATES)
+    return rates[count // 5 % len(record.LEARNING_RATES)]
+
+
+def trajectory(tx, steps=record.STEPS):
+    """The params after each step, from where the frameworks start, in float64."""
+    w = jnp.asarray(record.START)
+    state = tx.init(w)
+    step = jax.jit(tx.update)
+    params = []
+    for count in range(steps):
+        updates, state = step(jnp.asarray(record.gradient(np.asarray(w), count)), state, w)
+        w = mj.apply_updates(w, updates)
+        params.append(w)
+    assert w.dtype == np.float64
+    return np.array(params)
+
+
+def ours(framework, case):
+    """What ours does with a framework's options."""
+    return trajectory({"torch": torch_sgd, "keras": keras_sgd}[framework](schedule, **case))
+
+
+RECORDED = [(name, entry) for name in record.FRAMEWORKS for entry in record.load(name)]
+
+
+def named(value):
+    """A case as the id of its test."""
+    if isinstance(value, dict):
+        case = value.get("case", value)
+        return " ".join(f"{key}={option}" for key, option in case.items() if option) or "plain"
+    return str(value)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("framework", "entry"), RECORDED, ids=named)
+def test_recorded_trajectory(framework, entry):
+    """48 steps under a learning rate that goes up and down, in float64."""
+    expected = np.array(entry["trajectory"])
+    np.testing.assert_allclose(ours(framework, entry["case"]), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_recorded_cases_are_the_whole_grid():
+    """So that no combination is left out by a stale file."""
+    for name, (cases, _) in record.FRAMEWORKS.items():
+        assert [entry["case"] for entry in record.load(name)] == cases
+    assert (len(record.TORCH_CASES), len(record.KERAS_CASES)) == (20, 8)
+
+
+LIVE = [(name, case) for name, (cases, _) in record.FRAMEWORKS.items() for case in cases]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("oracle", "case"), LIVE, ids=named, indirect=["oracle"])
+def test_the_real_framework(oracle, case):
+    """The same, beside the framework itself."""
+    expected = np.array(record.FRAMEWORKS[oracle][1](case))
+    np.testing.assert_allclose(ours(oracle, case), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.9, -0.5])
+@pytest.mark.parametrize("learning_rate", [schedule, 0.05], ids=["schedule", "constant"])
+def test_optax(learning_rate, momentum, nesterov):
+    """To the bit, under jit."""
+    theirs, ours = (make(learning_rate, momentum, nesterov) for make in (optax.sgd, optax_sgd))
+    np.testing.assert_array_equal(trajectory(ours), trajectory(theirs))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_caffe(momentum, weight_decay):
+    """Caffe is not on the registry: its documented solver, as a loop in NumPy."""
+    expected = reference.caffe(
+        record.START, record.gradient, record.learning_rate, momentum, weight_decay, record.STEPS
+    )
+    tx = caffe_sgd(schedule, momentum, weight_decay)
+    np.testing.assert_allclose(trajectory(tx), np.array(expected), rtol=1e-12, atol=1e-14)
+
+
+# The differences that bite, each by hand. ------------------------------------------------
+
+
+def updates(tx, grads, w=1.0):
+    """The updates, the params standing still."""
+    w = jnp.float32(w)
+    state = tx.init(w)
+    result = []
+    for grad in grads:
+        update, state = tx.update(jnp.float32(grad), state, w)
+        result.append(float(update))
+    return result
+
+
+def drop(count):
+    """From 0.5 to 0.25 after one step: a schedule from 0."""
+    return jnp.where(count < 1, 0.5, 0.25)
+
+
+def test_learning_rate_inside_or_outside():
+    """After it halves, what is inside keeps its speed and what is outside does not."""
+    for inside in (keras_sgd(drop, 0.5), caffe_sgd(drop, 0.5)):
+        assert updates(inside, [1, 0]) == [-0.5, -0.25]
+    for outside in (torch_sgd(drop, 0.5), optax_sgd(drop, 0.5)):
+        assert updates(outside, [1, 0]) == [-0.5, -0.125]
+
+
+def test_the_first_step_is_exempt_from_dampening():
+    """In PyTorch; `trace` dampens all alike."""
+    assert updates(torch_sgd(1.0, 0.5, dampening=0.75), [1, 1]) == [-1.0, -0.75]
+    plain = optax.chain(mj.trace(0.5, dampening=0.75), optax.scale_by_learning_rate(1.0))
+    assert updates(plain, [1, 1]) == [-0.25, -0.375]
+
+
+def test_decay_coupled_or_decoupled():
+    """Coupled decay stays in the velocity when the param is no longer there; decoupled does not."""
+
+    def then_at_zero(tx):
+        w = jnp.float32(1)
+        state = tx.init(w)
+        first, state = tx.update(jnp.float32(0), state, w)
+        second, _ = tx.update(jnp.float32(0), state, jnp.float32(0))
+        return [float(first), float(second)]
+
+    assert then_at_zero(torch_sgd(0.5, 0.5, weight_decay=0.5)) == [-0.25, -0.125]
+    assert then_at_zero(caffe_sgd(0.5, 0.5, weight_decay=0.5)) == [-0.25, -0.125]
+    assert then_at_zero(keras_sgd(0.5, 0.5, weight_decay=0.5)) == [-0.25, 0.0]
+
+
+def test_maximize_flips_the_gradient_before_the_decay():
+    """The params still shrink."""
+    assert updates(torch_sgd(1.0, weight_decay=0.25, maximize=True), [1.0]) == [0.75]
+
+
+def test_schedules_count_from_0():
+    """The first step has the first value, everywhere."""
+    for tx in (torch_sgd(drop), keras_sgd(drop), caffe_sgd(drop), optax_sgd(drop)):
+        assert updates(tx, [1, 1]) == [-0.5, -0.25]
+    assert updates(keras_sgd(drop, weight_decay=1.0), [0, 0]) == [-0.5, -0.25]
+
+
+def test_nesterov_without_momentum():
+    """Refused by PyTorch, without effect in Keras and Optax."""
+    for momentum, dampening in ((0.0, 0.0), (0.9, 0.1)):
+        with pytest.raises(ValueError, match="nesterov=True needs a momentum above 0 and no damp"):
+            torch_sgd(0.5, momentum, dampening, nesterov=True)
+    assert updates(keras_sgd(0.5, nesterov=True), [1]) == [-0.5]
+    assert updates(optax_sgd(0.5, nesterov=True), [1]) == [-0.5]
+
+
+def test_defaults_are_theirs():
+    """The first step of each with no options."""
+    assert updates(torch_sgd(), [1]) == [pytest.approx(-1e-3)]
+    assert updates(keras_sgd(), [1]) == [pytest.approx(-0.01)]
+    assert len(jax.tree.leaves(torch_sgd().init(jnp.ones(2)))) == 0
+    assert len(jax.tree.leaves(optax_sgd(0.1).init(jnp.ones(2)))) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: torch_sgd(lr=-1.0), "lr=-1.0 must be finite and not negative"),
+        (lambda: torch_sgd(momentum=-0.1), r"momentum=-0.1 must be in \[0, 1\]"),
+        (lambda: torch_sgd(weight_decay=-0.1), "weight_decay=-0.1 must be finite and not neg"),
+        (lambda: keras_sgd(momentum=1.1), r"momentum=1.1 must be in \[0, 1\]"),
+        (lambda: caffe_sgd(base_lr=float("nan")), "base_lr=nan must be finite"),
+        (lambda: optax_sgd(0.1, momentum=-1.0), r"mu=-1.0 must be in \(-1, 1\]"),
+    ],
+)
+def test_refusals_name_the_framework_s_argument(make, name):
+    """With the rule."""
+    with pytest.raises(ValueError, match=name):
+        make()
+
+
+@pytest.mark.parametrize("make", [torch_sgd, keras_sgd, caffe_sgd, optax_sgd])
+def test_updates_keep_the_gradients_dtype(make):
+    """Also with decay, for bfloat16 params and gradients; a frozen leaf stays frozen."""
+    decay = {} if make is optax_sgd else {"weight_decay": 0.5}
+    params = {"w": jnp.ones(2, jnp.bfloat16), "frozen": jnp.ones(3)}
+    grads = {"w": jnp.ones(2, jnp.bfloat16), "frozen": None}
+    for rate in (0.5, lambda count: jnp.float32(0.5)):
+        tx = make(rate, momentum=0.5, **decay)
+        update, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        assert update["w"].dtype == jnp.bfloat16
+        assert update["frozen"] is None
+
+
+def test_options_may_be_traced():
+    """A sweep over momentum and dampening in one program."""
+
+    def second_update(momentum, dampening):
+        tx = torch_sgd(0.5, momentum, dampening)
+        _, state = tx.update(jnp.float32(1), tx.init(jnp.float32(0)))
+        return tx.update(jnp.float32(1), state)[0]
+
+    got = jax.vmap(second_update)(jnp.array([0.0, 0.5]), jnp.array([0.0, 0.25]))
+    np.testing.assert_array_equal(got, [-0.5, -0.5 * (0.5 + 0.75)])
+
+
+def test_neither_pytorch_nor_keras_is_imported():
+    """By importing the module, whether they are installed or not."""
+    code = (
+        "import sys, momentum_jax.frameworks;"
+        "assert not {'torch', 'keras', 'tensorflow'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_recorded_files_say_what_recorded_them():
+    """A version each, and no path or address."""
+    for name in record.FRAMEWORKS:
+        text = (Path(record.__file__).parent / f"{name}.json").read_text()
+        assert json.loads(text)["version"].count(".") >= 1
+        assert "/" not in text
