@@ -657,7 +657,7 @@ def public_functions():
                 yield pytest.param(function, id=f"mj.{name}.{inner}")
 
 
-@pytest.mark.parametrize("documented", public_functions())
+@pytest.mark.parametrize("documented", list(public_functions()))
 def test_every_public_name_is_documented_with_an_example(documented):
     """A docstring with a doctest and a word on each parameter."""
     doc = inspect.getdoc(documented) or ""
