@@ -1,10 +1,24 @@
 """Momentum for JAX, done exactly: a pure init/update pair that composes with Optax."""
 
 from momentum_jax import frameworks as frameworks
+from momentum_jax import schedules as schedules
+from momentum_jax import theory as theory
+from momentum_jax._mixtures import aggmo as aggmo
+from momentum_jax._mixtures import qhm as qhm
 from momentum_jax._momentum import MomentumState as MomentumState
 from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
 
-__all__ = ["MomentumState", "apply_updates", "frameworks", "momentum", "trace"]
+__all__ = [
+    "MomentumState",
+    "aggmo",
+    "apply_updates",
+    "frameworks",
+    "momentum",
+    "qhm",
+    "schedules",
+    "theory",
+    "trace",
+]
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ numbered arrays through it, and used both ways.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,12 +21,8 @@ PyTree = Any
 # From {name: weights} of another framework to the params.
 ToParams = Callable[[dict[str, np.ndarray]], PyTree]
 
-# States whose count a schedule follows.
-_SCHEDULED = (
-    optax.ScaleByScheduleState,
-    optax.InjectHyperparamsState,
-    optax.InjectStatefulHyperparamsState,
-)
+_FIELDS = {MomentumState: "velocity", optax.TraceState: "trace"}
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def velocities(state: PyTree, kind: type = MomentumState) -> dict[str, Any]:
@@ -34,11 +31,10 @@ def velocities(state: PyTree, kind: type = MomentumState) -> dict[str, Any]:
     A masked or partitioned transformation holds some of the leaves only; together they may
     not hold one twice.
     """
-    field = {MomentumState: "velocity", optax.TraceState: "trace"}[kind]
     found: dict[str, Any] = {}
     for held in parts(state, kind):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(held, field)):
-            name = jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(held, _FIELDS[kind])):
+            name = _name(path)
             if name in found:
                 raise ValueError(
                     f"the state holds two velocities of the param {name or 'at the root'}, so that "
@@ -54,29 +50,40 @@ def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type
     Each leaf keeps its dtype and sharding.
     """
 
-    def at(node):
-        if isinstance(node, MomentumState):
-            node = node._replace(velocity=_fill_tree(node.velocity, values))
-        elif isinstance(node, optax.TraceState):
-            node = node._replace(trace=_fill_tree(node.trace, values))
-        if count is not None and isinstance(node, (MomentumState, *_SCHEDULED)):
-            node = node._replace(count=_like(node.count, count))
-        return node
+    def tree(node):
+        return jax.tree.map(part, node, is_leaf=lambda node: isinstance(node, parts_filled))
 
-    def is_part(node):
-        return isinstance(node, (kind, *_SCHEDULED))
+    def part(node):
+        if not isinstance(node, parts_filled):
+            return node
+        if isinstance(node, kind):
+            field = _FIELDS[kind]
+            velocity = jax.tree_util.tree_map_with_path(
+                lambda path, held: _like(held, values[_name(path)]), getattr(node, field)
+            )
+            node = node._replace(**{field: velocity})
+        if isinstance(node, _INJECTED):
+            node = node._replace(inner_state=tree(node.inner_state))
+            if isinstance(node, optax.InjectStatefulHyperparamsState):
+                node = node._replace(hyperparams_states=_count_up(node.hyperparams_states, count))
+        return node if count is None or kind is type(node) is optax.TraceState else counted(node)
 
-    return jax.tree.map(at, state, is_leaf=is_part)
+    def counted(node):
+        # A leaf of another library's own wrapper stays within it.
+        return node._replace(count=jax.tree.map(lambda held: _like(held, count), node.count))
+
+    parts_filled = (kind, optax.ScaleByScheduleState, *_INJECTED)
+    return tree(state)
 
 
 def follows_a_schedule(state: PyTree) -> bool:
     """Whether the state has a count that is not momentum's own."""
-    return any(parts(state, kind) for kind in _SCHEDULED)
+    return bool(_scheduled(state))
 
 
 def scheduled_count(state: PyTree) -> int | None:
     """The count of the state's schedules, if there are any."""
-    counts = {int(held.count) for kind in _SCHEDULED for held in parts(state, kind)}
+    counts = {int(_only(held.count)) for held in _scheduled(state)}
     if len(counts) > 1:
         raise ValueError(
             f"the state's schedules have counted {sorted(counts)}: give the one that is meant, "
@@ -87,6 +94,12 @@ def scheduled_count(state: PyTree) -> int | None:
 
 def match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Raises a ValueError that lists the paths on both sides if they differ, or the shapes."""
+    if theirs and not ours:
+        raise ValueError(
+            "the state has no velocity to carry anything over to or from: give the state that "
+            "init returned, of a transformation with momentum above 0. What is carried over is "
+            f"of {listed(theirs)}."
+        )
     if ours.keys() != theirs.keys():
         raise ValueError(
             "the velocities and what is carried over must be of the same params, but "
@@ -137,13 +150,16 @@ class Routes:
         arrays = {name: self._of_name(values, name) for name in self.shapes}
         try:
             params = to_params(arrays)
-        except KeyError as error:
-            raise ValueError(
-                f"to_params asked for {error}, but was given {listed(self.shapes)}: the params "
-                "of the optimizer alone. Let it do without the others, or leave them as they are."
-            ) from error
+        except Exception as error:
+            if isinstance(error, KeyError) and error.args[0] not in self.shapes:
+                raise ValueError(
+                    f"to_params asked for {error}, but was given {listed(self.shapes)}: the "
+                    "params of the optimizer alone. Let it do without the others."
+                ) from error
+            error.add_note("This was within to_params, which is called with NumPy arrays by name.")
+            raise
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        sent = {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+        sent = {_name(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
         for path, leaf in sent.items():
             if not np.array_equal(leaf, np.rint(leaf)):
                 raise self._changes(path)
@@ -155,19 +171,22 @@ class Routes:
 
     def _check(self):
         used = np.zeros(self.total, bool)
+        count = 0
         for path, places in self.places.items():
             if np.any(places < 0) or np.any(places >= self.total):
                 raise self._changes(path)
-            if np.unique(places).size != places.size or np.any(used[places]):
-                raise self._changes(path)
             used[places] = True
+            count += places.size
+            if np.count_nonzero(used) != count:
+                raise self._changes(path)
 
     @staticmethod
     def _changes(path):
         return ValueError(
             f"to_params does more than move values to {path or 'the root'}: it changes, repeats "
-            "or invents them there. What it does to weights is then not what must be done to "
-            "velocities. Let it rename, reshape, transpose, split and join only."
+            "or invents them there (a tied weight, a padding, running statistics?). What it does "
+            "to weights is then not what must be done to velocities. Let it rename, reshape, "
+            "transpose, split and join only."
         )
 
     def forward(self, buffers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -225,9 +244,13 @@ def check_names(names: Iterable[str]) -> list[str]:
 
 def check_count(count: Any) -> int:
     """A whole number of steps."""
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
+    try:
+        whole = operator.index(count)
+    except TypeError:
+        whole = -1
+    if whole < 0 or isinstance(count, bool):
         raise ValueError(f"count={count!r} must be the number of steps taken: 0, 1, 2, ...")
-    return int(count)
+    return whole
 
 
 def parts(state: PyTree, kind: type) -> list[Any]:
@@ -236,17 +259,37 @@ def parts(state: PyTree, kind: type) -> list[Any]:
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
-def _fill_tree(tree, values):
-    def at(path, held):
-        return _like(held, values[jax.tree_util.keystr(path)])
+def _scheduled(state):
+    found = parts(state, optax.ScaleByScheduleState)
+    for kind in _INJECTED:
+        # Without states of its own, what is injected are constants.
+        found += [part for part in parts(state, kind) if getattr(part, "hyperparams_states", True)]
+    return found
 
-    return jax.tree_util.tree_map_with_path(at, tree)
+
+def _count_up(states, count):
+    def at(path, held):
+        named = path and getattr(path[-1], "name", None) == "count"
+        return _like(held, count) if named and count is not None else held
+
+    return jax.tree_util.tree_map_with_path(at, states)
+
+
+def _name(path):
+    # Flax NNX keeps each array in a variable of its own, whose key says nothing.
+    return jax.tree_util.keystr(path).removesuffix(".value")
+
+
+def _only(tree):
+    (leaf,) = jax.tree.leaves(tree)
+    return leaf
 
 
 def _like(held, value):
     value = np.asarray(value).astype(held.dtype)
     # What was bound to no device stays free to follow others.
-    return jax.device_put(value, held.sharding) if held.committed else jnp.asarray(value)
+    bound = getattr(held, "committed", False)
+    return jax.device_put(value, held.sharding) if bound else jnp.asarray(value)
 
 
 def listed(names: Iterable[str]) -> str:

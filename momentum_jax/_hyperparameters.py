@@ -33,6 +33,7 @@ _RULES = {
         "0 adds the whole gradient, mu makes the velocity an average of gradients",
     ),
 }
+_RULES["nu"] = (math.isfinite, "must be finite", "0.7 is usual, 0 is plain gradient descent")
 # What other frameworks call them, and allow.
 _RULES["lr"] = _RULES["base_lr"] = _RULES["learning_rate"]
 _RULES["momentum"] = (lambda x: 0 <= x <= 1, "must be in [0, 1]", _RULES["mu"][2])

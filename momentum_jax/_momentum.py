@@ -17,7 +17,7 @@ from momentum_jax import _velocity
 from momentum_jax._hyperparameters import Hyperparameter, check, is_zero, resolve
 
 
-def _inside(v, g, learning_rate, mu):
+def inside(v, g, learning_rate, mu):
     v = mu * v - learning_rate * g
     return v, v
 
@@ -125,8 +125,8 @@ def momentum(
       change of variable by Bengio, Boulanger-Lewandowski and Pascanu (2013), Advances in
       optimizing recurrent networks, equations 6 and 7.
     """
-    return _transformation(
-        _inside_nesterov if _looks_ahead(nesterov, mu) else _inside,
+    return transformation(
+        _inside_nesterov if _looks_ahead(nesterov, mu) else inside,
         velocity_dtype,
         learning_rate=learning_rate,
         mu=mu,
@@ -181,7 +181,7 @@ def trace(
     Source:
       PyTorch's documentation of torch.optim.SGD; Sutskever and others (2013), as above.
     """
-    return _transformation(
+    return transformation(
         _outside_nesterov if _looks_ahead(nesterov, mu) else _outside,
         velocity_dtype,
         mu=mu,
@@ -228,7 +228,10 @@ def _looks_ahead(nesterov, mu) -> bool:
     return bool(nesterov)
 
 
-def _transformation(recurrence, velocity_dtype, **hyperparameters):
+def transformation(
+    recurrence: _velocity.Recurrence, velocity_dtype: Any, **hyperparameters: Hyperparameter
+) -> optax.GradientTransformationExtraArgs:
+    """The Optax transformation of a recurrence, which takes the hyperparameters in this order."""
     velocity_dtype = _velocity.check_dtype(velocity_dtype)
     given = {name: check(name, value) for name, value in hyperparameters.items()}
 
@@ -243,8 +246,7 @@ def _transformation(recurrence, velocity_dtype, **hyperparameters):
     ) -> tuple[optax.Updates, MomentumState]:
         # Optax hands each transform of a chain the same params and extra arguments.
         del params
-        if not isinstance(state, MomentumState):
-            raise TypeError(_no_state(updates, state))
+        state = check_state(updates, state)
         _velocity.check_arrays("gradient", updates)
         coefficients = [
             resolve(name, value, extra_args.get(name), state.count) for name, value in given.items()
@@ -254,23 +256,35 @@ def _transformation(recurrence, velocity_dtype, **hyperparameters):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _no_state(updates, state):
+def check_state(updates: Any, state: Any) -> MomentumState:
+    """Returns the state; raises a TypeError that says what was given in its place."""
+    if isinstance(state, MomentumState):
+        return state
     if isinstance(updates, MomentumState):
-        return "the gradients and the state are swapped: it is update(grads, state, params)."
+        raise TypeError(
+            "the gradients and the state are swapped: it is update(grads, state, params)."
+        )
     if state is None:
-        return "the state is None. Call `state = tx.init(params)` before the first update."
-    return (
+        raise TypeError(
+            "the state is None. Call `state = tx.init(params)` before the first update."
+        )
+    raise TypeError(
         f"the state is {type(state).__name__}, but must be the MomentumState that init or the "
         "last update returned. In a chain, call the chain's update; after a restore, give the "
         "restoring function tx.init(params) as its target."
     )
 
 
+def incremented(count: jax.Array) -> jax.Array:
+    """The count of the next step; it stops at its largest value."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
 # Compiled once for all instances: a hyperparameter is an argument, not part of the program.
 @functools.partial(_velocity.inlined_jit, static_argnums=0)
 def _update(recurrence, grads, state, coefficients):
     updates, velocity = _velocity.advance(recurrence, grads, state.velocity, coefficients)
-    return updates, MomentumState(jnp.asarray(optax.safe_increment(state.count)), velocity)
+    return updates, MomentumState(incremented(state.count), velocity)
 
 
 _add = _velocity.inlined_jit(_velocity.add)

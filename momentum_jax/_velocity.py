@@ -153,6 +153,33 @@ def advance(
     return treedef.unflatten(updates), treedef.unflatten(velocities)
 
 
+def advance_together(
+    recurrence: Recurrence,
+    grads: PyTree,
+    velocities: Sequence[PyTree],
+    coefficients: Sequence[Sequence[Any]],
+) -> tuple[PyTree, tuple[PyTree, ...]]:
+    """Advances several velocities by the same gradients; the updates are the mean of theirs."""
+
+    def widened(grad):
+        grad = grad if is_absent(grad) else jnp.asarray(grad)
+        floats = not is_absent(grad) and jnp.issubdtype(grad.dtype, jnp.inexact)
+        return grad.astype(_wide(grad.dtype)) if floats else grad
+
+    def mean(grad, *updates):
+        if is_absent(grad):
+            return grad
+        return jnp.asarray(sum(updates) / len(updates), jnp.asarray(grad).dtype)
+
+    wide = jax.tree.map(widened, grads, is_leaf=is_absent)
+    pairs = [
+        advance(recurrence, wide, velocity, each)
+        for velocity, each in zip(velocities, coefficients, strict=True)
+    ]
+    updates, advanced = zip(*pairs, strict=True)
+    return jax.tree.map(mean, grads, *updates, is_leaf=is_absent), advanced
+
+
 def add(params: PyTree, updates: PyTree) -> PyTree:
     """`params + updates`, each param keeping its dtype, weak type and sharding."""
 

@@ -41,6 +41,25 @@ def sgd(grads, learning_rate, mu, dampening: Any = 0.0, nesterov=False):
     return scaled, velocities
 
 
+def qhm(grads, learning_rate, mu, nu):
+    """Quasi-hyperbolic: v <- mu v + (1 - mu) g; update -learning_rate ((1 - nu) g + nu v)."""
+    v = 0.0
+    updates, velocities = [], []
+    for count, g in enumerate(map(_wide, grads)):
+        eta, mu_t, nu_t = (_at(value, count) for value in (learning_rate, mu, nu))
+        v = mu_t * v + (1 - mu_t) * g
+        updates.append(-eta * ((1 - nu_t) * g + nu_t * v))
+        velocities.append(v)
+    return updates, velocities
+
+
+def aggmo(grads, learning_rate, mus):
+    """Aggregated: the mean of a velocity for each mu; the velocities of a step are a tuple."""
+    runs = [momentum(grads, learning_rate, mu) for mu in mus]
+    updates = [sum(each) / len(mus) for each in zip(*(u for u, _ in runs), strict=True)]
+    return updates, list(zip(*(v for _, v in runs), strict=True))
+
+
 def caffe(start, gradient, base_lr, momentum, weight_decay, steps):
     """Caffe's solver, with its sign: v <- momentum v + base_lr (g + weight_decay w), w <- w - v.
 

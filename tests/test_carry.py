@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from golden.record import float64, import_keras
 
 import momentum_jax as mj
@@ -608,8 +609,9 @@ REFUSED = {
     ),
     "no velocity here": (
         dict(tx=torch_sgd(0.5)),
-        "only in what is carried over: ['bias'], ['kernel']",
+        "the state has no velocity to carry anything over to",
     ),
+    "a count of 0": (dict(count=0), "count=0, but there is a velocity"),
     "to_params that scales": (dict(to_params=doubled), "does more than move values"),
     "to_params that adds": (dict(to_params=shifted), "does more than move values"),
     "to_params that repeats": (dict(to_params=tied), "does more than move values to ['kernel']"),
@@ -623,7 +625,7 @@ REFUSED = {
     ),
     "a schedule and no count": (
         dict(tx=torch_sgd(rate, 0.5)),
-        "Give it: count=... (a scheduler's last_epoch)",
+        "Give it: count=... (last_epoch of a scheduler that steps once a batch)",
     ),
     "a negative count": (dict(count=-1), "count=-1 must be the number of steps taken"),
     "a buffer of integers": (
@@ -716,8 +718,12 @@ KERAS = {
     "sgd/fc_kernel_momentum": np.ones(2),
 }
 REFUSED_OF_KERAS = {
-    "of Adam": ({**KERAS, "adam/fc_kernel_velocity": np.ones(2)}, "are not those of Keras' SGD"),
-    "no iteration": ({"sgd/fc_kernel_momentum": np.ones(2)}, "are not those of Keras' SGD"),
+    "of Adam": ({**KERAS, "adam/fc_kernel_velocity": np.ones(2)}, "not adam/fc_kernel_velocity"),
+    "of Lion": (
+        {path.replace("sgd", "lion"): value for path, value in KERAS.items()},
+        "are not those of Keras' SGD",
+    ),
+    "no iteration": ({"sgd/fc_kernel_momentum": np.ones(2)}, "it has one iteration, here 0"),
     "another shape": (
         {**KERAS, "sgd/fc_kernel_momentum": np.ones(3)},
         "has shape (2,), but what is carried over to it has shape (3,)",
@@ -738,6 +744,80 @@ def test_what_does_not_fit_of_keras_is_refused(case):
         load_keras(
             state, variables, names=["fc/kernel"], to_params=lambda weights: weights["fc/kernel"]
         )
+
+
+def test_keras_optimizer_itself_is_refused(as_shipped):
+    """With what to give."""
+    with pytest.raises(TypeError, match=r"give optimizer\.variables"):
+        load_keras(keras_sgd().init(FC), object(), names=[], to_params=fc)  # pyright: ignore
+
+
+def test_keras_without_momentum_keeps_its_iteration():
+    """Nothing here has counted."""
+    variables = {"sgd/iteration": np.array(3), "sgd/learning_rate": np.array(0.5)}
+    weights = {"w": np.zeros(2)}
+    state = keras_sgd(0.5).init(jnp.zeros(2))
+    arguments: Any = dict(names=weights, to_params=lambda weights: weights["w"])
+    assert dump_keras(state, variables, **arguments) == variables
+    assert load_keras(state, variables, **arguments) == state
+
+
+def injected(make, **options):
+    return optax.inject_hyperparams(make)(**options)
+
+
+@pytest.mark.parametrize(
+    ("tx", "rate"),
+    [
+        (injected(torch_sgd, lr=0.5, momentum=0.5), 0.5),
+        (injected(torch_sgd, lr=rate, momentum=0.5), 0.125),
+        (optax.chain(injected(torch_sgd, lr=rate, momentum=0.5), optax.identity()), 0.125),
+    ],
+    ids=["constants", "schedule", "chain"],
+)
+def test_a_job_goes_on_under_inject_hyperparams(tx, rate):
+    """Velocity and schedules are filled within it, and its step is jitted."""
+    count = None if rate == 0.5 else 7
+    state = load(tx=tx, count=count)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, FC), state, FC)
+    np.testing.assert_allclose(updates["kernel"], -rate * 0.5 * BUFFERS[0].T, rtol=1e-6)
+
+
+def test_a_job_goes_on_in_an_nnx_optimizer():
+    """Whose state holds each array in a variable."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, torch_sgd(0.5, 0.5), wrt=nnx.Param)
+    before = np.asarray(model.kernel[...])
+    optimizer.opt_state = load_torch(
+        optimizer.opt_state, a_state_dict(), names=list(WEIGHTS), to_params=fc
+    )
+    grads = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, grads)
+    moved = np.asarray(model.kernel[...]) - before
+    np.testing.assert_allclose(moved, -0.25 * BUFFERS[0].T, rtol=1e-5)
+
+
+def test_a_state_of_numpy_arrays_is_filled():
+    """As pickle and flax.serialization give it."""
+    tx = torch_sgd(0.5, 0.5)
+    state = jax.tree.map(np.asarray, tx.init(FC))
+    filled: Any = load_torch(state, a_state_dict(), names=list(WEIGHTS), to_params=fc)[0]
+    np.testing.assert_array_equal(filled.velocity["bias"], BUFFERS[1])
+
+
+def test_gathered_gradients_of_optax_are_not_dropped():
+    """In the midst of MultiSteps there is more than a velocity."""
+    tx = optax.MultiSteps(optax.sgd(0.5, 0.5), 2)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"MultiSteps has gathered 1 gradients"):
+        load_optax(optax_sgd(0.5, 0.5).init(PARAMS), state)
+
+
+def test_an_error_of_to_params_says_where_it_was():
+    """With its own type and text."""
+    with pytest.raises(AttributeError, match="permute") as error:
+        load(to_params=lambda weights: weights["fc.weight"].permute(1, 0))
+    assert "called with NumPy arrays by name" in error.value.__notes__[0]
 
 
 def test_two_velocities_of_one_param_are_refused():

@@ -33,13 +33,15 @@ import momentum_jax as mj
 # Optax types a state as any tree of arrays, in which a type checker finds no field.
 momentum: Any = mj.momentum
 trace: Any = mj.trace
+qhm: Any = mj.qhm
+aggmo: Any = mj.aggmo
 MomentumState: Any = mj.MomentumState
 apply_updates: Any = mj.apply_updates
 
 # An older JAX has it elsewhere.
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else getattr(jax.sharding, "use_mesh")  # noqa: B009
 
-LEARNING_RATE, MU, DAMPENING = 0.375, 0.75, 0.25
+LEARNING_RATE, MU, DAMPENING, NU = 0.375, 0.75, 0.25, 0.5
 
 # Of each recurrence: how it is made, and the paper's equations in whatever dtype v and g have.
 TRANSFORMS = {
@@ -64,6 +66,17 @@ TRANSFORMS = {
             MU * v + (1 - DAMPENING) * g,
             MU * (MU * v + (1 - DAMPENING) * g) + g,
         ),
+    ),
+    "qhm": (
+        lambda **options: qhm(LEARNING_RATE, MU, NU, **options),
+        lambda v, g: (
+            MU * v + (1 - MU) * g,
+            -LEARNING_RATE * ((1 - NU) * g + NU * (MU * v + (1 - MU) * g)),
+        ),
+    ),
+    "aggmo": (
+        lambda **options: aggmo(LEARNING_RATE, (MU,), **options),
+        lambda v, g: (MU * v - LEARNING_RATE * g,) * 2,
     ),
 }
 
@@ -979,7 +992,8 @@ def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
                 velocity[dtype].astype(np.float64), grads[dtype].astype(np.float64)
             )
             velocity[dtype] = wide_velocity.astype(held)
-            assert bits(state.velocity[dtype]) == bits(velocity[dtype])
+            held_velocity = state.velocity[0] if name == "aggmo" else state.velocity
+            assert bits(held_velocity[dtype]) == bits(velocity[dtype])
             assert bits(updates[dtype]) == bits(wide_update.astype(np.dtype(dtype)))
         narrow = equations(narrow, grads["float32"].astype(held))[0]
     if held.itemsize == 2:

@@ -221,6 +221,25 @@ def test_options_may_be_traced():
     np.testing.assert_array_equal(got, [-0.5, -0.5 * (0.5 + 0.75)])
 
 
+@pytest.mark.parametrize("make", [torch_sgd, keras_sgd, caffe_sgd, optax_sgd])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_under_inject_hyperparams(make, momentum):
+    """The state has one structure, whether a value is known or traced."""
+    rate = {torch_sgd: "lr", caffe_sgd: "base_lr"}.get(make, "learning_rate")
+    tx = optax.inject_hyperparams(make)(**{rate: 0.5, "momentum": momentum})
+    w = jnp.ones(2)
+    update, _ = jax.jit(tx.update)(w, tx.init(w), w)
+    np.testing.assert_array_equal(update, [-0.5, -0.5])
+
+
+def test_keras_decay_follows_the_learning_rate_and_cannot_be_left_behind():
+    """An override would reach the velocity alone."""
+    tx = optax.chain(keras_sgd(0.1, 0.9, weight_decay=0.1))
+    w = jnp.ones(1)
+    with pytest.raises(ValueError, match="learning_rate cannot be overridden where there is weig"):
+        tx.update(w, tx.init(w), w, learning_rate=5.0)
+
+
 def test_neither_pytorch_nor_keras_is_imported():
     """By importing the module, whether they are installed or not."""
     code = (

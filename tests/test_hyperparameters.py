@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -26,15 +25,6 @@ each_hyperparameter = pytest.mark.parametrize(
         for name in names
     ],
 )
-
-
-@pytest.fixture
-def as_shipped():
-    """The package as users have it: without the type checker that the tests put around it."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def make(factory, name=None, value=None):

@@ -26,7 +26,10 @@ from jax.sharding import PartitionSpec as P
 import momentum_jax as mj
 
 UNIT_ROUNDOFF = 2.0**-24  # float32
-PUBLIC_NAMES = ["MomentumState", "apply_updates", "frameworks", "momentum", "trace"]
+PUBLIC_NAMES = [
+    *("MomentumState", "aggmo", "apply_updates", "frameworks", "momentum", "qhm", "schedules"),
+    *("theory", "trace"),
+]
 SHAPES = {"scalar": (), "matrix": (65, 33)}
 
 both_read_outs = pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
@@ -652,7 +655,7 @@ def public_functions():
         if not inspect.ismodule(value):
             yield pytest.param(value, id=f"mj.{name}")
             continue
-        for inner, function in inspect.getmembers(value, inspect.isfunction):
+        for inner, function in inspect.getmembers(value, callable):
             if function.__module__ == value.__name__ and not inner.startswith("_"):
                 yield pytest.param(function, id=f"mj.{name}.{inner}")
 

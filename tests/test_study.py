@@ -80,7 +80,8 @@ def test_quick_and_default_settings(tmp_path):
     assert (mixed.seeds, mixed.steps) == (5, 100)
 
 
-def test_help_names_every_option_and_default(capsys):
+def test_help_names_every_option_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # Else a default may be broken over two lines.
     with pytest.raises(SystemExit) as stopped:
         parse(["--help"])
     assert stopped.value.code == 0

@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for the results, new or empty (study-results/digits-DATE-TIME)",
+        help="new or empty folder for the results (study-results/digits-DATE-TIME)",
     )
     add(
         "--quick",

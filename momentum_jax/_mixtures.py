@@ -1,0 +1,169 @@
+"""Other read-outs of one or several velocities: quasi-hyperbolic and aggregated momentum."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from momentum_jax import _velocity
+from momentum_jax._hyperparameters import Hyperparameter, check, resolve
+from momentum_jax._momentum import (
+    MomentumState,
+    check_state,
+    incremented,
+    inside,
+    transformation,
+)
+
+
+def _quasi_hyperbolic(v, g, learning_rate, mu, nu):
+    v = mu * v + (1 - mu) * g
+    return v, -learning_rate * ((1 - nu) * g + nu * v)
+
+
+def qhm(
+    learning_rate: Hyperparameter,
+    mu: Hyperparameter = 0.999,
+    nu: Hyperparameter = 0.7,
+    *,
+    velocity_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Quasi-hyperbolic momentum: a mean of plain descent and of momentum.
+
+        v <- mu * v + (1 - mu) * g
+        update = -learning_rate * ((1 - nu) * g + nu * v)
+
+    At nu = 0 it is plain descent; at nu = 1 momentum, and at nu = mu Nesterov's, both with a
+    learning rate of learning_rate * (1 - mu). `momentum_jax.theory` has the settings at which
+    it is a PID controller, AccSGD, a synthesized Nesterov variant, robust or triple momentum.
+
+    Args:
+      learning_rate: as for `momentum`, but larger by 1 / (1 - mu): the velocity is an average.
+      mu: as for `momentum`.
+      nu: how much of the update is the velocity's, given in the same ways; finite.
+      velocity_dtype: as for `momentum`.
+
+    Returns:
+      An Optax transformation like that of `momentum`; `update` takes `learning_rate`, `mu` and
+      `nu` as overriding keywords.
+
+    Raises:
+      ValueError, TypeError: as for `momentum`.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> tx = mj.qhm(learning_rate=1.0, mu=0.5, nu=0.5)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jnp.ones(1), state)
+      ...     print(updates)
+      [-0.75]
+      [-0.875]
+
+    Source:
+      Ma and Yarats (2019), Quasi-hyperbolic momentum and Adam for deep learning, equations 3, 4.
+    """
+    return transformation(
+        _quasi_hyperbolic, velocity_dtype, learning_rate=learning_rate, mu=mu, nu=nu
+    )
+
+
+def aggmo(
+    learning_rate: Hyperparameter,
+    mus: Sequence[Hyperparameter] = (0.0, 0.9, 0.99),
+    *,
+    velocity_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Aggregated momentum: the mean of several velocities, each with a mu of its own.
+
+        v_k <- mu_k * v_k - learning_rate * g        for each of K mus
+        update = (v_1 + ... + v_K) / K
+
+    The slow velocities accelerate, the fast ones damp their oscillations. The paper takes
+    mu_k = 1 - 0.1^k for k = 0, 1, ..., K - 1.
+
+    Args:
+      learning_rate: as for `momentum`.
+      mus: one or more momentum coefficients, each as for `momentum`.
+      velocity_dtype: as for `momentum`; there are as many velocities as mus.
+
+    Returns:
+      An Optax transformation like that of `momentum`; the velocity of its state is a tuple of
+      trees, one a mu, and `update` takes `learning_rate` and `mus` as overriding keywords.
+
+    Raises:
+      ValueError, TypeError: as for `momentum`; no mus, or as an override not as many.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> tx = mj.aggmo(learning_rate=1.0, mus=(0.0, 0.5))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jnp.ones(1), state)
+      ...     print(updates)
+      [-1.]
+      [-1.25]
+
+    Source:
+      Lucas, Sun, Zemel and Grosse (2019), Aggregated momentum: stability through passive
+      damping, equation 4.
+    """
+    velocity_dtype = _velocity.check_dtype(velocity_dtype)
+    learning_rate = check("learning_rate", learning_rate)
+    mus = _check_mus(mus)
+
+    def init(params: optax.Params) -> MomentumState:
+        return _init(_velocity.concrete(params), velocity_dtype, len(mus))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MomentumState]:
+        # Optax hands each transform of a chain the same params and extra arguments.
+        del params
+        state = check_state(updates, state)
+        _velocity.check_arrays("gradient", updates)
+        if not isinstance(state.velocity, tuple) or len(state.velocity) != len(mus):
+            raise ValueError(
+                f"the state must have a velocity for each of the {len(mus)} mus. Give the state "
+                "that this transformation's init returned."
+            )
+        overrides = extra_args.get("mus")
+        if overrides is not None and len(overrides) != len(mus):
+            raise ValueError(
+                f"mus has {len(overrides)} values, but the state has {len(mus)} velocities. "
+                "Give as many as when the transformation was made."
+            )
+        rate = resolve("learning_rate", learning_rate, extra_args.get("learning_rate"), state.count)
+        each = [
+            (rate, resolve("mu", mu, override, state.count))
+            for mu, override in zip(mus, overrides or [None] * len(mus), strict=True)
+        ]
+        return _update(updates, state, each)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_mus(mus):
+    if isinstance(mus, (int, float)) or not isinstance(mus, Sequence) or len(mus) == 0:
+        raise ValueError(
+            f"mus={mus!r} must be a tuple of one or more momentum coefficients, for example "
+            "(0.0, 0.9, 0.99)."
+        )
+    return tuple(check("mu", mu) for mu in mus)
+
+
+@functools.partial(_velocity.inlined_jit, static_argnums=(1, 2))
+def _init(params, velocity_dtype, number):
+    velocities = tuple(_velocity.zeros(params, velocity_dtype) for _ in range(number))
+    return MomentumState(jnp.zeros([], jnp.int32), velocities)
+
+
+@_velocity.inlined_jit
+def _update(grads, state, coefficients):
+    updates, velocities = _velocity.advance_together(inside, grads, state.velocity, coefficients)
+    return updates, MomentumState(incremented(state.count), velocities)

@@ -1,0 +1,397 @@
+"""The theory is what the optimizer does: measured on quadratics, in noise, in energy."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import momentum_jax
+from momentum_jax import theory
+
+mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SPECTRUM = np.geomspace(0.05, 2.0, 24)  # curvatures from m to L
+SMOOTHNESS, STRONG_CONVEXITY = SPECTRUM[-1], SPECTRUM[0]
+
+
+def distances(tx, steps, curvatures=SPECTRUM):
+    """The distance to the minimum of a quadratic after each step, from ones."""
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(curvatures * w, state)
+        w = w + updates
+        return (w, state), jnp.linalg.norm(w)
+
+    start = jnp.ones(len(curvatures))
+    return jax.jit(lambda: jax.lax.scan(step, (start, tx.init(start)), None, steps)[1])()
+
+
+def measured_rate(tx, steps=4000, curvatures=SPECTRUM):
+    """What the distance is multiplied by a step, over the last half of what float64 can hold."""
+    found = np.asarray(distances(tx, steps, curvatures))
+    end = int(np.argmax(found < 1e-200)) or steps
+    half = end // 2
+    return (found[end - 1] / found[half - 1]) ** (1 / (end - half))
+
+
+TUNINGS = {
+    "gradient descent": (theory.gradient_descent, False),
+    "heavy ball": (theory.heavy_ball, False),
+    "Nesterov": (theory.nesterov, True),
+    "Nesterov, tuned": (lambda L, m: theory.nesterov(L, m, tuned=True), True),  # noqa: N803
+}
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_the_measured_rate_is_the_rate(name):
+    """And the largest spectral radius over the curvatures, to rounding."""
+    make, nesterov = TUNINGS[name]
+    tuning = make(SMOOTHNESS, STRONG_CONVEXITY)
+    tx = mj.momentum(tuning.learning_rate, tuning.mu, nesterov=nesterov and tuning.mu > 0)
+    # A double root adds a factor of the number of steps, which the measured rate feels.
+    assert measured_rate(tx) == pytest.approx(tuning.rate, rel=2e-3)
+    radii = [
+        theory.spectral_radius(tuning.learning_rate, tuning.mu, c, nesterov=nesterov)
+        for c in SPECTRUM
+    ]
+    # At a double root the square root takes rounding to half its digits.
+    assert max(radii) == pytest.approx(tuning.rate, rel=1e-7)
+
+
+def test_the_methods_in_order():
+    """On an ill-conditioned quadratic each is faster than the one before."""
+    rates = [make(1000.0, 1.0).rate for make, _ in TUNINGS.values()]
+    gradient, ball, standard, tuned = rates
+    assert gradient > standard > tuned > ball
+    assert theory.triple_momentum(1000.0, 1.0).rate == pytest.approx(standard)
+    for make in (*(make for make, _ in TUNINGS.values()), theory.triple_momentum):
+        assert make(3.0, 3.0).rate == pytest.approx(0, abs=1e-12)  # k = 1: one step
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mu", [0.0, 0.3, 0.9, 0.99, -0.2, -0.6])
+def test_spectral_radius_is_that_of_the_iteration(mu, nesterov):
+    """Beside NumPy's eigenvalues of one step of the optimizer, which is linear."""
+    for curvature in (-0.5, 0.0, 0.1, 1.0, 3.0):
+        tx = mj.momentum(0.7, mu, nesterov=nesterov and mu != 0)
+
+        def step(w, v, curvature=curvature, tx=tx):
+            updates, state = tx.update(curvature * w, mj.MomentumState(jnp.int32(0), v))
+            return w + updates, state.velocity
+
+        (a, b), (c, d) = jax.jacobian(step, (0, 1))(1.0, 1.0)
+        expected = np.abs(np.linalg.eigvals(np.array([[a, b], [c, d]]))).max()
+        got = theory.spectral_radius(0.7, mu, curvature, nesterov=nesterov)
+        assert got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mu", [-0.8, -0.4, -0.2, 0.0, 0.5, 0.9, 0.99])
+def test_stability_limit(mu, nesterov):
+    """Runs converge just below it and diverge just above it."""
+    limit = theory.stability_limit(mu, nesterov=nesterov)
+    for factor, converges in ((0.99, True), (1.01, False)):
+        tx = mj.momentum(factor * limit / 2.0, mu, nesterov=nesterov and mu != 0)
+        last = float(distances(tx, 20_000, np.array([2.0]))[-1])
+        assert last < 1e-6 if converges else not last < 1e6  # NaN, after infinity
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, -0.3])
+def test_stationary_variance(mu):
+    """20,000 chains in noise, from the predicted state: it stays, and is what is measured."""
+    rate, curvature, noise = 0.4, 1.5, 0.3
+    predicted = theory.stationary_variance(rate, mu, curvature, noise)
+    tx = mj.momentum(rate, mu)
+    start = jnp.zeros(20_000)
+
+    def step(carry, key):
+        w, state = carry
+        grads = curvature * w + math.sqrt(noise) * jax.random.normal(key, w.shape)
+        updates, state = tx.update(grads, state)
+        return (w + updates, state), None
+
+    keys = jax.random.split(jax.random.key(0), 400)
+    w, state = jax.lax.scan(step, (start, tx.init(start)), keys)[0]
+    # The standard error of a variance of n normal values is sqrt(2 / n) of it: 1%.
+    assert float(w.var()) == pytest.approx(predicted.params, rel=0.04)
+    assert float(state.velocity.var()) == pytest.approx(predicted.velocity, rel=0.04)
+    ratio = (predicted.velocity / rate) / (curvature * predicted.params)
+    assert ratio == pytest.approx(2 / (1 + mu))
+
+
+def test_without_friction_the_modified_energy_is_conserved():
+    """Symplectic Euler: |v|^2 / (2 rate) + c w^2 / 2 - c w v / 2 stays what it was, to 1e-11."""
+    rate, curvature = 0.3, 1.7
+    tx = mj.momentum(rate, 1.0)
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(curvature * w, state)
+        v, w = state.velocity, w + updates
+        return (w, state), v**2 / (2 * rate) + curvature * w**2 / 2 - curvature * w * v / 2
+
+    start = jnp.float64(1.0)
+    _, energy = jax.lax.scan(step, (start, tx.init(start)), None, 1000)
+    np.testing.assert_allclose(energy, energy[0], rtol=1e-11)
+    assert theory.friction(rate, 1.0) == 0
+
+
+def lumpy(w):
+    """Hills and valleys; its curvatures are at most 9.2 in absolute value."""
+    return jnp.sum(jnp.cos(3 * w)) + 0.1 * jnp.sum(w**2)
+
+
+def rise(learning_rate, mu, f, start, steps=500):
+    """By how much the energy f + mu |v|^2 / (2 learning_rate) rises at most in one step."""
+    tx = mj.momentum(learning_rate, mu)
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(jax.grad(f)(w), state)
+        w = w + updates
+        return (w, state), f(w) + mu * jnp.sum(state.velocity**2) / (2 * learning_rate)
+
+    _, energy = jax.lax.scan(step, (start, tx.init(start)), None, steps)
+    return jnp.max(jnp.diff(jnp.concatenate([f(start)[None], energy])))
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, 0.99])
+def test_no_escape_bound(mu):
+    """At the bound the energy never rises, on a function with hills."""
+    starts = jax.random.uniform(jax.random.key(1), (64, 2), minval=-4, maxval=4)
+    bound = theory.no_escape_bound(mu, 9.2)
+    rises = jax.jit(jax.vmap(lambda start: rise(bound, mu, lumpy, start)))(starts)
+    assert float(rises.max()) <= 1e-12
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("factor", [0.999, 1.001])
+def test_no_escape_bound_is_sharp(mu, factor):
+    """On a quadratic the energy rises just above it, for some velocity that a run may have."""
+    curvature = 2.0
+    rate = factor * theory.no_escape_bound(mu, curvature)
+    tx = mj.momentum(rate, mu)
+
+    def energy(w, v):
+        return curvature * w**2 / 2 + mu * v**2 / (2 * rate)
+
+    def change(w, v):
+        updates, state = tx.update(curvature * w, mj.MomentumState(jnp.int32(0), v))
+        return energy(w + updates, state.velocity) - energy(w, v)
+
+    # A quadratic form in (w, v): it rises somewhere if it has an eigenvalue above 0.
+    form = jax.hessian(lambda z: change(z[0], z[1]))(jnp.zeros(2))
+    assert (float(jnp.linalg.eigvalsh(form).max()) > 1e-9) == (factor > 1)
+
+
+def test_momentum_cannot_cross_a_barrier_higher_than_its_start():
+    """What the bound is for: from rest no run leaves the well, whatever mu; above it, some do."""
+    double_well = lambda w: jnp.sum((w**2 - 1) ** 2)  # noqa: E731  (barrier of 1 at 0)
+    starts = jnp.linspace(0.05, 1.4, 100)[:, None]  # in the right well, below the barrier
+    smoothness = 12 * 1.42**2 - 4  # on |w| <= 1.42, which no run below the barrier leaves
+    for mu in (0.5, 0.9, 0.99):
+        bound = theory.no_escape_bound(mu, smoothness)
+
+        def end(start, rate, mu=mu):
+            tx = mj.momentum(rate, mu)
+
+            def step(carry, _):
+                w, state = carry
+                updates, state = tx.update(jax.grad(double_well)(w), state)
+                return (w + updates, state), None
+
+            return jax.lax.scan(step, (start, tx.init(start)), None, 2000)[0][0][0]
+
+        ends = jax.jit(jax.vmap(end, (0, None)))(starts, bound)
+        assert bool(jnp.all(ends > 0))
+
+
+@pytest.mark.parametrize("mu", [0.3, 0.9, 1.0])
+def test_the_jacobian_of_a_step_has_determinant_mu_a_dimension(mu):
+    """For any function: momentum is conformal symplectic."""
+    tx = mj.momentum(0.1, mu)
+
+    def step(z):
+        w, v = jnp.split(z, 2)
+        updates, state = tx.update(
+            jax.grad(lambda w: jnp.sum(jnp.cos(w)) * jnp.prod(w))(w),
+            mj.MomentumState(jnp.int32(0), v),
+        )
+        return jnp.concatenate([w + updates, state.velocity])
+
+    z = jax.random.normal(jax.random.key(0), (6,))
+    assert float(jnp.linalg.det(jax.jacobian(step)(z))) == pytest.approx(mu**3, rel=1e-9)
+
+
+# The relatives of QHM, each run beside it as its own paper has it. ------------------------
+
+CURVATURE = np.array([[2.0, 0.3, 0.0], [0.3, 1.0, 0.1], [0.0, 0.1, 0.4]])
+START = np.array([1.0, -2.0, 0.5])
+STEPS = 60
+
+
+def grad(w, t):
+    """Of a quadratic, under a force that changes with time."""
+    return CURVATURE @ w + 0.1 * np.cos(t + np.arange(3.0))
+
+
+def by_qhm(settings):
+    """The params at which the gradients are taken, step by step."""
+    tx = mj.qhm(*settings)
+    w = jnp.asarray(START)
+    state = tx.init(w)
+    found = []
+    for t in range(STEPS):
+        updates, state = tx.update(jnp.asarray(grad(np.asarray(w), t)), state)
+        w = w + updates
+        found.append(np.asarray(w))
+    return found
+
+
+def by_pid(kp, ki, kd):
+    """The controller, its derivative smoothed."""
+    smoothing = kd / (kd - kp)
+    last, total, derivative, w = 0.0, 0.0, 0.0, START
+    found = []
+    for t in range(STEPS):
+        error = -grad(w, t)
+        derivative = smoothing * derivative + (1 - smoothing) * (error - last)
+        total, last = total + error, error
+        w = START + kp * error + ki * total + kd * derivative
+        found.append(w)
+    return found
+
+
+def by_accsgd(delta, kappa, xi, epsilon):
+    """A short step and a running average of long ones."""
+    a = 1 - epsilon**2 * xi / kappa
+    w = u = START
+    found = []
+    for t in range(STEPS):
+        g = grad(w, t)
+        u = a * u + (1 - a) * (w - kappa * delta / epsilon * g)
+        w = (epsilon * (w - delta * g) + (1 - a) * u) / (epsilon + 1 - a)
+        found.append(w)
+    return found
+
+
+def by_look_ahead(rate, beta, gamma):
+    """The iterates x of a synthesized Nesterov variant, and its y, where gradients are taken."""
+    x = last = START
+    found = []
+    y = START
+    for t in range(STEPS):
+        x, last = x + beta * (x - last) - rate * grad(y, t), x
+        y = x + gamma * (x - last)
+        found.append(y)
+    return found
+
+
+def triple(smoothness, strong_convexity):
+    tuning = theory.triple_momentum(smoothness, strong_convexity)
+    return tuning.learning_rate, tuning.mu, tuning.gamma
+
+
+def robust(big, small, r):
+    """As the paper prints it."""
+    k = big / small
+    return (
+        k * (1 - r) ** 2 * (1 + r) / big,
+        k * r**3 / (k - 1),
+        r**3 / ((k - 1) * (1 - r) ** 2 * (1 + r)),
+    )
+
+
+RELATIVES = {
+    "PID": (theory.qhm_from_pid(-0.2, 0.3, 0.5), lambda: by_pid(-0.2, 0.3, 0.5)),
+    "AccSGD": (
+        theory.qhm_from_accsgd(0.1, 40.0, 5.0),
+        lambda: by_accsgd(0.1, 40.0, 5.0, 0.7),
+    ),
+    "AccSGD, epsilon": (
+        theory.qhm_from_accsgd(0.05, 100.0, 10.0, epsilon=0.4),
+        lambda: by_accsgd(0.05, 100.0, 10.0, 0.4),
+    ),
+    "synthesized Nesterov": (
+        theory.qhm_from_synthesized_nesterov(0.2, 0.7, 0.4),
+        lambda: by_look_ahead(0.2, 0.7, 0.4),
+    ),
+    "robust momentum": (
+        theory.qhm_from_robust_momentum(2.5, 0.3, rate=0.75),
+        lambda: by_look_ahead(*robust(2.5, 0.3, 0.75)),
+    ),
+    "triple momentum": (
+        theory.qhm_from_triple_momentum(2.5, 0.3),
+        lambda: by_look_ahead(*triple(2.5, 0.3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_the_relatives_of_qhm(name):
+    """60 steps of the source algorithm in float64 NumPy, to 1e-12."""
+    settings, run = RELATIVES[name]
+    np.testing.assert_allclose(by_qhm(settings), run(), rtol=1e-10, atol=1e-12)
+
+
+def test_robust_momentum_at_its_fastest_is_triple_momentum():
+    """Where the two papers meet."""
+    fastest = theory.triple_momentum(9.0, 1.0).rate
+    expected = theory.qhm_from_triple_momentum(9.0, 1.0)
+    got = theory.qhm_from_robust_momentum(9.0, 1.0, rate=fastest)
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("condition", "rate"), [(10.0, None), (100.0, None), (10.0, 0.75), (10.0, 0.85)]
+)
+def test_triple_and_robust_momentum_reach_their_rate(condition, rate):
+    """On the quadratic of two curvatures, as QHM."""
+    if rate is None:
+        settings = theory.qhm_from_triple_momentum(condition, 1.0)
+        rate = theory.triple_momentum(condition, 1.0).rate
+    else:
+        settings = theory.qhm_from_robust_momentum(condition, 1.0, rate=rate)
+    ends = np.array([1.0, condition])
+    assert measured_rate(mj.qhm(*settings), curvatures=ends) <= rate + 2e-3
+
+
+BAD = {
+    "L below m": (lambda: theory.heavy_ball(1.0, 2.0), "smoothness=1.0 must be at least strong_"),
+    "m of 0": (lambda: theory.nesterov(1.0, 0.0), "strong_convexity=0.0 must be above 0"),
+    "infinite L": (lambda: theory.gradient_descent(math.inf, 1.0), "smoothness=inf"),
+    "mu of -1": (lambda: theory.stability_limit(-1.0), r"mu=-1.0 must be in \(-1, 1\]"),
+    "NaN": (lambda: theory.spectral_radius(0.1, math.nan, 1.0), "mu=nan"),
+    "no friction": (lambda: theory.effective_learning_rate(0.1, 1.0), "at 1 the sum has no limit"),
+    "rate of 0": (lambda: theory.friction(0.0, 0.9), "learning_rate=0.0 must be above 0"),
+    "unstable": (
+        lambda: theory.stationary_variance(4.0, 0.0, 1.0, 1.0),
+        "learning_rate \\* curvature=4.0 must be below 2.0, the stability limit at mu=0.0",
+    ),
+    "mu of 1": (lambda: theory.no_escape_bound(1.0, 1.0), r"mu=1.0 must be in \[0, 1\)"),
+    "kp": (lambda: theory.qhm_from_pid(1.0, 1.0, 1.0), "kp=1.0 must be below 0"),
+    "xi": (lambda: theory.qhm_from_accsgd(0.1, 4.0, 3.0), r"xi=3.0 must be in \(0, sqrt\(kappa\)"),
+    "beta1": (
+        lambda: theory.qhm_from_synthesized_nesterov(0.1, 0.0, 0.5),
+        r"beta1=0.0 must be in \(-1, 1\) and not 0",
+    ),
+    "rate": (
+        lambda: theory.qhm_from_robust_momentum(4.0, 1.0, rate=0.4),
+        r"rate=0.4 must be in \[0.5, 0.75\]",
+    ),
+    "k of 1": (lambda: theory.qhm_from_triple_momentum(1.0, 1.0), "must be above 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_out_of_range_is_refused(case):
+    """With the value and the rule."""
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
