@@ -9,14 +9,20 @@ from momentum_jax._momentum import MomentumState as MomentumState
 from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
+from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
+from momentum_jax._restart import adaptive_restart as adaptive_restart
+from momentum_jax._restart import reset_velocity as reset_velocity
 
 __all__ = [
+    "AdaptiveRestartState",
     "MomentumState",
+    "adaptive_restart",
     "aggmo",
     "apply_updates",
     "frameworks",
     "momentum",
     "qhm",
+    "reset_velocity",
     "schedules",
     "theory",
     "trace",

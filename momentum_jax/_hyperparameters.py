@@ -33,6 +33,7 @@ _RULES = {
         "0 adds the whole gradient, mu makes the velocity an average of gradients",
     ),
 }
+_RULES["scale"] = (math.isfinite, "must be finite", "0 lets the velocity start anew, 1 keeps it")
 _RULES["nu"] = (math.isfinite, "must be finite", "0.7 is usual, 0 is plain gradient descent")
 # What other frameworks call them, and allow.
 _RULES["lr"] = _RULES["base_lr"] = _RULES["learning_rate"]

@@ -180,6 +180,47 @@ def advance_together(
     return jax.tree.map(mean, grads, *updates, is_leaf=is_absent), advanced
 
 
+def scale(held: jax.Array, factor: Any, mask: Any) -> jax.Array:
+    """`factor * held` where the mask says so; 0 if the factor is, whatever was held."""
+    held = jnp.asarray(held)
+    if not jnp.issubdtype(held.dtype, jnp.inexact):
+        return held
+    dtype = _wide(held.dtype)
+    factor = jnp.asarray(factor, dtype)
+    scaled = jnp.where(factor == 0, jnp.zeros((), dtype), factor * held.astype(dtype))
+    return shard_alike(jnp.where(mask, scaled.astype(held.dtype), held), held)
+
+
+def inner_product(grads: PyTree, held: PyTree) -> jax.Array:
+    """The sum of `grad * held` over all leaves that have a gradient; real, at least float32."""
+    _, pairs = _zip_leaves("gradients", grads, "velocity", held)
+    total = jnp.zeros((), jnp.float32)
+    for path, grad, leaf in pairs:
+        if is_absent(grad):
+            continue
+        grad, leaf = _arrays("gradient", path, grad, "velocity", leaf)
+        _check_gradient_dtype(path, grad.dtype, leaf.dtype)
+        dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
+        product = grad.astype(dtype).conj() * leaf.astype(dtype)
+        product = jnp.sum(jnp.real(product))
+        width = np.promote_types(total.dtype, product.dtype)
+        total = total.astype(width) + product.astype(width)
+    return total
+
+
+def replaced(held: PyTree, updates: PyTree) -> PyTree:
+    """The updates in the dtypes of what is held, which stays where there is no update."""
+
+    def leaf(path, update, held):
+        if is_absent(update):
+            return held
+        update, held = _arrays("update", path, update, "velocity", held)
+        return shard_alike(update.astype(held.dtype), held)
+
+    treedef, pairs = _zip_leaves("updates", updates, "velocity", held)
+    return treedef.unflatten(leaf(*pair) for pair in pairs)
+
+
 def add(params: PyTree, updates: PyTree) -> PyTree:
     """`params + updates`, each param keeping its dtype, weak type and sharding."""
 

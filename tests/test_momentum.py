@@ -27,8 +27,8 @@ import momentum_jax as mj
 
 UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
-    *("MomentumState", "aggmo", "apply_updates", "frameworks", "momentum", "qhm", "schedules"),
-    *("theory", "trace"),
+    *("AdaptiveRestartState", "MomentumState", "adaptive_restart", "aggmo", "apply_updates"),
+    *("frameworks", "momentum", "qhm", "reset_velocity", "schedules", "theory", "trace"),
 ]
 SHAPES = {"scalar": (), "matrix": (65, 33)}
 

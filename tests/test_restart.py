@@ -1,0 +1,293 @@
+"""Velocities that start anew: adaptively, and on request."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiles import count_compiles
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import momentum_jax
+
+mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+
+
+def moving(tx, params, grad=1.0):
+    """The state after a step under a constant gradient."""
+    grads = jax.tree.map(lambda w: jnp.full_like(w, grad), params)
+    return tx.update(grads, tx.init(params), params)[1]
+
+
+# adaptive_restart ------------------------------------------------------------------------
+
+RISING = mj.schedules.nesterov()
+CURVATURES = np.geomspace(1e-5, 1.0, 40)
+
+
+def distance(tx, steps=10_000):
+    """From the minimum of an ill-conditioned quadratic."""
+    start = jnp.ones(len(CURVATURES))
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(CURVATURES * w, state, w)
+        return (w + updates, state), None
+
+    w, _ = jax.jit(lambda: jax.lax.scan(step, (start, tx.init(start)), None, steps)[0])()
+    return float(jnp.linalg.norm(w))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: mj.momentum(1.0, RISING, nesterov=True),
+        lambda: optax.chain(mj.trace(RISING, nesterov=True), optax.scale_by_learning_rate(1.0)),
+        lambda: mj.qhm(lambda t: 1.0 / (1 - RISING(t)), RISING, RISING),
+    ],
+    ids=["momentum", "trace, in a chain", "qhm"],
+)
+def test_restart_beats_the_unrestarted_method_by_orders_of_magnitude(inner):
+    """Of condition number 100,000; and nearly as good as the best constant mu."""
+    restarted = distance(mj.adaptive_restart(inner()))
+    assert restarted < 1e-6 * distance(inner())
+    best = mj.theory.nesterov(1.0, CURVATURES[0])
+    assert restarted < 100 * distance(mj.momentum(best.learning_rate, best.mu, nesterov=True))
+
+
+def test_restart_is_the_papers_by_hand():
+    """Before the step whose gradient turns against the last update, over all params together."""
+    tx = mj.adaptive_restart(mj.momentum(0.5, 0.5))
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    state, v = tx.init(params), np.zeros(2)
+    last = np.zeros(2)
+    for grads in ([1, 1], [-1.5, 2], [-4, 1], [1, 1], [0, 0], [-3, 3]):
+        g = np.array(grads, float)
+        if g @ last > 0:
+            v = np.zeros(2)
+        v = last = 0.5 * v - 0.5 * g
+        updates, state = tx.update({"a": jnp.array(g[:1]), "b": jnp.array(g[1:])}, state)
+        np.testing.assert_array_equal([updates["a"][0], updates["b"][0]], v)
+    assert int(state.inner_state.count) == 6
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: mj.momentum(0.5),
+        lambda: mj.qhm(0.5),
+        lambda: mj.aggmo(0.5),
+        lambda: optax.chain(optax.clip(1.0), mj.trace(0.9), optax.scale(-0.5)),
+        lambda: optax.masked(mj.momentum(0.5), {"w": True, "b": True, "frozen": False}),
+    ],
+    ids=["momentum", "qhm", "aggmo", "chain", "masked"],
+)
+def test_restart_keeps_the_contract(inner):
+    """One type of state throughout, eager like jitted, bfloat16, no gradient, one trace."""
+    params = {"w": jnp.ones(3, jnp.bfloat16), "b": 1.0, "frozen": jnp.ones(2)}
+    grads = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(()), "frozen": None}
+    tx = mj.adaptive_restart(inner())
+    state = tx.init(params)
+    eager, jitted = tx.update(grads, state, params), jax.jit(tx.update)(grads, state, params)
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+    for after in (eager[1], jitted[1]):
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            assert (a.dtype, a.shape, a.weak_type) == (b.dtype, b.shape, b.weak_type)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert eager[0]["frozen"] is None
+    traces = 0
+
+    @jax.jit
+    def step(params, state):
+        nonlocal traces
+        traces += 1
+        updates, state = tx.update(grads, state, params)
+        return mj.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    assert traces == 1
+
+
+def test_restart_passes_extra_arguments_on():
+    """To the transformation inside."""
+    tx = mj.adaptive_restart(mj.momentum(0.5))
+    update, _ = tx.update(jnp.float32(1), tx.init(jnp.float32(0)), learning_rate=0.25)
+    assert float(update) == -0.25
+
+
+def test_restart_donates_safely():
+    """The updates and the last updates that are kept are not one buffer."""
+    tx = mj.adaptive_restart(mj.momentum(0.5))
+    w = jnp.ones(1000)
+    updates, state = jax.jit(tx.update)(w, tx.init(w))
+    kept = state.last_updates.unsafe_buffer_pointer()
+    assert updates.unsafe_buffer_pointer() != kept
+    assert state.inner_state.velocity.unsafe_buffer_pointer() != kept
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_restart_and_reset_keep_shardings(axis_type):
+    """Eager and jitted."""
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
+    sharding = NamedSharding(mesh, P("d", "m"))
+    w = jax.device_put(np.ones((8, 16), np.float32), sharding)
+    tx = mj.adaptive_restart(mj.momentum(0.5))
+    for wrap in (jax.jit, lambda f: f):
+        state = wrap(tx.update)(w, wrap(tx.init)(w))[1]
+        state = wrap(lambda state: mj.reset_velocity(state))(state)
+        for leaf in (state.last_updates, state.inner_state.velocity):
+            assert leaf.sharding.is_equivalent_to(sharding, 2)
+
+
+def test_restart_around_no_velocity_is_refused():
+    """At init."""
+    with pytest.raises(ValueError, match="there is no velocity in the state"):
+        mj.adaptive_restart(optax.adam(0.1)).init(jnp.ones(1))
+    tx, state = mj.adaptive_restart(mj.momentum(0.1)), mj.momentum(0.1).init(jnp.ones(1))
+    with pytest.raises(TypeError, match="must be the AdaptiveRestartState"):
+        tx.update(jnp.ones(1), state)
+
+
+# reset_velocity --------------------------------------------------------------------------
+
+PARAMS = {"body": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, "head": jnp.zeros(3)}
+
+
+def velocities(state):
+    """The values of each leaf, and no more."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(v).ravel().tolist()
+        for path, v in jax.tree_util.tree_leaves_with_path(state.velocity)
+    }
+
+
+def test_reset_all():
+    """Also what is not finite; the count stays."""
+    state = moving(mj.momentum(0.5), PARAMS)
+    state.velocity["head"] = jnp.array([jnp.nan, jnp.inf, 1.0])
+    after = mj.reset_velocity(state)
+    assert int(after.count) == 1
+    assert all(not any(values) for values in velocities(after).values())
+    halved = mj.reset_velocity(moving(mj.momentum(0.5), PARAMS), scale=0.5)
+    assert velocities(halved)["['head']"] == [-0.25] * 3
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"body": True, "head": False},
+        {"body": {"w": True, "b": np.True_}, "head": jnp.array([False] * 3)},
+        lambda path: path[0].key == "body",
+    ],
+    ids=["prefix", "tree", "predicate"],
+)
+def test_reset_a_part(where):
+    """By a prefix, by a tree and by the path."""
+    after = velocities(mj.reset_velocity(moving(mj.momentum(0.5), PARAMS), where))
+    assert after == {
+        "['body']['b']": [0, 0],
+        "['body']['w']": [0] * 4,
+        "['head']": [-0.5] * 3,
+    }
+
+
+def test_reset_single_values():
+    """As pruning and layers that are reset need."""
+    mask = {"body": False, "head": np.array([True, False, True])}
+    after = velocities(mj.reset_velocity(moving(mj.momentum(0.5), PARAMS), mask, scale=-1.0))
+    assert after["['head']"] == [0.5, -0.5, 0.5]
+    assert after["['body']['b']"] == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tx: optax.chain(optax.clip(1.0), tx, optax.identity()),
+        lambda tx: optax.MultiSteps(tx, 1),
+        lambda tx: optax.apply_if_finite(tx, 2),
+        lambda tx: optax.masked(tx, {"body": True, "head": False}),
+        lambda tx: optax.partition({0: tx, 1: tx}, {"body": 0, "head": 1}),
+        mj.adaptive_restart,
+    ],
+    ids=["chain", "MultiSteps", "apply_if_finite", "masked", "partition", "adaptive_restart"],
+)
+def test_reset_finds_the_velocity_wherever_it_is(make):
+    """And leaves all else as it was."""
+    state = moving(make(mj.momentum(0.5)), PARAMS)
+    after = jax.jit(mj.reset_velocity)(state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    before = jax.tree_util.tree_leaves_with_path(state)
+    for (path, a), b in zip(before, jax.tree.leaves(after), strict=True):
+        reset = ".velocity" in jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(b, np.zeros_like(a) if reset else a)
+
+
+def test_reset_of_aggmo_by_the_number_of_the_mu():
+    """Its velocity is a tuple of trees."""
+    state = moving(mj.aggmo(0.5, (0.5, 0.9)), PARAMS)
+    after = mj.reset_velocity(state, (False, {"body": False, "head": True}))
+    slow, fast = after.velocity
+    assert [float(v["head"][0]) for v in (slow, fast)] == [-0.5, 0.0]
+    assert float(fast["body"]["b"][0]) == -0.5
+
+
+def test_reset_under_jit_with_a_traced_scale_and_mask():
+    """One program for all values."""
+    state = moving(mj.momentum(0.5), PARAMS)
+
+    @jax.jit
+    def reset(state, mask, scale):
+        return mj.reset_velocity(state, {"body": False, "head": mask}, scale)
+
+    reset(state, jnp.array([True] * 3), 0.5)
+    with count_compiles() as compiles:
+        after = reset(state, jnp.array([True, False, False]), 0.25)
+    assert compiles.count == 0
+    assert velocities(after)["['head']"] == [-0.125, -0.5, -0.5]
+
+
+def test_reset_keeps_dtypes_and_integers():
+    """A bfloat16 velocity stays one; that of an integer param is never moved."""
+    tx = mj.momentum(0.5, velocity_dtype="bfloat16")
+    state = tx.init({"w": jnp.ones(2), "ids": jnp.arange(2)})
+    after = mj.reset_velocity(state, scale=0.5)
+    assert [v.dtype for v in jax.tree.leaves(after.velocity)] == [jnp.int32, jnp.bfloat16]
+
+
+STATE = moving(mj.momentum(0.5), PARAMS)
+BAD: dict[str, Any] = {
+    "no velocity": (lambda: mj.reset_velocity(optax.adam(0.1).init(PARAMS)), "there is no velo"),
+    "no prefix": (
+        lambda: mj.reset_velocity(STATE, {"head": True}),
+        "where must be a prefix of the velocity, but is PyTreeDef({'head': *})",
+    ),
+    "shape": (
+        lambda: mj.reset_velocity(STATE, {"body": False, "head": np.ones(2, bool)}),
+        "where at ['head'] has shape (2,), but the velocity there has shape (3,)",
+    ),
+    "dtype": (
+        lambda: mj.reset_velocity(STATE, {"body": False, "head": 1}),
+        "where at ['head'] is 1, but must be boolean",
+    ),
+    "predicate": (
+        lambda: mj.reset_velocity(STATE, lambda path: None),
+        "where at ['body']['b'] is None, but must be boolean",
+    ),
+    "scale": (lambda: mj.reset_velocity(STATE, scale=np.inf), "scale=inf must be finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case):
+    """With the value, the rule and the place."""
+    call, message = BAD[case]
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        call()
