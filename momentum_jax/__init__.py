@@ -1,5 +1,6 @@
 """Momentum for JAX, done exactly: a pure init/update pair that composes with Optax."""
 
+from momentum_jax import diagnostics as diagnostics
 from momentum_jax import frameworks as frameworks
 from momentum_jax import schedules as schedules
 from momentum_jax import theory as theory
@@ -19,6 +20,7 @@ __all__ = [
     "adaptive_restart",
     "aggmo",
     "apply_updates",
+    "diagnostics",
     "frameworks",
     "momentum",
     "qhm",

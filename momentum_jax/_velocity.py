@@ -193,19 +193,34 @@ def scale(held: jax.Array, factor: Any, mask: Any) -> jax.Array:
 
 def inner_product(grads: PyTree, held: PyTree) -> jax.Array:
     """The sum of `grad * held` over all leaves that have a gradient; real, at least float32."""
-    _, pairs = _zip_leaves("gradients", grads, "velocity", held)
-    total = jnp.zeros((), jnp.float32)
-    for path, grad, leaf in pairs:
+    return inner_products(grads, held)[1]
+
+
+def inner_products(grads: PyTree, held: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums of `grad^2`, `grad * held` and `held^2` over all leaves that have a gradient."""
+    totals = [jnp.zeros((), jnp.float32)] * 3
+    for products in inner_products_by_leaf(grads, held).values():
+        width = np.promote_types(totals[0].dtype, products[0].dtype)
+        totals = [a.astype(width) + b.astype(width) for a, b in zip(totals, products, strict=True)]
+    gg, gh, hh = totals
+    return gg, gh, hh
+
+
+def inner_products_by_leaf(
+    grads: PyTree, held: PyTree
+) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+    """The same sums for each leaf that has a gradient, by its path."""
+    found = {}
+    for path, grad, leaf in _zip_leaves("gradients", grads, "velocity", held)[1]:
         if is_absent(grad):
             continue
         grad, leaf = _arrays("gradient", path, grad, "velocity", leaf)
         _check_gradient_dtype(path, grad.dtype, leaf.dtype)
         dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
-        product = grad.astype(dtype).conj() * leaf.astype(dtype)
-        product = jnp.sum(jnp.real(product))
-        width = np.promote_types(total.dtype, product.dtype)
-        total = total.astype(width) + product.astype(width)
-    return total
+        grad, leaf = grad.astype(dtype), leaf.astype(dtype)
+        pairs = ((grad, grad), (grad, leaf), (leaf, leaf))
+        found[jax.tree_util.keystr(path)] = tuple(jnp.sum(jnp.real(a.conj() * b)) for a, b in pairs)
+    return found
 
 
 def replaced(held: PyTree, updates: PyTree) -> PyTree:

@@ -28,7 +28,16 @@ import momentum_jax as mj
 UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
     *("AdaptiveRestartState", "MomentumState", "adaptive_restart", "aggmo", "apply_updates"),
-    *("frameworks", "momentum", "qhm", "reset_velocity", "schedules", "theory", "trace"),
+    *(
+        "diagnostics",
+        "frameworks",
+        "momentum",
+        "qhm",
+        "reset_velocity",
+        "schedules",
+        "theory",
+        "trace",
+    ),
 ]
 SHAPES = {"scalar": (), "matrix": (65, 33)}
 

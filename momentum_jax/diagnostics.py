@@ -1,0 +1,180 @@
+"""What momentum is doing, in a few scalars a step: energies, alignment, gain.
+
+All is computed from the gradient and the velocity in one pass, inside jit or outside.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from momentum_jax import _velocity
+from momentum_jax._hyperparameters import check_value
+
+PyTree = Any
+
+
+class Measurement(NamedTuple):
+    """The state of motion after a step; scalars, at least float32.
+
+    With unit mass and time steps of sqrt(learning_rate), so that energies are in the unit of
+    the loss.
+
+    Attributes:
+      kinetic_energy: |v|^2 / (2 learning_rate).
+      potential_energy: the loss; None if it was not given.
+      total_energy: the sum of both; None without the loss.
+      alignment: the cosine of v and -g, from -1 to 1: whether the motion is downhill. 0 where
+        either is 0.
+      gain: |v| / (learning_rate |g|): how many plain steps this step is worth. Under a constant
+        gradient it rises to 1 / (1 - mu). 0 where g is 0.
+      speed: |v| / sqrt(learning_rate).
+      effective_learning_rate: learning_rate / (1 - mu); infinite at mu 1.
+      friction: (1 - mu) / sqrt(learning_rate).
+
+    Example:
+      >>> from momentum_jax.diagnostics import Measurement
+      >>> Measurement._fields[:3]
+      ('kinetic_energy', 'potential_energy', 'total_energy')
+    """
+
+    kinetic_energy: jax.Array
+    potential_energy: jax.Array | None
+    total_energy: jax.Array | None
+    alignment: jax.Array
+    gain: jax.Array
+    speed: jax.Array
+    effective_learning_rate: jax.Array
+    friction: jax.Array
+
+
+def measure(
+    grads: PyTree,
+    velocity: PyTree,
+    *,
+    learning_rate: jax.typing.ArrayLike,
+    mu: jax.typing.ArrayLike,
+    loss: jax.typing.ArrayLike | None = None,
+) -> Measurement:
+    """Measures the motion of all params together.
+
+    Args:
+      grads: the gradients of the step; None, an `optax.MaskedNode` or float0 leaves a param out.
+      velocity: the velocity after the step, with the learning rate inside, such as the
+        `velocity` of the state of `momentum`. For that of `trace`, give its updates times
+        -learning_rate.
+      learning_rate: that of the step, at least 0. At 0 what is divided by it is 0.
+      mu: that of the step, in (-1, 1].
+      loss: the loss, for the energies.
+
+    Returns:
+      A `Measurement`.
+
+    Raises:
+      ValueError, TypeError: as for `momentum`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, momentum_jax as mj
+      >>> tx = mj.momentum(learning_rate=0.5, mu=0.5)
+      >>> w = jnp.array([2.0])
+      >>> state = tx.init(w)
+      >>> for _ in range(2):
+      ...     loss, grads = jax.value_and_grad(lambda w: (w**2).sum() / 2)(w)
+      ...     updates, state = tx.update(grads, state)
+      ...     found = mj.diagnostics.measure(
+      ...         grads, state.velocity, learning_rate=0.5, mu=0.5, loss=loss
+      ...     )
+      ...     w = w + updates
+      >>> print(found.gain, found.alignment, found.total_energy)
+      2.0 1.0 1.5
+
+    Source:
+      Qian (1999), On the momentum term in gradient descent learning algorithms, for the ball.
+    """
+    learning_rate, mu = _check(learning_rate, mu)
+    _velocity.check_arrays("gradient", grads)
+    return _measure(grads, velocity, learning_rate, mu, loss)
+
+
+def measure_by_leaf(
+    grads: PyTree,
+    velocity: PyTree,
+    *,
+    learning_rate: jax.typing.ArrayLike,
+    mu: jax.typing.ArrayLike,
+) -> dict[str, Measurement]:
+    """Measures the motion of each param: where is the layer that diverges?
+
+    Args:
+      grads: as for `measure`.
+      velocity: as for `measure`.
+      learning_rate: as for `measure`.
+      mu: as for `measure`.
+
+    Returns:
+      A `Measurement`, without a loss, of each param that has a gradient, by its path.
+
+    Raises:
+      ValueError, TypeError: as for `momentum`.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> tx = mj.momentum(learning_rate=0.5, mu=0.5)
+      >>> grads = {"body": jnp.ones(2), "head": 100 * jnp.ones(2)}
+      >>> _, state = tx.update(grads, tx.init(grads))
+      >>> found = mj.diagnostics.measure_by_leaf(
+      ...     grads, state.velocity, learning_rate=0.5, mu=0.5
+      ... )
+      >>> max(found, key=lambda path: found[path].kinetic_energy)
+      "['head']"
+    """
+    learning_rate, mu = _check(learning_rate, mu)
+    _velocity.check_arrays("gradient", grads)
+    return _measure_by_leaf(grads, velocity, learning_rate, mu)
+
+
+def _check(learning_rate, mu):
+    return check_value("learning_rate", learning_rate), check_value("mu", mu)
+
+
+@_velocity.inlined_jit
+def _measure(grads, velocity, learning_rate, mu, loss):
+    return _of_products(*_velocity.inner_products(grads, velocity), learning_rate, mu, loss)
+
+
+@_velocity.inlined_jit
+def _measure_by_leaf(grads, velocity, learning_rate, mu):
+    return {
+        path: _of_products(*products, learning_rate, mu, None)
+        for path, products in _velocity.inner_products_by_leaf(grads, velocity).items()
+    }
+
+
+def _of_products(gg, gv, vv, learning_rate, mu, loss):
+    learning_rate, mu = (jnp.asarray(value, vv.dtype) for value in (learning_rate, mu))
+    g, v = jnp.sqrt(gg), jnp.sqrt(vv)
+    kinetic = _ratio(vv, 2 * learning_rate)
+    if loss is not None:
+        loss = jnp.asarray(loss)
+        kinetic, loss = (
+            x.astype(jnp.promote_types(kinetic.dtype, loss.dtype)) for x in (kinetic, loss)
+        )
+    return Measurement(
+        kinetic_energy=kinetic,
+        potential_energy=loss,
+        total_energy=None if loss is None else kinetic + loss,
+        # Each by its own length first: their product may be beyond the floats.
+        alignment=jnp.clip(_ratio(_ratio(-gv, g), v), -1, 1),
+        gain=_ratio(_ratio(v, learning_rate), g),
+        speed=_ratio(v, jnp.sqrt(learning_rate)),
+        effective_learning_rate=learning_rate / (1 - mu),
+        friction=_ratio(1 - mu, jnp.sqrt(learning_rate)),
+    )
+
+
+def _ratio(over, under):
+    """0 where it would be a division by 0; with gradients that are finite there, too."""
+    zero = under == 0
+    return jnp.where(
+        zero, jnp.zeros_like(over), over / jnp.where(zero, jnp.ones_like(under), under)
+    )

@@ -1,0 +1,165 @@
+"""The measurements are those of their formulas, by hand in NumPy, and work in a training loop."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import momentum_jax
+
+mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+measure, by_leaf = mj.diagnostics.measure, mj.diagnostics.measure_by_leaf
+
+SETTINGS: dict[str, Any] = dict(learning_rate=0.25, mu=0.75)
+
+
+def random_tree(seed):
+    draw = np.random.default_rng(seed).standard_normal
+    return {"a": draw((3, 2)), "b": [draw(4), draw(())]}
+
+
+def by_hand(g, v, learning_rate, mu, loss):
+    """In float64."""
+    g, v = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (g, v))
+    kinetic = v @ v / (2 * learning_rate)
+    return {
+        "kinetic_energy": kinetic,
+        "potential_energy": loss,
+        "total_energy": kinetic + loss,
+        "alignment": -(g @ v) / np.sqrt(g @ g) / np.sqrt(v @ v),
+        "gain": np.sqrt(v @ v) / np.sqrt(g @ g) / learning_rate,
+        "speed": np.sqrt(v @ v / learning_rate),
+        "effective_learning_rate": learning_rate / (1 - mu),
+        "friction": (1 - mu) / np.sqrt(learning_rate),
+    }
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_measure_is_its_formulas(wrap):
+    """To 1e-12 in float64."""
+    g, v = random_tree(0), random_tree(1)
+    found = wrap(lambda g, v, lr: measure(g, v, learning_rate=lr, mu=0.75, loss=1.5))(g, v, 0.3)
+    for name, value in by_hand(g, v, 0.3, 0.75, 1.5).items():
+        assert float(getattr(found, name)) == pytest.approx(value, rel=1e-12)
+        assert getattr(found, name).shape == ()
+
+
+@pytest.mark.usefixtures("x64")
+def test_measure_by_leaf_is_that_of_each():
+    """By its path; together they have the kinetic energy of the whole."""
+    g, v = random_tree(0), random_tree(1)
+    found = jax.jit(lambda g, v: by_leaf(g, v, **SETTINGS))(g, v)
+    assert list(found) == ["['a']", "['b'][0]", "['b'][1]"]
+    each = measure(g["b"][0], v["b"][0], **SETTINGS)
+    np.testing.assert_allclose(jax.tree.leaves(found["['b'][0]"]), jax.tree.leaves(each))
+    whole = measure(g, v, **SETTINGS).kinetic_energy
+    assert sum(float(m.kinetic_energy) for m in found.values()) == pytest.approx(float(whole))
+
+
+def test_without_a_loss_there_is_no_potential():
+    """None, not a number that means nothing."""
+    found = measure(jnp.ones(2), jnp.ones(2), **SETTINGS)
+    assert found.potential_energy is None
+    assert found.total_energy is None
+
+
+@pytest.mark.parametrize("zero", ["gradient", "velocity", "both", "learning rate", "friction"])
+def test_finite_where_something_is_zero(zero):
+    """Also what is differentiated through it."""
+    g = jnp.zeros(2) if zero in ("gradient", "both") else jnp.ones(2)
+    v = jnp.zeros(2) if zero in ("velocity", "both") else -jnp.ones(2)
+    settings = {
+        "learning_rate": 0.0 if zero == "learning rate" else 0.25,
+        "mu": 1.0 if zero == "friction" else 0.75,
+    }
+    found = measure(g, v, **settings, loss=1.0)._asdict()
+    effective = found.pop("effective_learning_rate")
+    assert np.isinf(effective) == (zero == "friction")
+    assert all(np.isfinite(value) for value in found.values())
+    if zero in ("gradient", "velocity", "both"):
+        assert float(found["alignment"]) == 0
+
+
+def test_alignment_and_gain_under_a_constant_gradient():
+    """Downhill all the way, and worth 1 / (1 - mu) plain steps in the end."""
+    tx, g = mj.momentum(0.5, 0.75), jnp.array([3.0, -4.0])
+    state = tx.init(g)
+    gains = []
+    for _ in range(100):
+        _, state = tx.update(g, state)
+        found = measure(g, state.velocity, learning_rate=0.5, mu=0.75)
+        gains.append(float(found.gain))
+        assert float(found.alignment) == pytest.approx(1)
+    assert gains[0] == pytest.approx(1)
+    assert gains == sorted(gains)
+    assert gains[-1] == pytest.approx(4)
+
+
+def test_what_has_no_gradient_is_left_out():
+    """As it is by the optimizer; half-precision is summed in float32."""
+    g = {"w": jnp.full(1000, 300.0, jnp.bfloat16), "frozen": None, "masked": optax.MaskedNode()}
+    v = {"w": jnp.full(1000, -300.0), "frozen": jnp.ones(2), "masked": optax.MaskedNode()}
+    found = measure(g, v, **SETTINGS)
+    assert found.kinetic_energy.dtype == jnp.float32
+    assert float(found.kinetic_energy) == pytest.approx(1000 * 300**2 / 0.5, rel=1e-2)
+    assert float(found.alignment) == 1
+    assert list(by_leaf(g, v, **SETTINGS)) == ["['w']"]
+
+
+def test_on_a_mesh():
+    """Of sharded arrays, the same numbers."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    g, v = (np.random.default_rng(i).standard_normal((8, 4)).astype("float32") for i in (0, 1))
+    placed = [jax.device_put(x, NamedSharding(mesh, P("d"))) for x in (g, v)]
+    got, expected = (
+        jax.jit(lambda g, v: measure(g, v, **SETTINGS))(*args) for args in (placed, (g, v))
+    )
+    np.testing.assert_allclose(jax.tree.leaves(got), jax.tree.leaves(expected), rtol=1e-6)
+
+
+def test_in_a_training_loop_inside_scan():
+    """The energy never rises at the learning rate of `no_escape_bound`, as the theory says."""
+    mu, smoothness = 0.9, 1.0
+    rate = mj.theory.no_escape_bound(mu, smoothness)
+    tx = mj.momentum(rate, mu)
+
+    def step(carry, _):
+        w, state = carry
+        grads = jax.grad(lambda w: jnp.sum(jnp.sin(w)))(w)
+        updates, state = tx.update(grads, state)
+        w = w + updates
+        loss = jnp.sum(jnp.sin(w))
+        found = measure(grads, state.velocity, learning_rate=rate, mu=mu, loss=loss)
+        return (w, state), found
+
+    w = jnp.linspace(-2.0, 2.0, 7)
+    _, found = jax.lax.scan(step, (w, tx.init(w)), None, 200)
+    energy = found.potential_energy + mu * found.kinetic_energy
+    assert float(jnp.max(jnp.diff(energy))) < 1e-5
+    assert found.gain.shape == (200,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: measure(jnp.ones(2), jnp.ones(3), **SETTINGS), "has shape (2,), but the velocity"),
+        (lambda: measure({"a": jnp.ones(2)}, {"b": jnp.ones(2)}, **SETTINGS), "only in the grad"),
+        (lambda: measure(jnp.ones(2), jnp.ones(2), learning_rate=-1.0, mu=0.5), "not negative"),
+        (
+            lambda: by_leaf(jnp.ones(2), jnp.ones(2), learning_rate=0.1, mu=1.5),
+            "must be in (-1, 1]",
+        ),
+        (lambda: measure(jax.nn.relu, jnp.ones(2), **SETTINGS), "not an array"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    """As by the optimizer."""
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        call()
