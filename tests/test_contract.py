@@ -758,6 +758,7 @@ def test_c2_stable_sharding_under_vmap_along_unlike_axes(spec):
 def test_c2_stable_sharding_beside_leaves_that_are_on_no_mesh():
     """On a mesh with explicit axes a number and a NumPy array train along."""
     mesh, params, _ = on_mesh(AxisType.Explicit, "2-D", [(P("d", "m"), P())])
+    (on_the_mesh,) = params
     params |= {"number": 2.0, "host": np.ones(3, np.float32)}
     tx = momentum(0.5, 0.5)
 
@@ -772,7 +773,7 @@ def test_c2_stable_sharding_beside_leaves_that_are_on_no_mesh():
     moved, _ = eager
     np.testing.assert_array_equal(moved["number"], 1.5)
     np.testing.assert_array_equal(moved["host"], np.full(3, 0.5))
-    assert sharded_otherwise(moved["P('d', 'm') P()"], params["P('d', 'm') P()"]) == {}
+    assert sharded_otherwise(moved[on_the_mesh], params[on_the_mesh]) == {}
 
 
 def test_c8_the_program_is_the_same_at_each_lowering():
