@@ -66,11 +66,11 @@ def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type
             node = node._replace(inner_state=tree(node.inner_state))
             if isinstance(node, optax.InjectStatefulHyperparamsState):
                 node = node._replace(hyperparams_states=_count_up(node.hyperparams_states, count))
-        return node if count is None or kind is type(node) is optax.TraceState else counted(node)
-
-    def counted(node):
-        # A leaf of another library's own wrapper stays within it.
-        return node._replace(count=jax.tree.map(lambda held: _like(held, count), node.count))
+        if count is not None and "count" in node._fields:
+            # Within another library's own wrapper of an array, if it is in one.
+            counted = jax.tree.map(lambda held: _like(held, count), node.count)
+            node = node._replace(count=counted)
+        return node
 
     parts_filled = (kind, optax.ScaleByScheduleState, *_INJECTED)
     return tree(state)
@@ -83,13 +83,12 @@ def follows_a_schedule(state: PyTree) -> bool:
 
 def scheduled_count(state: PyTree) -> int | None:
     """The count of the state's schedules, if there are any."""
-    counts = {int(_only(held.count)) for held in _scheduled(state)}
-    if len(counts) > 1:
-        raise ValueError(
-            f"the state's schedules have counted {sorted(counts)}: give the one that is meant, "
-            "as count."
-        )
-    return counts.pop() if counts else None
+    return _common_count(_scheduled(state))
+
+
+def taken_count(state: PyTree) -> int | None:
+    """How many steps the velocities have taken, or the schedules where there are none."""
+    return _common_count(parts(state, MomentumState) or _scheduled(state))
 
 
 def match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -280,9 +279,14 @@ def _name(path):
     return jax.tree_util.keystr(path).removesuffix(".value")
 
 
-def _only(tree):
-    (leaf,) = jax.tree.leaves(tree)
-    return leaf
+def _common_count(counting):
+    counts = {int(leaf) for part in counting for leaf in jax.tree.leaves(part.count)}
+    if len(counts) > 1:
+        raise ValueError(
+            f"the parts of the state have counted {sorted(counts)} steps, not alike, so that it "
+            "is not clear which count is meant. Where there is an argument count, give it."
+        )
+    return counts.pop() if counts else None
 
 
 def _like(held, value):

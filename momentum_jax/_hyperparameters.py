@@ -15,10 +15,15 @@ from jax.core import Tracer
 
 Hyperparameter: TypeAlias = jax.typing.ArrayLike | np.generic | optax.Schedule
 
+
+def _is_finite_and_not_negative(x):
+    return math.isfinite(x) and x >= 0
+
+
 # name: (test, rule, remedy)
 _RULES = {
     "learning_rate": (
-        lambda x: math.isfinite(x) and x >= 0,
+        _is_finite_and_not_negative,
         "must be finite and not negative",
         "0.1 is an example, 0 stands still; to climb instead of descend, negate the gradients",
     ),
@@ -32,17 +37,23 @@ _RULES = {
         "must be finite",
         "0 adds the whole gradient, mu makes the velocity an average of gradients",
     ),
+    "nu": (math.isfinite, "must be finite", "0.7 is usual, 0 is plain gradient descent"),
+    "scale": (math.isfinite, "must be finite", "0 lets the velocity start anew, 1 keeps it"),
+    "weight_decay": (
+        _is_finite_and_not_negative,
+        "must be finite and not negative",
+        "0 is no decay, 1e-4 is usual",
+    ),
 }
-_RULES["scale"] = (math.isfinite, "must be finite", "0 lets the velocity start anew, 1 keeps it")
-_RULES["nu"] = (math.isfinite, "must be finite", "0.7 is usual, 0 is plain gradient descent")
 # What other frameworks call them, and allow.
 _RULES["lr"] = _RULES["base_lr"] = _RULES["learning_rate"]
 _RULES["momentum"] = (lambda x: 0 <= x <= 1, "must be in [0, 1]", _RULES["mu"][2])
-_RULES["weight_decay"] = (
-    lambda x: math.isfinite(x) and x >= 0,
-    "must be finite and not negative",
-    "0 is no decay, 1e-4 is usual",
-)
+
+
+def require(name: str, value: Any, fits: Any, rule: str) -> None:
+    """Raises a ValueError with the value and the rule, also for what is not finite."""
+    if not (fits and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r} must be {rule}.")
 
 
 def check(name: str, given: Any) -> Any:

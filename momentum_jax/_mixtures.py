@@ -11,7 +11,7 @@ from momentum_jax import _velocity
 from momentum_jax._hyperparameters import Hyperparameter, check, resolve
 from momentum_jax._momentum import (
     MomentumState,
-    check_state,
+    as_optax,
     incremented,
     inside,
     transformation,
@@ -114,38 +114,29 @@ def aggmo(
     learning_rate = check("learning_rate", learning_rate)
     mus = _check_mus(mus)
 
-    def init(params: optax.Params) -> MomentumState:
+    def init(params):
         return _init(_velocity.concrete(params), velocity_dtype, len(mus))
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, MomentumState]:
-        # Optax hands each transform of a chain the same params and extra arguments.
-        del params
-        state = check_state(updates, state)
-        _velocity.check_arrays("gradient", updates)
+    def step(grads, state, overrides):
         if not isinstance(state.velocity, tuple) or len(state.velocity) != len(mus):
             raise ValueError(
                 f"the state must have a velocity for each of the {len(mus)} mus. Give the state "
                 "that this transformation's init returned."
             )
-        overrides = extra_args.get("mus")
-        if overrides is not None and len(overrides) != len(mus):
+        given = overrides.get("mus")
+        if given is not None and len(given) != len(mus):
             raise ValueError(
-                f"mus has {len(overrides)} values, but the state has {len(mus)} velocities. "
+                f"mus has {len(given)} values, but the state has {len(mus)} velocities. "
                 "Give as many as when the transformation was made."
             )
-        rate = resolve("learning_rate", learning_rate, extra_args.get("learning_rate"), state.count)
+        rate = resolve("learning_rate", learning_rate, overrides.get("learning_rate"), state.count)
         each = [
             (rate, resolve("mu", mu, override, state.count))
-            for mu, override in zip(mus, overrides or [None] * len(mus), strict=True)
+            for mu, override in zip(mus, given or [None] * len(mus), strict=True)
         ]
-        return _update(updates, state, each)
+        return _update(grads, state, each)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return as_optax(init, step)
 
 
 def _check_mus(mus):

@@ -5,6 +5,7 @@ w <- w + v
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -235,8 +236,23 @@ def transformation(
     velocity_dtype = _velocity.check_dtype(velocity_dtype)
     given = {name: check(name, value) for name, value in hyperparameters.items()}
 
-    def init(params: optax.Params) -> MomentumState:
+    def init(params):
         return _init(_velocity.concrete(params), velocity_dtype)
+
+    def step(grads, state, overrides):
+        coefficients = [
+            resolve(name, value, overrides.get(name), state.count) for name, value in given.items()
+        ]
+        return _update(recurrence, grads, state, coefficients)
+
+    return as_optax(init, step)
+
+
+def as_optax(
+    init: Callable[..., MomentumState],
+    step: Callable[[Any, MomentumState, dict[str, Any]], tuple[Any, MomentumState]],
+) -> optax.GradientTransformationExtraArgs:
+    """The Optax transformation of a step (grads, state, overrides) -> (updates, state)."""
 
     def update(
         updates: optax.Updates,
@@ -246,17 +262,14 @@ def transformation(
     ) -> tuple[optax.Updates, MomentumState]:
         # Optax hands each transform of a chain the same params and extra arguments.
         del params
-        state = check_state(updates, state)
+        state = _check_state(updates, state)
         _velocity.check_arrays("gradient", updates)
-        coefficients = [
-            resolve(name, value, extra_args.get(name), state.count) for name, value in given.items()
-        ]
-        return _update(recurrence, updates, state, coefficients)
+        return step(updates, state, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_state(updates: Any, state: Any) -> MomentumState:
+def _check_state(updates: Any, state: Any) -> MomentumState:
     """Returns the state; raises a TypeError that says what was given in its place."""
     if isinstance(state, MomentumState):
         return state

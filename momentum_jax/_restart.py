@@ -82,8 +82,7 @@ def adaptive_restart(
 
     def init(params: optax.Params) -> AdaptiveRestartState:
         inner_state = inner.init(params)
-        if not any(map(_has_velocity, _parts(inner_state))):
-            raise ValueError(_NO_VELOCITY)
+        _velocities(inner_state)
         return AdaptiveRestartState(inner_state, _at_rest(_velocity.concrete(params)))
 
     def update(
@@ -143,31 +142,29 @@ def reset_velocity(
       {'body': Array([-0.25], dtype=float32), 'head': Array([-0.5, -0.5], dtype=float32)}
     """
     scale = check_value("scale", scale)
-    parts = list(_parts(state))
-    if not any(map(_has_velocity, parts)):
-        raise ValueError(_NO_VELOCITY)
-    masks = [_masks(where, part.velocity) for part in parts if _has_velocity(part)]
+    where = True if where is None else where
+    masks = [_masks(where, velocity) for velocity in _velocities(state)]
     return _scaled(state, masks, scale)
-
-
-_NO_VELOCITY = (
-    "there is no velocity in the state. Give the state of a transformation with momentum: "
-    "momentum, trace, qhm or aggmo, in a chain or alone."
-)
 
 
 def _has_velocity(node):
     return "velocity" in getattr(node, "_fields", ())
 
 
-def _parts(state):
-    return jax.tree.leaves(state, is_leaf=_has_velocity)
+def _velocities(state):
+    """All velocities in a state; raises a ValueError if there is none."""
+    parts = jax.tree.leaves(state, is_leaf=_has_velocity)
+    found = [part.velocity for part in parts if _has_velocity(part)]
+    if not found:
+        raise ValueError(
+            "there is no velocity in the state. Give the state of a transformation with "
+            "momentum: momentum, trace, qhm or aggmo, in a chain or alone."
+        )
+    return found
 
 
 def _masks(where, velocity):
     """A mask, or a boolean, for each leaf of the velocity, in a list."""
-    if where is None:
-        return [True] * len(jax.tree.leaves(velocity))
     leaves = jax.tree_util.tree_leaves_with_path(velocity)
     if callable(where):
         return [_check_mask(path, leaf, where(path)) for path, leaf in leaves]
@@ -222,12 +219,7 @@ def _at_rest(params):
 @_velocity.inlined_jit
 def _restarted(grads, state):
     turns = _velocity.inner_product(grads, state.last_updates) > 0
-    masks = [
-        [turns] * len(jax.tree.leaves(part.velocity))
-        for part in _parts(state.inner_state)
-        if _has_velocity(part)
-    ]
-    return _scaled(state.inner_state, masks, 0.0)
+    return reset_velocity(state.inner_state, turns)
 
 
 @_velocity.inlined_jit

@@ -23,7 +23,8 @@ Inside and outside: see `momentum_jax.momentum`. Coupled decay adds weight_decay
 gradient, and so to the velocity; decoupled decay shrinks w by learning_rate * weight_decay
 beside it. A learning rate may be a schedule: a function of the number of steps taken, from 0.
 
-In float64 they equal the real ones to 1e-10 over 48 steps. With 16-bit params they differ from
+In float64 they equal the real PyTorch and Keras to 1e-10 over 48 steps, and Caffe's solver as
+it is documented. With 16-bit params they differ from
 them: the velocity is held in float32 here and in 16 bits there.
 
 A job that has run elsewhere goes on here with `load_torch`, `load_keras` or `load_optax`, and
@@ -473,7 +474,7 @@ def dump_torch(
     """
     job = _TorchJob(state_dict, names)
     named = _leaving(opt_state, job.shapes(), to_params)
-    if not _has_moved(opt_state):
+    if not _carry.taken_count(opt_state):
         named = {}
     return {
         **state_dict,
@@ -584,7 +585,7 @@ def dump_keras(
     for name, array in named.items():
         path = job.path_of[name]
         values[path] = array.astype(values[path].dtype)
-    count = _count_of(opt_state)
+    count = _carry.taken_count(opt_state)
     if count is not None:  # Without momentum and schedules, nothing here has counted.
         (path,) = (path for path in values if path.split("/")[-1] == "iteration")
         values[path] = np.asarray(count, values[path].dtype)
@@ -655,7 +656,7 @@ def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
     """
     velocities = _carry.velocities(opt_state)
     _carry.match(_carry.velocities(optax_state, optax.TraceState), velocities)
-    return _carry.fill(optax_state, velocities, _count_of(opt_state), optax.TraceState)
+    return _carry.fill(optax_state, velocities, _carry.taken_count(opt_state), optax.TraceState)
 
 
 def inside_from_outside(
@@ -948,7 +949,7 @@ def _scaled(opt_state, source, factor):
     velocities = _carry.velocities(source)
     _carry.match(_carry.velocities(opt_state), velocities)
     velocities = {path: np.asarray(leaf) * factor for path, leaf in velocities.items()}
-    return _carry.fill(opt_state, velocities, _count_of(source), MomentumState)
+    return _carry.fill(opt_state, velocities, _carry.taken_count(source), MomentumState)
 
 
 def _above_zero(learning_rate):
@@ -978,14 +979,3 @@ def _steps(count, known, opt_state, has_moved, hint):
             f"is not saved in what is carried over. Give it: count=... ({hint})."
         )
     return int(has_moved)
-
-
-def _count_of(opt_state):
-    counts = {int(jax.tree.leaves(p.count)[0]) for p in _carry.parts(opt_state, MomentumState)}
-    if len(counts) > 1:
-        raise ValueError(f"the parts of the state have counted {sorted(counts)} steps, not alike.")
-    return counts.pop() if counts else _carry.scheduled_count(opt_state)
-
-
-def _has_moved(opt_state):
-    return bool(_count_of(opt_state))

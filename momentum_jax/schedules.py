@@ -4,12 +4,13 @@ Each works on Python ints and on traced arrays, and is given in place of a numbe
 `momentum_jax.momentum(0.1, mu=schedules.sutskever())`.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from momentum_jax._hyperparameters import require
 
 
 def sutskever(mu_max: float = 0.99, period: int = 250) -> optax.Schedule:
@@ -37,8 +38,8 @@ def sutskever(mu_max: float = 0.99, period: int = 250) -> optax.Schedule:
       Sutskever, Martens, Dahl and Hinton (2013), On the importance of initialization and
       momentum in deep learning, equation 5.
     """
-    _check("mu_max", mu_max, 0 <= mu_max <= 1, "in [0, 1]")
-    _check("period", period, _is_whole(period) and period >= 1, "a whole number, at least 1")
+    require("mu_max", mu_max, 0 <= mu_max <= 1, "in [0, 1]")
+    require("period", period, _is_whole(period) and period >= 1, "a whole number, at least 1")
     return lambda count: jnp.minimum(1 - 0.5 / (jnp.asarray(count) // period + 1), mu_max)
 
 
@@ -93,8 +94,8 @@ def demon(total_steps: int, mu_init: float = 0.9) -> optax.Schedule:
       momentum decay.
     """
     whole = _is_whole(total_steps) and total_steps >= 1
-    _check("total_steps", total_steps, whole, "a whole number, at least 1")
-    _check("mu_init", mu_init, 0 <= mu_init < 1, "in [0, 1)")
+    require("total_steps", total_steps, whole, "a whole number, at least 1")
+    require("mu_init", mu_init, 0 <= mu_init < 1, "in [0, 1)")
 
     def mu(count):
         left = jnp.maximum(1 - _float(count) / total_steps, 0)
@@ -110,8 +111,3 @@ def _float(count: Any) -> jax.Array:
 
 def _is_whole(value):
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(name, value, fits, rule):
-    if not fits or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be {rule}.")

@@ -8,6 +8,8 @@ are those of the distance to the minimum, per step.
 import math
 from typing import NamedTuple
 
+from momentum_jax._hyperparameters import require
+
 
 class Tuning(NamedTuple):
     """Settings of a method and what they achieve.
@@ -289,7 +291,7 @@ def spectral_radius(
     """
     _check_learning_rate(learning_rate, zero=True)
     _check_mu(mu)
-    _check("curvature", curvature, True, "finite")
+    require("curvature", curvature, True, "finite")
     a = learning_rate * curvature
     if nesterov:
         trace, determinant = (1 + mu) * (1 - a), mu * (1 - a)
@@ -323,7 +325,7 @@ def effective_learning_rate(learning_rate: float, mu: float) -> float:
       The sum of the geometric series of mu.
     """
     _check_learning_rate(learning_rate, zero=True)
-    _check("mu", mu, -1 < mu < 1, "in (-1, 1): at 1 the sum has no limit")
+    require("mu", mu, -1 < mu < 1, "in (-1, 1): at 1 the sum has no limit")
     return learning_rate / (1 - mu)
 
 
@@ -386,11 +388,11 @@ def stationary_variance(
       gradient descent as approximate Bayesian inference, in the limit of small learning rates.
     """
     _check_learning_rate(learning_rate)
-    _check("mu", mu, -1 < mu < 1, "in (-1, 1): without friction there is no stationary state")
-    _check("curvature", curvature, curvature > 0, "above 0")
-    _check("noise_variance", noise_variance, noise_variance >= 0, "at least 0")
+    require("mu", mu, -1 < mu < 1, "in (-1, 1): without friction there is no stationary state")
+    require("curvature", curvature, curvature > 0, "above 0")
+    require("noise_variance", noise_variance, noise_variance >= 0, "at least 0")
     room = 2 * (1 + mu) - learning_rate * curvature
-    _check(
+    require(
         "learning_rate * curvature",
         learning_rate * curvature,
         room > 0,
@@ -427,8 +429,8 @@ def no_escape_bound(mu: float, smoothness: float) -> float:
       The descent lemma, applied to the energy: f(w + v) <= f(w) + g . v + L |v|^2 / 2, and
       g = (mu * last v - v) / learning_rate.
     """
-    _check("mu", mu, 0 <= mu < 1, "in [0, 1)")
-    _check("smoothness", smoothness, smoothness > 0, "above 0")
+    require("mu", mu, 0 <= mu < 1, "in [0, 1)")
+    require("smoothness", smoothness, smoothness > 0, "above 0")
     return 2 * (1 - mu) / smoothness
 
 
@@ -460,9 +462,9 @@ def qhm_from_pid(kp: float, ki: float, kd: float) -> QHMSettings:
     Source:
       Ma and Yarats (2019), Quasi-hyperbolic momentum and Adam for deep learning, section 4.
     """
-    _check("kp", kp, kp < 0, "below 0: only then does it smooth its derivative")
-    _check("ki", ki, ki > 0, "above 0")
-    _check("kd", kd, kd > 0, "above 0")
+    require("kp", kp, kp < 0, "below 0: only then does it smooth its derivative")
+    require("ki", ki, ki > 0, "above 0")
+    require("kd", kd, kd > 0, "above 0")
     return QHMSettings(ki, kd / (kd - kp), kp**2 / (ki * kd))
 
 
@@ -495,10 +497,10 @@ def qhm_from_accsgd(delta: float, kappa: float, xi: float, epsilon: float = 0.7)
       Kidambi, Netrapalli, Jain and Kakade (2018), On the insufficiency of existing momentum
       schemes for stochastic optimization; Ma and Yarats (2019), as above.
     """
-    _check("delta", delta, delta > 0, "above 0")
-    _check("kappa", kappa, kappa >= 1, "at least 1")
-    _check("xi", xi, 0 < xi <= math.sqrt(kappa), "in (0, sqrt(kappa)]")
-    _check("epsilon", epsilon, 0 < epsilon < 1, "in (0, 1)")
+    require("delta", delta, delta > 0, "above 0")
+    require("kappa", kappa, kappa >= 1, "at least 1")
+    require("xi", xi, 0 < xi <= math.sqrt(kappa), "in (0, sqrt(kappa)]")
+    require("epsilon", epsilon, 0 < epsilon < 1, "in (0, 1)")
     return QHMSettings(
         learning_rate=delta * epsilon * (1 + xi) / (1 + epsilon),
         mu=(kappa - epsilon**2 * xi) / (kappa + epsilon * xi),
@@ -533,9 +535,9 @@ def qhm_from_synthesized_nesterov(gamma: float, beta1: float, beta2: float) -> Q
     Source:
       Lessard, Recht and Packard (2016), as above; Ma and Yarats (2019), as above.
     """
-    _check("gamma", gamma, gamma > 0, "above 0")
-    _check("beta1", beta1, -1 < beta1 < 1 and beta1 != 0, "in (-1, 1) and not 0")
-    _check("beta2", beta2, True, "finite")
+    require("gamma", gamma, gamma > 0, "above 0")
+    require("beta1", beta1, -1 < beta1 < 1 and beta1 != 0, "in (-1, 1) and not 0")
+    require("beta2", beta2, True, "finite")
     return QHMSettings(gamma / (1 - beta1), beta1, 1 - beta2 * (1 - beta1) / beta1)
 
 
@@ -573,10 +575,10 @@ def qhm_from_robust_momentum(
     """
     big, small = _curvatures(smoothness, strong_convexity)
     k = big / small
-    _check("smoothness / strong_convexity", k, k > 1, "above 1")
+    require("smoothness / strong_convexity", k, k > 1, "above 1")
     fastest, slowest = 1 - 1 / math.sqrt(k), 1 - 1 / k
     fits = fastest <= rate <= slowest
-    _check("rate", rate, fits, f"in [{fastest}, {slowest}] for these curvatures")
+    require("rate", rate, fits, f"in [{fastest}, {slowest}] for these curvatures")
     scale = (1 - rate) ** 2 * (1 + rate)
     return qhm_from_synthesized_nesterov(
         gamma=k * scale / big,
@@ -611,13 +613,13 @@ def qhm_from_triple_momentum(smoothness: float, strong_convexity: float) -> QHMS
     """
     tuning = triple_momentum(smoothness, strong_convexity)
     k = smoothness / strong_convexity
-    _check("smoothness / strong_convexity", k, k > 1, "above 1")
+    require("smoothness / strong_convexity", k, k > 1, "above 1")
     return qhm_from_synthesized_nesterov(tuning.learning_rate, tuning.mu, tuning.gamma)
 
 
 def _curvatures(smoothness, strong_convexity):
-    _check("strong_convexity", strong_convexity, strong_convexity > 0, "above 0")
-    _check(
+    require("strong_convexity", strong_convexity, strong_convexity > 0, "above 0")
+    require(
         "smoothness",
         smoothness,
         smoothness >= strong_convexity,
@@ -628,13 +630,8 @@ def _curvatures(smoothness, strong_convexity):
 
 def _check_learning_rate(learning_rate, zero=False):
     fits = learning_rate > 0 or (zero and learning_rate == 0)
-    _check("learning_rate", learning_rate, fits, "at least 0" if zero else "above 0")
+    require("learning_rate", learning_rate, fits, "at least 0" if zero else "above 0")
 
 
 def _check_mu(mu):
-    _check("mu", mu, -1 < mu <= 1, "in (-1, 1]")
-
-
-def _check(name, value, fits, rule):
-    if not (fits and math.isfinite(value)):
-        raise ValueError(f"{name}={value!r} must be {rule}.")
+    require("mu", mu, -1 < mu <= 1, "in (-1, 1]")

@@ -414,7 +414,8 @@ def run(tx, state, steps, start=0, params=PARAMS):
     """So many steps of a quadratic under a force that changes with time."""
     params = jax.tree.map(jnp.asarray, params)
     for count in range(start, start + steps):
-        grads = jax.tree.map(lambda w: w + np.float32(np.cos(count)), params)  # noqa: B023
+        force = np.float32(np.cos(count))
+        grads = jax.tree.map(lambda w, force=force: w + force, params)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     return params, state

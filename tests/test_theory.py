@@ -44,7 +44,7 @@ TUNINGS = {
     "gradient descent": (theory.gradient_descent, False),
     "heavy ball": (theory.heavy_ball, False),
     "Nesterov": (theory.nesterov, True),
-    "Nesterov, tuned": (lambda L, m: theory.nesterov(L, m, tuned=True), True),  # noqa: N803
+    "Nesterov, tuned": (lambda big, small: theory.nesterov(big, small, tuned=True), True),
 }
 
 
@@ -192,7 +192,10 @@ def test_no_escape_bound_is_sharp(mu, factor):
 
 def test_momentum_cannot_cross_a_barrier_higher_than_its_start():
     """What the bound is for: from rest no run leaves the well, whatever mu; above it, some do."""
-    double_well = lambda w: jnp.sum((w**2 - 1) ** 2)  # noqa: E731  (barrier of 1 at 0)
+
+    def double_well(w):  # with a barrier of 1 at 0
+        return jnp.sum((w**2 - 1) ** 2)
+
     starts = jnp.linspace(0.05, 1.4, 100)[:, None]  # in the right well, below the barrier
     smoothness = 12 * 1.42**2 - 4  # on |w| <= 1.42, which no run below the barrier leaves
     for mu in (0.5, 0.9, 0.99):
