@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from benchmarks import compilation
-from benchmarks.step import Size, bandwidth, limit_seconds, measure, torch_device
+from benchmarks.step import Size, bandwidth, limit_seconds, measure, measurement, torch_device
 
 SIZES = ("1x20M", "200x100k", "60x10k", "300x3k", "1000x1k")
 QUICK_SIZES = ("1x100k", "20x1k")
@@ -163,6 +163,11 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
             name: limit / step[name]["median"] for name in ("ours", "optax")
         }
         results["sizes"][size.name] = result
+    size = parse_size("20x1k" if args.quick else "100x100k")
+    show_progress(f"{size.name}: diagnostics")
+    results["diagnostics"] = {"size": size.name} | measurement(
+        size, args.rounds, sample_seconds, target=1.5
+    )
     size = parse_size("20x1k" if args.quick else "1000x1k")
     show_progress(f"{size.name}: trace, lower, compile")
     results["compile_times"] = {"size": size.name} | compilation.times(
@@ -234,6 +239,9 @@ def table(results: dict[str, Any]) -> str:
             f"reaches {limit['ours']:.0%} of it, Optax's {limit['optax']:.0%}",
             *(f"  bytes, {name}: {in_bytes(of)}" for name, of in result["memory"].items()),
         ]
+    size, numbers = results["diagnostics"]["size"], results["diagnostics"]
+    lines += ["", f"{size}: diagnostics", heading]
+    lines.append(row("measure, jitted: our jitted step", numbers, "step"))
     times = results["compile_times"]
     lines += ["", f"{times['size']}: the jitted step, from cold", heading]
     lines += [row(f"{stage}: Optax", times[stage]) for stage in times if stage != "size"]

@@ -138,6 +138,25 @@ def measure(
         yield "torch", {kind: compare(seconds, kind) for kind in runs}
 
 
+def measurement(
+    size: Size, rounds: int, sample_seconds: float, target: float | None
+) -> dict[str, Any]:
+    """`diagnostics.measure`, jitted, beside our jitted step on the same arrays."""
+    ours = Contestant(OURS, size)
+
+    @jax.jit
+    def measure(grads, velocity):
+        return mj.diagnostics.measure(grads, velocity, learning_rate=LEARNING_RATE, mu=MU)
+
+    def run(calls):
+        for _ in range(calls):
+            found = measure(ours.grads, ours.state.velocity)
+        jax.block_until_ready(found)
+
+    runs = {"ours": run, "step": ours.jitted_step}
+    return compare(interleave(runs, rounds, sample_seconds, ours.move), "step", target)
+
+
 def torch_step(torch: Any, size: Size, kind: str) -> Run:
     """PyTorch's `SGD(foreach=True)` or `SGD(fused=True)`, its gradients set beforehand."""
     device = torch_device()

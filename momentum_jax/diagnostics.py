@@ -1,6 +1,8 @@
 """What momentum is doing, in a few scalars a step: energies, alignment, gain.
 
-All is computed from the gradient and the velocity in one pass, inside jit or outside.
+All is computed from the gradient and the velocity in one pass, inside jit or outside. To keep
+it in the state of a chain, let `optax.monitor` measure behind `momentum` (its updates are the
+velocity) with the gradient as an extra argument, or keep the gradient with `optax.snapshot`.
 """
 
 from typing import Any, NamedTuple

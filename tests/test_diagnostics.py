@@ -146,6 +146,51 @@ def test_in_a_training_loop_inside_scan():
     assert found.gain.shape == (200,)
 
 
+def motion(updates, state, params=None, *, grad, value, **_):
+    """What comes out of `momentum` without Nesterov is the velocity: one step, measured."""
+    return measure(grad, updates, **SETTINGS, loss=value), state
+
+
+def train_measured(tx, of_state):
+    """Ten jitted steps of a chain, and what its state says of each beside what it should."""
+
+    @jax.jit
+    def step(w, state):
+        value, grad = jax.value_and_grad(lambda w: jnp.sum(w**2))(w)
+        updates, new_state = tx.update(grad, state, w, value=value, grad=grad)
+        found = of_state(new_state, value)
+        velocity = optax.tree.get(new_state, "velocity")
+        return w + updates, new_state, found, measure(grad, velocity, **SETTINGS, loss=value)
+
+    w = jnp.array([1.0, -2.0])
+    state = tx.init(w)
+    for _ in range(10):
+        w, state, found, expected = step(w, state)
+        np.testing.assert_allclose(jax.tree.leaves(found), jax.tree.leaves(expected), rtol=1e-6)
+    assert float(found.total_energy) > 0
+
+
+@pytest.mark.skipif(not hasattr(optax, "monitor"), reason="Optax has monitor from 0.2.7 on")
+def test_through_monitor_inside_jit():
+    """Optax's monitor keeps each step's measurement in the state of the chain."""
+    measuring = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), motion)
+    tx = optax.chain(mj.momentum(**SETTINGS), optax.monitor({"motion": measuring}))
+    train_measured(tx, lambda state, value: optax.tree.get(state, "motion"))
+
+
+@pytest.mark.skipif(not hasattr(optax, "snapshot"), reason="Optax has snapshot from 0.2.6 on")
+def test_through_snapshot_inside_jit():
+    """Optax's snapshot keeps the gradient as it was before momentum."""
+    keep = optax.snapshot("grads", lambda grads: grads)
+    tx = optax.chain(keep, mj.momentum(**SETTINGS))
+
+    def of_state(state, value):
+        grads, velocity = (optax.tree.get(state, name) for name in ("grads", "velocity"))
+        return measure(grads, velocity, **SETTINGS, loss=value)
+
+    train_measured(tx, of_state)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
