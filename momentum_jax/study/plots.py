@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from momentum_jax.diagnostics import Measurement
 from momentum_jax.study.statistics import final
@@ -24,24 +24,23 @@ def final_loss(results: xr.Dataset, arms: Sequence[str], axes: Axes) -> Axes:
     Example:
       >>> from matplotlib.figure import Figure
       >>> import momentum_jax as mj
-      >>> from momentum_jax.study import problems, sweep
-      >>> arms = [sweep.Arm("mu 0.9", mj.momentum, {"learning_rate": 0.02, "mu": 0.9})]
-      >>> results = sweep.run(problems.digits(), arms, seeds=[0, 1, 2], init_scales=[0.5, 2.0],
-      ...                     steps=20, batch_size=32)
+      >>> from momentum_jax.study import Arm, problems, run
+      >>> arms = [Arm("mu 0.9", mj.momentum, learning_rate=0.02, mu=0.9)]
+      >>> results = run(problems.digits(), arms, range(3), init_scales=[0.5, 2.0], steps=20)
       >>> print(final_loss(results, ["mu 0.9"], Figure().subplots()).get_xlabel())
       initial scale
     """
     loss = final(results).loss
     scales = results.init_scale.values
-    for place, (arm, color) in enumerate(zip(arms, itertools.cycle(COLORS))):
+    for place, (arm, color) in enumerate(zip(arms, itertools.cycle(COLORS), strict=False)):
         low, middle, high = loss.sel(arm=arm).quantile([0.1, 0.5, 0.9], dim="seed").values
         # Side by side, so that the bars of one scale do not hide each other.
         at = scales * 1.06 ** (place - (len(arms) - 1) / 2)
         axes.errorbar(
             at, middle, [middle - low, high - middle], color=color, label=arm, capsize=3, marker="o"
         )
-    _chance(axes, results)
-    _loss_axis(axes)
+    _worst(axes, results)
+    _loss_axis(axes, "y", loss.sel(arm=list(arms)))
     axes.set(xscale="log", xlabel="initial scale", ylabel="final test loss")
     axes.set_xticks(scales, [f"x{scale:g}" for scale in scales], minor=False)
     axes.minorticks_off()
@@ -54,25 +53,66 @@ def loss_curves(results: xr.Dataset, arms: Sequence[str], init_scale: float, axe
     Example:
       >>> from matplotlib.figure import Figure
       >>> import momentum_jax as mj
-      >>> from momentum_jax.study import problems, sweep
-      >>> arms = [sweep.Arm("mu 0.9", mj.momentum, {"learning_rate": 0.02, "mu": 0.9})]
-      >>> results = sweep.run(problems.digits(), arms, seeds=[0, 1, 2], init_scales=[1.0],
-      ...                     steps=20, batch_size=32)
+      >>> from momentum_jax.study import Arm, problems, run
+      >>> arms = [Arm("mu 0.9", mj.momentum, learning_rate=0.02, mu=0.9)]
+      >>> results = run(problems.digits(), arms, range(3), steps=20)
       >>> print(loss_curves(results, ["mu 0.9"], 1.0, Figure().subplots()).get_title())
       initial scale x1
     """
     # A diverged run stays in the picture, at its top.
     loss = results.loss.sel(init_scale=init_scale).fillna(np.inf)
-    for arm, color in zip(arms, itertools.cycle(COLORS)):
+    for arm, color in zip(arms, itertools.cycle(COLORS), strict=False):
         low, middle, high = np.quantile(
             loss.sel(arm=arm).values, [0.1, 0.5, 0.9], axis=0, method="nearest"
         )
         axes.plot(results.step, middle, color=color, label=arm)
         axes.fill_between(results.step, low, high, color=color, alpha=0.15, linewidth=0)
-    _chance(axes, results)
-    axes.set(
-        yscale="log", xlabel="step", ylabel="test loss", title=f"initial scale x{init_scale:g}"
-    )
+    _worst(axes, results)
+    _loss_axis(axes, "y", loss.sel(arm=list(arms)))
+    axes.set(xlabel="step", ylabel="test loss", title=f"initial scale x{init_scale:g}")
+    return axes
+
+
+def paired(results: xr.Dataset, plain: str, arm: str, axes: Axes) -> Axes:
+    """Each pair of runs as a point: the final loss with an arm against that of the plain arm.
+
+    Below the diagonal the arm ended lower. Pairs in which the plain arm failed and the other
+    solved the problem are rescued, those of the reverse are lost.
+
+    Example:
+      >>> from matplotlib.figure import Figure
+      >>> import momentum_jax as mj
+      >>> from momentum_jax.study import Arm, problems, run
+      >>> arms = [Arm(f"mu {mu}", mj.momentum, learning_rate=0.02, mu=mu) for mu in (0, 0.9)]
+      >>> results = run(problems.digits(), arms, range(3), steps=20)
+      >>> print(paired(results, "mu 0", "mu 0.9", Figure().subplots()).get_xlabel())
+      final test loss, mu 0
+    """
+    ends = final(results)
+    before, after = (ends.sel(arm=name) for name in (plain, arm))
+    rescued = (~before.solved & after.solved).values
+    lost = (before.solved & ~after.solved).values
+    kinds = {
+        "no difference": (~rescued & ~lost, {"color": "0.6", "marker": "."}),
+        "rescued": (rescued, {"color": COLORS[3], "marker": "^"}),
+        "lost": (lost, {"color": COLORS[5], "marker": "x"}),
+    }
+    for name, (chosen, style) in kinds.items():
+        axes.scatter(
+            before.loss.values[chosen],
+            after.loss.values[chosen],
+            label=f"{name} ({chosen.sum()})",
+            s=18,
+            alpha=0.8,
+            **style,
+        )
+    both = ends.loss.sel(arm=[plain, arm])
+    limits = [float(both.min()), float(both.max())]
+    axes.plot(limits, limits, color="0.5", linewidth=0.8)
+    _loss_axis(axes, "x", both)
+    _loss_axis(axes, "y", both)
+    axes.set(xlabel=f"final test loss, {plain}", ylabel=f"final test loss, {arm}")
+    axes.legend(fontsize="small")
     return axes
 
 
@@ -122,7 +162,7 @@ def path(
     height = np.asarray(jax.vmap(jax.vmap(loss))(np.stack(np.meshgrid(x, y), axis=-1)))
     height = np.sqrt(height - height.min())
     axes.contour(x, y, height, levels=15, colors="0.8", linewidths=0.8)
-    for (name, points), color in zip(finite.items(), itertools.cycle(COLORS)):
+    for (name, points), color in zip(finite.items(), itertools.cycle(COLORS), strict=False):
         axes.plot(*points.T, color=color, label=name, marker=".", markersize=3, linewidth=1)
         axes.plot(*points[0], color=color, marker="o", markerfacecolor="white", linestyle="")
         axes.plot(*points[-1], color=color, marker="o", linestyle="")
@@ -130,13 +170,14 @@ def path(
     return axes
 
 
-def energies(measured: Measurement, axes: Axes) -> Axes:
+def energies(measured: Measurement, axes: Axes, steps: Sequence[int] | None = None) -> Axes:
     """Kinetic, potential and total energy of a run over its steps.
 
     Args:
       measured: a `Measurement` with a loss, whose entries hold one value a step: what
         `jax.lax.scan` stacks, or `jax.tree.map(lambda *x: jnp.stack(x), *measurements)`.
       axes: where to draw.
+      steps: which steps these are; by default all, from the first.
 
     Returns:
       `axes`.
@@ -164,9 +205,12 @@ def energies(measured: Measurement, axes: Axes) -> Axes:
     """
     if measured.potential_energy is None:
         raise ValueError("there is no potential energy to draw: give measure(...) the loss.")
-    for name, color in zip(("total", "kinetic", "potential"), COLORS, strict=False):
+    for name, color in zip(
+        ("total", "kinetic", "potential"), itertools.cycle(COLORS), strict=False
+    ):
         values = np.asarray(getattr(measured, f"{name}_energy"))
-        axes.plot(_steps(values), values, color=color, label=f"{name} energy")
+        at = _steps(values) if steps is None else steps
+        axes.plot(at, values, color=color, label=f"{name} energy")
     axes.set(xlabel="step", ylabel="energy, in the unit of the loss")
     axes.legend()
     return axes
@@ -220,11 +264,24 @@ def _steps(values):
     return np.arange(1, len(values) + 1)
 
 
-def _chance(axes, results):
-    axes.axhline(results.attrs["chance"], color="0.6", linestyle=":", label="guessing")
+def _worst(axes, results):
+    worst = results.attrs["worst"]
+    if np.isfinite(worst):
+        axes.axhline(worst, color="0.6", linestyle=":", label="the most a run is charged with")
 
 
-def _loss_axis(axes):
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
+def _loss_axis(axes, which, losses):
+    """Logarithmic where no loss is negative; 0 and what is nearly 0 do not stretch it."""
+    finite = losses.values[np.isfinite(losses.values)]
+    positive = finite[finite > 1e-12]
+    if len(positive) == 0 or finite.min() < 0:
+        return
+    low, high = positive.min(), positive.max()
+    axes.set(**{f"{which}scale": "log"})
+    if finite.min() < low:
+        axes.set(**{f"{which}lim": (low / 2, None)})
+    axis = getattr(axes, f"{which}axis")
+    # Labels also where the losses span less than a power of ten.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

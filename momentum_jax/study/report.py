@@ -1,168 +1,626 @@
-"""What a person reads: the tables, the answer in a sentence, and the folder of results."""
+"""What a person reads: one document, as Markdown and as a page, with its pictures and numbers."""
 
+import base64
 import dataclasses
-import importlib.metadata
+import functools
+import html
+import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import xarray as xr
+from markdown_it import MarkdownIt
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from momentum_jax.diagnostics import Measurement
 from momentum_jax.study import plots
-from momentum_jax.study.statistics import spread_ratio, summarize
+from momentum_jax.study.statistics import Summary, final, summarize
 
-# Contrast -> the names of its arms, plain gradient descent first.
-Contrasts = Mapping[str, Sequence[str]]
+QUESTION = "Does momentum take the luck out of the initial weights?"
+SIGNIFICANT = 0.05
+# From the least fair to the fairest. What is asked of the last that a study has is its answer.
+KINDS = {
+    "same rate": "At the same learning rate",
+    "same effective rate": "At the same effective learning rate, learning_rate / (1 - mu)",
+    "tuned": "With the learning rate of each arm tuned on an equal budget",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """The results of a study and what was estimated from them.
+class Contrast(NamedTuple):
+    """Arms that are compared with a plain one.
 
     Attributes:
-      results: what `sweep.run` returned.
-      contrasts: the names of the arms that are compared, the plain one first, by contrast.
-      rows: what `statistics.summarize` returned.
-      spread_ratios: for each contrast, arm and initial scale: the spread of the final loss over
-        that of the plain arm, or None where all runs of one end alike.
+      name: its name; what is before a comma says which kind it is.
+      plain: the arm that the others are compared with.
+      arms: the others.
+      with_momentum: those of them whose mu is above 0, or all if there are none.
     """
 
-    results: xr.Dataset
-    contrasts: Contrasts
-    rows: Sequence[Mapping[str, Any]]
-    spread_ratios: Sequence[Mapping[str, Any]]
+    name: str
+    plain: str
+    arms: list[str]
+    with_momentum: list[str]
 
 
-def report(results: xr.Dataset, contrasts: Contrasts) -> Report:
-    """Estimates all that the report shows."""
-    ratios = [
-        {
-            "contrast": contrast,
-            "arm": arm,
-            "init_scale": float(scale),
-            "ratio": spread_ratio(results, arm, plain, scale),
-        }
-        for contrast, (plain, *others) in contrasts.items()
-        for arm in others
-        for scale in results.init_scale.values
-    ]
-    return Report(results, contrasts, summarize(results), ratios)
-
-
-def text(study: Report) -> str:
-    """The tables, a set for each contrast, and the answer."""
-    seeds = study.results.sizes["seed"]
-    parts = []
-    for contrast, arms in study.contrasts.items():
-        rows = [row for row in study.rows if row["arm"] in arms]
-        parts.append(f"== {contrast.capitalize()} ==")
-        for name, title in (("loss", "Final test loss"), ("metric", "Final test accuracy")):
-            parts.append(f"{title} over {seeds} initial weights, with 95% intervals")
-            parts.append(_table([_cells(row, name) for row in rows]))
-        parts.append("Share of failed runs, with 95% intervals")
-        parts.append(_by_scale(rows, "failed"))
-        parts.append(f"Spread of the final test loss, as a multiple of that of {arms[0]}")
-        ratios = [row for row in study.spread_ratios if row["contrast"] == contrast]
-        parts.append(_by_scale(ratios, "ratio"))
-    return "\n\n".join([*parts, LEGEND, answer(study)])
-
-
-LEGEND = (
-    "An arm is mu at its learning rate. Spread is the standard deviation over the initial\n"
-    "weights. A loss above that of guessing counts as that of guessing. A run has failed if\n"
-    "it diverged, or classifies less than half of the test images correctly. A narrow spread\n"
-    "is good news only beside a low mean: runs that have not left their start are alike too."
-)
-
-
-def answer(study: Report) -> str:
-    """For each contrast: in how many comparisons the spread was narrower, and wider."""
-    lines = ["Does momentum reduce the dependence on the initial weights?"]
-    for contrast in study.contrasts:
-        ratios = [row["ratio"] for row in study.spread_ratios if row["contrast"] == contrast]
-        told = [ratio for ratio in ratios if ratio is not None]
-        lines.append(
-            f"  {contrast}: of {len(ratios)} comparisons (arm and initial scale), momentum "
-            f"narrowed the spread in {sum(ratio.high < 1 for ratio in told)}, widened it in "
-            f"{sum(ratio.low > 1 for ratio in told)}, and the others do not tell."
-        )
-    lines.append("  (Told by 95% intervals one by one, without a correction for their number.)")
-    return "\n".join(lines)
-
-
-def write(study: Report, folder: Path, facts: Mapping[str, Any]) -> list[Path]:
-    """Writes `results.nc`, `summary.json` and the pictures; returns their paths.
+def report(dataset: xr.Dataset, folder: Path) -> list[Path]:
+    """Writes the report of a study: `report.html`, `report.md`, pictures and numbers.
 
     Args:
-      study: what `report` returned.
-      folder: an existing folder.
-      facts: what else to record in `summary.json`: the settings, the time it took.
+      dataset: what `run` returned.
+      folder: where to write; made if it is not there.
+
+    Returns:
+      The paths of what was written: `report.html` (one file that holds its pictures, light and
+      dark), `report.md`, `results.nc` (the dataset), `summary.json` and the pictures.
+
+    Raises:
+      OSError: a folder that cannot be written to.
+
+    Example:
+      >>> import tempfile
+      >>> import momentum_jax as mj
+      >>> from momentum_jax.study import Arm, problems, run
+      >>> arms = [Arm(f"mu {mu}", mj.momentum, learning_rate=0.02, mu=mu) for mu in (0, 0.9)]
+      >>> results = run(problems.digits(), arms, range(3), steps=20)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     print([path.name for path in report(results, Path(folder))][:4])
+      ['report.html', 'report.md', 'results.nc', 'summary.json']
     """
-    packages = ("momentum_jax", "jax", "jaxlib", "optax", "flax", "scikit-learn", "scipy")
-    summary = {
-        **facts,
-        "device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "contrasts": study.contrasts,
-        "rows": study.rows,
-        "spread_ratios": study.spread_ratios,
+    return write(dataset, summarize(dataset), folder)
+
+
+def write(dataset: xr.Dataset, summary: Summary, folder: Path) -> list[Path]:
+    """Writes what `report` does, with a summary that is there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(dataset)
+    document = _document(dataset, summary, pictures)
+    with rc_context(STYLE):
+        figures = {name: _figure(picture) for name, picture in pictures.items()}
+        page = _page(document, figures)
+        drawn = {name: _png(figure) for name, figure in figures.items()}
+    paths = {name: folder / name for name in ("report.html", "report.md", "results.nc")}
+    paths["report.md"].write_text(document)
+    paths["report.html"].write_text(page)
+    dataset.to_netcdf(paths["results.nc"], engine="scipy")
+    numbers = {
+        "problem": dataset.attrs["problem"],
+        "answer": answer(dataset, summary),
+        "contrasts": [contrast._asdict() for contrast in _contrasts(dataset)],
+        "tuning": json.loads(dataset.attrs.get("tuning", "[]")),
+        **dataclasses.asdict(summary),
+        "provenance": json.loads(dataset.attrs["provenance"]),
     }
-    paths = [folder / name for name in ("results.nc", "summary.json")]
-    study.results.to_netcdf(paths[0], engine="scipy")
-    paths[1].write_text(json.dumps(summary, indent=1, default=dataclasses.asdict) + "\n")
-    for name, figure in _figures(study).items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
-    return paths
+    paths["summary.json"] = folder / "summary.json"
+    paths["summary.json"].write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    for name, png in drawn.items():
+        paths[name] = folder / f"{name}.png"
+        paths[name].write_bytes(png)
+    return list(paths.values())
 
 
-def _figures(study):
-    scales = study.results.init_scale.values
-    ends = Figure(figsize=(5.5 * len(study.contrasts), 4.5), layout="constrained")
-    panels = ends.subplots(1, len(study.contrasts), sharey=True, squeeze=False)[0]
-    for axes, (contrast, arms) in zip(panels, study.contrasts.items(), strict=True):
-        plots.final_loss(study.results, arms, axes).set_title(contrast)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small")
-    ends.suptitle("Median and middle 80% over the initial weights")
+def answer(dataset: xr.Dataset, summary: Summary) -> str:
+    """The answer, as Markdown: a verdict, and a line of numbers for each contrast.
 
-    size = (2 + 2.8 * len(scales), 3.2 * len(study.contrasts))
-    curves = Figure(figsize=size, layout="constrained")
-    rows = curves.subplots(
-        len(study.contrasts), len(scales), sharey=True, sharex=True, squeeze=False
+    The verdict is that of the fairest contrast. A spread is called narrower or wider where its
+    p, adjusted by Holm's method, is below 0.05.
+    """
+    verdict, lines = "", []
+    for contrast in reversed(_contrasts(dataset)):
+        rows, pooled = (
+            [
+                row
+                for row in rows
+                if row.contrast == contrast.name and row.arm in contrast.with_momentum
+            ]
+            for rows in (summary.comparisons, summary.pooled_comparisons)
+        )
+        narrower, wider = _clear(rows)
+        whole = "; ".join(f"{row.arm}: **{row.spread.ratio}**" for row in pooled)
+        lines.append(
+            f"- {_kind(contrast.name)}. The spread of the final loss over all initial weights, "
+            f"as a multiple of that with {contrast.plain}: {whole}. At one initial scale it was "
+            f"clearly narrower in {narrower} and clearly wider in {wider} of {len(rows)} "
+            "comparisons."
+        )
+        if not verdict:
+            better, worse = (
+                one + all_ for one, all_ in zip(_clear(rows), _clear(pooled), strict=True)
+            )
+            verdict = {
+                (False, False): "It cannot be told from these runs.",
+                (True, False): "It did: where the spread clearly differs, momentum narrowed it.",
+                (False, True): "No: where the spread clearly differs, momentum widened it.",
+                (True, True): "It depends: momentum narrowed the spread in some comparisons "
+                "and widened it in others.",
+            }[better > 0, worse > 0]
+            verdict = f"**{verdict}** ({_kind(contrast.name)}.)"
+    return "\n".join([verdict, "", *lines])
+
+
+def _clear(rows):
+    """In how many the spread was clearly narrower, and clearly wider."""
+    ratios = [
+        row.spread.ratio.value
+        for row in rows
+        if row.spread.p_holm is not None and row.spread.p_holm < SIGNIFICANT
+    ]
+    return sum(ratio < 1 for ratio in ratios), sum(ratio > 1 for ratio in ratios)
+
+
+def text(dataset: xr.Dataset, summary: Summary) -> str:
+    """What the terminal shows: the answer, and a table of each contrast."""
+    parts = [answer(dataset, summary).replace("**", "")]
+    for contrast in _contrasts(dataset):
+        parts += [f"{_kind(contrast.name)}:", _comparisons_table(summary, contrast)]
+    return "\n\n".join([*parts, *_warnings(dataset)])
+
+
+def _kind(name):
+    kind, *rest = name.split(", ")
+    return ", ".join([KINDS.get(kind, name if not rest else kind), *rest])
+
+
+def _contrasts(dataset):
+    """Those of the study, the fairest last."""
+    mu = dataset.coords.get("mu")
+
+    def moves(arm):
+        return mu is not None and bool((mu.sel(arm=arm) > 0).any())
+
+    found = [
+        Contrast(
+            each["name"],
+            each["plain"],
+            each["arms"],
+            [arm for arm in each["arms"] if moves(arm)] or each["arms"],
+        )
+        for each in json.loads(dataset.attrs["contrasts"])
+    ]
+    order = list(KINDS)
+
+    def fairness(contrast):
+        kind = contrast.name.split(", ")[0]
+        return order.index(kind) if kind in order else -1
+
+    return sorted(found, key=fairness)
+
+
+# The document.
+
+
+def _document(dataset, summary, pictures):
+    def shown(prefix):
+        # Side by side on a page that is wide enough.
+        return "\n".join(
+            f"![{picture.says}]({name}.png)"
+            for name, picture in pictures.items()
+            if name.startswith(prefix)
+        )
+
+    contrasts = _contrasts(dataset)
+    metric = dataset.attrs["metric_name"]
+    parts = [
+        f"# {QUESTION}",
+        f"Problem: {dataset.attrs['problem']}. {_runs(dataset)}",
+        "## The answer",
+        answer(dataset, summary),
+        _limits(dataset),
+        *(f"**{warning}**" for warning in _warnings(dataset)),
+        "## Final loss against initial scale",
+        "Median over the initial weights, and the middle 80% of them as bars.",
+        shown("final-loss"),
+        "## Pairs of runs",
+        "Each point is a pair of runs from the same initial weights on the same batches; below "
+        "the diagonal the arm ended lower than the plain one. "
+        f"{_solved(dataset)} A pair is *rescued* where the plain run failed and the other did "
+        "not, and *lost* in the reverse.",
+        shown("paired"),
+        *(
+            part
+            for contrast in contrasts
+            for part in (f"### {_kind(contrast.name)}", _comparisons_table(summary, contrast))
+        ),
+        "The spread is that of the final loss, as a multiple of the plain arm's, with its 95% "
+        "interval; P(lower) is the share of pairs in which the arm ends lower. Each p is adjusted "
+        "by Holm's method for all comparisons that ask the same question.",
+        "## Loss over the steps",
+        "Median over the initial weights, with a band for the middle 80%.",
+        shown("curves"),
+        *_energy_section(dataset, shown("energy"), shown("path")),
+        "## All arms",
+        "Over the initial weights, with 95% intervals. A narrow spread is good news only beside "
+        "a low mean: runs that have not left their start are alike too.",
+        "### Final test loss",
+        _cells_table(summary, "loss"),
+        *(
+            [f"### Final test {metric}", _cells_table(summary, "metric")]
+            if "metric" in dataset
+            else []
+        ),
+        *_tuning_section(dataset),
+        "## How it was done",
+        _protocol(dataset),
+        "## To reproduce",
+        _provenance(dataset),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _runs(dataset):
+    sizes = dataset.sizes
+    scales = ", ".join(f"x{scale:g}" for scale in dataset.init_scale.values)
+    return (
+        f"{sizes['arm']} arms, each from {sizes['seed']} initial weights at initial scales of "
+        f"{scales}: {sizes['arm'] * sizes['seed'] * sizes['init_scale']} runs of "
+        f"{int(dataset.step[-1])} steps."
     )
-    for row, (contrast, arms) in zip(rows, study.contrasts.items(), strict=True):
-        for axes, scale in zip(row, scales, strict=True):
-            plots.loss_curves(study.results, arms, scale, axes).label_outer()
-        row[0].set_ylabel(f"test loss\n{contrast}")
-        row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-    return {"final_loss": ends, "loss_curves": curves}
 
 
-def _cells(row, name):
-    return {
-        "init": f"x{row['init_scale']:g}",
-        "arm": row["arm"],
-        **{statistic.replace("_", " "): str(row[name][statistic]) for statistic in row[name]},
-    }
+def _limits(dataset):
+    return (
+        f"This holds for {dataset.attrs['problem']} with the settings below, and says nothing of "
+        "other models and data. The spread is the standard deviation of the final test loss over "
+        f"the initial weights{_charge(dataset)}"
+    )
 
 
-def _by_scale(rows, name):
-    table = {}
-    for row in rows:
-        cells = table.setdefault(row["arm"], {"arm": row["arm"]})
-        cells[f"x{row['init_scale']:g}"] = str(row[name] or "undefined")
-    return _table(list(table.values()))
+def _charge(dataset):
+    worst = dataset.attrs["worst"]
+    most = f"{worst:.3g}" if np.isfinite(worst) else "the run's own loss at the start"
+    return f"; a final loss above {most}, or not finite, counts as that."
 
 
-def _table(rows):
+def _solved(dataset):
+    loss, metric = dataset.attrs["solved_loss"], dataset.attrs["solved_metric"]
+    rules = [
+        f"a final loss of at most {loss:.3g}" if np.isfinite(loss) else "",
+        f"a final {dataset.attrs['metric_name']} of at least {metric:g}"
+        if np.isfinite(metric)
+        else "",
+    ]
+    rule = " and ".join(rule for rule in rules if rule) or "a final loss that is finite"
+    return f"A run has solved the problem with {rule}; else it has failed."
+
+
+def _warnings(dataset):
+    return [
+        f"The best learning rate of {row['arm']} at initial scale x{row['init_scale']:g} is the "
+        f"{row['edge']} of those that were tried: a better one may lie beyond it."
+        for row in json.loads(dataset.attrs.get("tuning", "[]"))
+        if row["edge"]
+    ]
+
+
+def _comparisons_table(summary, contrast):
+    def p(of):
+        return "" if of.p_holm is None else f"{of.p_holm:.2g}"
+
+    rows = [
+        {
+            "arm": row.arm,
+            "init": "all" if row.init_scale is None else f"x{row.init_scale:g}",
+            "spread": str(row.spread.ratio),
+            "p(spread)": p(row.spread),
+            "P(lower)": str(row.improvement.probability),
+            "p(lower)": p(row.improvement),
+            "rescued": str(row.escape.rescued),
+            "lost": str(row.escape.lost),
+            "p(rescued)": p(row.escape),
+        }
+        for row in (*summary.comparisons, *summary.pooled_comparisons)
+        if row.contrast == contrast.name
+    ]
+    return _table(sorted(rows, key=lambda row: contrast.arms.index(row["arm"])))
+
+
+def _cells_table(summary, name):
+    rows = [
+        {
+            "arm": cell.arm,
+            "init": f"x{cell.init_scale:g}",
+            "mean": str(getattr(cell, name).mean),
+            "interquartile mean": str(getattr(cell, name).interquartile_mean),
+            "spread": str(getattr(cell, name).spread),
+            "failed": str(cell.failed),
+            "diverged": str(cell.diverged),
+        }
+        for cell in summary.cells
+    ]
+    return _table(rows)
+
+
+def _tuning_section(dataset):
+    rows = json.loads(dataset.attrs.get("tuning", "[]"))
+    if not rows:
+        return []
+    table = [
+        {
+            "arm": row["arm"],
+            "init": f"x{row['init_scale']:g}",
+            "best learning rate": f"{row['learning_rate']:.3g}",
+            "at the edge of the grid": row["edge"] or "no",
+        }
+        for row in rows
+    ]
+    return ["### Learning rates found", _table(table)]
+
+
+def _energy_section(dataset, energies, paths):
+    if "kinetic_energy" not in dataset or not energies:
+        return []
+    return [
+        "## Energy of a typical run",
+        "The kinetic energy is |w' - w|^2 / (2 learning_rate) of the last step, the potential "
+        "energy the test loss. Typical is the run in the middle of those that were rescued, and "
+        "of those that were lost, in the order of their final loss, under the fairest contrast "
+        "that has any.",
+        energies,
+        *(["The same runs on the map of the loss.", paths] if paths else []),
+    ]
+
+
+def _protocol(dataset):
+    sizes = dataset.sizes
+    lines = [
+        "Runs that differ in the arm alone start from the same weights and see the same batches "
+        "in the same order; what is compared is pairs of them.",
+        f"Initial weights are drawn anew for each of {sizes['seed']} seeds, and multiplied by the "
+        "initial scale.",
+        "The same learning rate shows what happens on switching momentum on; the same effective "
+        "learning rate, learning_rate / (1 - mu), what is left when its longer strides are taken "
+        "away; tuned arms are each at their best on an equal budget, with seeds that the study "
+        "itself does not use.",
+        "A run that diverged has failed; no run is left out.",
+        "Intervals are at 95%: Wilson's for shares, BCa bootstrap for means and spreads, of a "
+        "permutation test within pairs for ratios of spreads; p of rescued against lost is the "
+        "exact McNemar test's. Holm's adjustment is over all comparisons that ask the same "
+        "question.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _provenance(dataset):
+    provenance = json.loads(dataset.attrs["provenance"])
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    command = provenance.get("command")
+    return "\n\n".join(
+        [
+            *([f"```bash\n{command}\n```"] if command else []),
+            f"On {provenance['device']}, {provenance['date']}, in {provenance['seconds']:.0f} s, "
+            f"{dataset.attrs['programs']} compiled training programs; seeds "
+            f"{provenance['seeds']}. {versions}.",
+        ]
+    )
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """As Markdown, in columns that line up in a terminal too."""
+    if not rows:
+        return ""
     lines = [{key: key for key in rows[0]}, *rows]
-    widths = [max(len(line[key]) for line in lines) for key in rows[0]]
+    widths = {key: max(3, *(len(line[key]) for line in lines)) for key in rows[0]}
+    drawn = [
+        "| " + " | ".join(line[key].ljust(widths[key]) for key in line) + " |" for line in lines
+    ]
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(line.values(), widths, strict=True)
-        ).rstrip()
-        for line in lines
+        [drawn[0], "|" + "|".join("-" * (w + 2) for w in widths.values()) + "|", *drawn[1:]]
     )
+
+
+# The pictures.
+
+
+class _Picture(NamedTuple):
+    """What it shows, in words; and the function that draws it on a figure of this size."""
+
+    says: str
+    draw: Callable[[Figure], None]
+    size: tuple[float, float] = (6.4, 4.4)
+
+
+def _pictures(dataset: xr.Dataset) -> dict[str, _Picture]:
+    pictures = {}
+    for contrast in _contrasts(dataset):
+        slug = re.sub(r"[^a-z0-9.]+", "-", contrast.name.lower())
+        title = _kind(contrast.name)
+        names = [contrast.plain, *contrast.arms]
+        pictures[f"final-loss-{slug}"] = _Picture(
+            f"Final test loss against initial scale. {title}.",
+            functools.partial(_draw_final_loss, dataset, names, title),
+            (6.4, 5.0),
+        )
+        rows = -(-len(contrast.arms) // 2)
+        pictures[f"paired-{slug}"] = _Picture(
+            f"Final test loss of pairs of runs. {title}.",
+            functools.partial(_draw_pairs, dataset, contrast, title),
+            (6.4, 0.5 + 3.0 * rows),
+        )
+        rows = -(-(dataset.sizes["init_scale"] + 1) // 2)
+        pictures[f"curves-{slug}"] = _Picture(
+            f"Test loss over the steps. {title}.",
+            functools.partial(_draw_curves, dataset, names, title),
+            (6.4, 0.5 + 2.6 * rows),
+        )
+    for kind in ("rescued", "lost"):
+        typical = _typical_pair(dataset, kind)
+        if typical is None:
+            continue
+        _, arm, scale, seed = typical
+        says = f"A typical {kind} run: {arm}, initial scale x{scale:g}, seed {seed}"
+        pictures[f"energy-{kind}"] = _Picture(
+            f"{says}: its energies over the steps.",
+            functools.partial(_draw_energy, dataset, *typical, says),
+        )
+        if dataset.sizes.get("param") == 2:
+            pictures[f"path-{kind}"] = _Picture(
+                f"{says}: its path.", functools.partial(_draw_path, dataset, *typical, says)
+            )
+    return pictures
+
+
+def _draw_final_loss(dataset, names, title, figure):
+    axes = plots.final_loss(dataset, names, figure.subplots())
+    figure.suptitle(title, fontsize="medium")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def _draw_pairs(dataset, contrast, title, figure):
+    panels = figure.subplots(-(-len(contrast.arms) // 2), 2, squeeze=False).ravel()
+    for arm, axes in zip(contrast.arms, panels, strict=False):
+        plots.paired(dataset, contrast.plain, arm, axes)
+        axes.set(xlabel="plain: " + contrast.plain, ylabel=arm)
+    for axes in panels[len(contrast.arms) :]:
+        axes.set_axis_off()
+    figure.suptitle(f"Final test loss. {title}", fontsize="medium")
+
+
+def _draw_curves(dataset, names, title, figure):
+    scales = dataset.init_scale.values
+    panels = figure.subplots(-(-(len(scales) + 1) // 2), 2, squeeze=False, sharex=True).ravel()
+    for scale, axes in zip(scales, panels, strict=False):
+        plots.loss_curves(dataset, names, scale, axes).set(xlabel="", ylabel="")
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("test loss", fontsize="medium")
+    figure.suptitle(title, fontsize="medium")
+    for axes in panels[len(scales) :]:
+        axes.set_axis_off()
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", fontsize="small")
+
+
+def _draw_energy(dataset, plain, arm, scale, seed, title, figure):
+    run, other = (dataset.sel(arm=name, init_scale=scale, seed=seed) for name in (arm, plain))
+    kinetic, potential = run.kinetic_energy.values, run.loss.values
+    nothing = np.full_like(kinetic, np.nan)
+    measured = Measurement(kinetic, potential, kinetic + potential, *[nothing] * 5)
+    axes = plots.energies(measured, figure.subplots(), run.step.values)
+    axes.plot(other.step, other.loss, color="0.6", linestyle="--", label=f"loss of {plain}")
+    axes.set_title(title, fontsize="medium")
+    axes.legend()
+
+
+def _draw_path(dataset, plain, arm, scale, seed, title, figure):
+    paths = {
+        name: dataset.params.sel(arm=name, init_scale=scale, seed=seed).values
+        for name in (plain, arm)
+    }
+    x, y = (jnp.asarray(dataset[name].values) for name in dataset.landscape.dims)
+    grid = jax.scipy.interpolate.RegularGridInterpolator(
+        (x, y), jnp.asarray(dataset.landscape.values), bounds_error=False, fill_value=None
+    )
+    axes = plots.path(lambda w: grid(w[None])[0], paths, figure.subplots())
+    axes.set_title(title, fontsize="medium")
+    axes.legend()
+
+
+def _typical_pair(dataset, kind):
+    """(plain, arm, init_scale, seed) of the middle one of those rescued, or lost, or None."""
+    ends = final(dataset)
+    for contrast in reversed(_contrasts(dataset)):
+        found = []
+        for arm in contrast.with_momentum:
+            before, after = ends.solved.sel(arm=contrast.plain), ends.solved.sel(arm=arm)
+            happened = (~before & after) if kind == "rescued" else (before & ~after)
+            finite = np.isfinite(dataset.kinetic_energy.sel(arm=arm)).all("step")
+            for scale, seed in np.argwhere((happened & finite).values):
+                loss = float(ends.loss.sel(arm=arm)[scale, seed])
+                place = (float(ends.init_scale[scale]), int(ends.seed[seed]))
+                found.append((loss, contrast.plain, arm, *place))
+        if found:
+            return statistics.median_low(sorted(found))[1:]
+    return None
+
+
+STYLE = {"svg.hashsalt": "momentum_jax", "axes.spines.top": False, "axes.spines.right": False} | {
+    f"{part}.facecolor": "none" for part in ("axes", "figure", "legend")
+}
+
+
+def _figure(picture):
+    figure = Figure(figsize=picture.size, layout="constrained")
+    picture.draw(figure)
+    return figure
+
+
+def _png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, facecolor="white")
+    return buffer.getvalue()
+
+
+def _svg(figure):
+    """Its black is the colour of the text around it, which the reader's theme decides."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    head, root, rest = buffer.getvalue().partition("<svg ")
+    attributes, _, rest = rest.replace("#000000", "currentColor").partition(">")
+    theme = (
+        f"<style>svg {{ color: {INK[0]}; fill: currentColor }} "
+        f"@media (prefers-color-scheme: dark) {{ svg {{ color: {INK[1]} }} }}</style>"
+    )
+    return f"{head}{root}{attributes}>{theme}{rest}"
+
+
+# The page.
+
+INK = ("#1b1f24", "#d7dae0")  # By day and by night.
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ --ink: {ink[0]}; --paper: #ffffff; --faint: #667080; --line: #dfe3e8; --wash: #f5f7f9; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: {ink[1]}; --paper: #15181d; --faint: #98a1ae; --line: #323943; --wash: #1c2128; }}
+}}
+body {{ margin: 0 auto; max-width: 66rem; padding: 1rem 1.2rem 4rem; color: var(--ink);
+  background: var(--paper); font: 16px/1.55 system-ui, sans-serif; }}
+h1 {{ font-size: 1.7rem; line-height: 1.25; }}
+h2 {{ margin-top: 2.5rem; font-size: 1.25rem; }}
+h3 {{ margin-top: 1.6rem; font-size: 1.05rem; }}
+h2 + p {{ max-width: 46rem; }}
+p, li {{ max-width: 46rem; }}
+p:has(img) {{ display: grid; gap: 1rem; max-width: none;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }}
+img {{ width: 100%; height: auto; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.25rem 0.7rem; text-align: left; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }}
+th {{ color: var(--faint); font-weight: 600; }}
+pre {{ overflow-x: auto; padding: 0.8rem; background: var(--wash); border-radius: 6px; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _page(document: str, figures: Mapping[str, Figure]) -> str:
+    """The document as one HTML file, its pictures in it."""
+    markdown = MarkdownIt("commonmark").enable("table")
+
+    def image(renderer, tokens, index, options, env):
+        name = tokens[index].attrs["src"].removesuffix(".png")
+        encoded = base64.b64encode(_svg(figures[name]).encode()).decode()
+        says = html.escape(tokens[index].content)
+        return f'<img src="data:image/svg+xml;base64,{encoded}" alt="{says}">'
+
+    markdown.add_render_rule("image", image)
+    markdown.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>')
+    markdown.add_render_rule("table_close", lambda *_: "</table></div>")
+    title = html.escape(document.splitlines()[0].removeprefix("# "))
+    return PAGE.format(title=title, ink=INK, body=markdown.render(document))
