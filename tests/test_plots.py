@@ -20,7 +20,7 @@ def results():
     return xr.Dataset(
         {"loss": (dimensions, loss), "metric": (dimensions, np.ones_like(loss))},
         coords={"arm": ARMS, "init_scale": [0.5, 1.0, 2.0], "step": [5, 10, 15, 20]},
-        attrs={"chance": 2.0, "passing": 0.5},
+        attrs={"worst": 2.0, "solved_loss": 0.5, "solved_metric": np.nan},
     )
 
 
@@ -32,7 +32,7 @@ def test_final_loss_draws_a_median_and_the_middle_80_percent_for_each_scale(resu
     low_high = [segment[:, 1] for segment in bars.get_segments()]
     np.testing.assert_allclose(low_high, np.quantile(last, [0.1, 0.9], axis=1).T, rtol=1e-6)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["x0.5", "x1", "x2"]
-    assert axes.get_legend_handles_labels()[1] == ["guessing", *ARMS]
+    assert axes.get_legend_handles_labels()[1] == ["the most a run is charged with", *ARMS]
 
 
 def test_loss_curves_draw_the_median_over_the_steps_and_keep_diverged_runs(results):
@@ -108,3 +108,37 @@ def test_alignment_and_gain_have_a_scale_each_and_the_gain_its_ceiling():
     no_friction = motion._replace(effective_learning_rate=np.full(3, np.inf), friction=np.zeros(3))
     axes = plots.alignment_and_gain(no_friction, Figure().subplots())
     assert len(axes.figure.axes[1].lines) == 1
+
+
+def test_pairs_are_drawn_at_their_losses_and_marked(results):
+    axes = plots.paired(results, *ARMS, Figure().subplots())
+    ends = np.nan_to_num(results.loss.values[..., -1], nan=2.0)
+    solved = ends <= 0.5
+    expected = {
+        "rescued": ~solved[0] & solved[1],
+        "lost": solved[0] & ~solved[1],
+        "no difference": solved[0] == solved[1],
+    }
+    drawn = {points.get_label(): points.get_offsets() for points in axes.collections}
+    for name, chosen in expected.items():
+        assert chosen.any()
+        points = drawn[f"{name} ({chosen.sum()})"]
+        np.testing.assert_allclose(points, ends[:, chosen].T, rtol=1e-6)
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_losses_of_0_and_below_are_drawn(results):
+    """Those of 0 at the lower edge of a logarithmic axis, negative ones on a linear axis."""
+    results.loss[0, 0, 0, -1] = 0
+    axes = plots.paired(results, *ARMS, Figure().subplots())
+    assert axes.get_yscale() == "log"
+    results.loss[0, 0, 0, -1] = -1
+    axes = plots.paired(results, *ARMS, Figure().subplots())
+    assert axes.get_yscale() == "linear"
+
+
+def test_every_arm_is_drawn_however_many(results):
+    many = xr.concat([results] * 4, "arm", coords="minimal", data_vars="minimal")
+    names = [f"arm {i}" for i in range(8)]
+    axes = plots.loss_curves(many.assign_coords(arm=names), names, 0.5, Figure().subplots())
+    assert len(axes.lines) == 8 + 1

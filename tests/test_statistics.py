@@ -23,6 +23,12 @@ summarize: Any = statistics.summarize
 DIMENSIONS = ("arm", "init_scale", "seed", "step")
 
 
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """Statsmodels' multipletests collects garbage each time: longer than all the rest takes."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 def study(loss, metric=None, start: Any = 1.0, contrasts=None, **limits):
     """A dataset of (arm, init_scale, seed) final values; every arm against the first."""
     loss = np.asarray(loss, np.float32)
@@ -333,6 +339,14 @@ def test_spread_ratio_follows_units_and_shifts_and_turns_around():
     assert back.p == pytest.approx(forth.p)
 
 
+@pytest.mark.parametrize("pairs", [2, 8])
+def test_spread_ratio_of_arms_that_mirror_each_other(pairs):
+    """Some swaps leave no spread in either arm."""
+    arm = np.arange(pairs) % 2.0
+    found = ratio(arm, 1 - arm)
+    assert (found.ratio.value, found.p) == (1, 1)
+
+
 def test_spread_ratio_of_one_outlier_has_no_interval():
     """Which arm the outlier falls to is one coin: no ratio can be excluded."""
     outlier = np.r_[1e6, np.arange(19)]
@@ -543,8 +557,6 @@ def test_identical_arms_find_exactly_nothing():
 
 def test_a_study_of_arms_alike_finds_something_no_oftener_than_it_says(monkeypatch):
     """Two arms and the plain one, alike in law: any adjusted p below 5% is a false finding."""
-    # multipletests calls it each time, which takes longer than all the rest.
-    monkeypatch.setattr("gc.collect", lambda: 0)
     # What describes an arm alone is not at stake, and takes time.
     cell = summarize(random_study(), resamples=9).cells[0]
     monkeypatch.setattr(statistics, "_cell", lambda *_: cell)

@@ -170,7 +170,9 @@ def path(
     return axes
 
 
-def energies(measured: Measurement, axes: Axes, steps: Sequence[int] | None = None) -> Axes:
+def energies(
+    measured: Measurement, axes: Axes, steps: Sequence[int] | np.ndarray | None = None
+) -> Axes:
     """Kinetic, potential and total energy of a run over its steps.
 
     Args:

@@ -62,9 +62,9 @@ class Problem:
     init: Callable[[PRNGKeyArray], PyTree]
     loss: Callable[..., Float[Array, ""]]
     metric: Callable[..., Float[Array, ""]] | None = None
-    data: PyTree | None = None
+    data: PyTree = None
     _: dataclasses.KW_ONLY
-    test: PyTree | None = None
+    test: PyTree = None
     name: str = "problem"
     metric_name: str = "metric"
     worst: float | None = None
@@ -109,7 +109,12 @@ def find(text: str) -> Problem:
       'quadratic'
     """
     if text in PROBLEMS:
-        return PROBLEMS[text]()
+        try:
+            return PROBLEMS[text]()
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{text} needs a package: {_in_one_line(error)}; pip install 'momentum_jax[study]'."
+            ) from error
     path, colon, name = text.rpartition(":")
     if not colon or not path.endswith(".py"):
         hint = f"; for your own, {text}:object" if text.endswith(".py") else ""
@@ -141,7 +146,7 @@ def find(text: str) -> Problem:
 
 def _imported(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"_problem_in_{path.stem}", path)
-    assert spec is not None  # A .py file always has a loader.
+    assert spec is not None  # a .py file always has one, and a loader
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
@@ -430,7 +435,7 @@ def quadratic(condition: float = 1000.0, dimensions: int = 20, noise: float = 0.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> print(quadratic(dimensions=2, condition=4).loss(jnp.array([1.0, 2.0])))
+      >>> print(quadratic(condition=4.0, dimensions=2).loss(jnp.array([1.0, 2.0])))
       1.0
     """
     if not 1 <= condition < math.inf:

@@ -528,7 +528,8 @@ def _typical_pair(dataset, kind):
         for arm in contrast.with_momentum:
             before, after = ends.solved.sel(arm=contrast.plain), ends.solved.sel(arm=arm)
             happened = (~before & after) if kind == "rescued" else (before & ~after)
-            finite = np.isfinite(dataset.kinetic_energy.sel(arm=arm)).all("step")
+            run = dataset.sel(arm=arm)
+            finite = np.isfinite(run.kinetic_energy + run.loss).all("step")
             for scale, seed in np.argwhere((happened & finite).values):
                 loss = float(ends.loss.sel(arm=arm)[scale, seed])
                 place = (float(ends.init_scale[scale]), int(ends.seed[seed]))
@@ -611,7 +612,7 @@ pre {{ overflow-x: auto; padding: 0.8rem; background: var(--wash); border-radius
 
 def _page(document: str, figures: Mapping[str, Figure]) -> str:
     """The document as one HTML file, its pictures in it."""
-    markdown = MarkdownIt("commonmark").enable("table")
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def image(renderer, tokens, index, options, env):
         name = tokens[index].attrs["src"].removesuffix(".png")

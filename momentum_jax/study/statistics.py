@@ -365,7 +365,9 @@ def spread_ratio(
         stayed_a, stayed_b, stayed_aa, stayed_bb, moved_a, moved_b, moved_aa, moved_bb = moments
         arm = stayed_aa / ratio**2 + moved_bb - np.square(stayed_a / ratio + moved_b)
         plain = stayed_bb + moved_aa / ratio**2 - np.square(stayed_b + moved_a / ratio)
-        return (arm - plain) / (arm + plain)
+        total = np.asarray(arm + plain)
+        # A swap that leaves no spread in either arm leaves them equal.
+        return np.divide(arm - plain, total, out=np.zeros_like(total), where=total > 0)
 
     # The first sample says which seeds are swapped: none in the data as they are.
     test = _permutation_test(
