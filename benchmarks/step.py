@@ -145,13 +145,11 @@ def measurement(
     ours = Contestant(OURS, size)
 
     @jax.jit
-    def measure(grads, velocity):
-        return mj.diagnostics.measure(grads, velocity, learning_rate=LEARNING_RATE, mu=MU)
+    def measure(grads, state):
+        return mj.diagnostics.measure(grads, state.velocity, learning_rate=LEARNING_RATE, mu=MU)
 
     def run(calls):
-        for _ in range(calls):
-            found = measure(ours.grads, ours.state.velocity)
-        jax.block_until_ready(found)
+        jax.block_until_ready([measure(ours.grads, ours.state) for _ in range(calls)])
 
     runs = {"ours": run, "step": ours.jitted_step}
     return compare(interleave(runs, rounds, sample_seconds, ours.move), "step", target)

@@ -1,5 +1,7 @@
 """Arms are what they are named, and contrasts equal what they say."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ import momentum_jax as mj
 from momentum_jax.study import Arm
 from momentum_jax.study import arms as make
 
+no_function: Any = "momentum"
+
 
 def test_contrasts_equal_the_rate_or_the_effective_rate():
     group = [make.plain(), *make.with_momentum(["0.9", "0.99", "nesterov-0.9"])]
@@ -18,7 +22,8 @@ def test_contrasts_equal_the_rate_or_the_effective_rate():
         assert arm.name.endswith("at 0.05")
     same = make.same_effective_rate(group, 0.05)
     for arm in same:
-        rate, mu = arm.settings["learning_rate"], arm.settings["mu"]
+        settings: Any = arm.settings
+        rate, mu = settings["learning_rate"], settings["mu"]
         assert rate / (1 - mu) == pytest.approx(0.05)
     assert [arm.settings["mu"] for arm in same] == [0, 0.9, 0.99, 0.9]
     assert [arm.make_transform is make.nesterov for arm in same] == [False] * 3 + [True]
@@ -52,7 +57,7 @@ def test_the_noise_is_as_long_as_it_says_and_its_mean_is_the_gradient():
 @pytest.mark.parametrize(
     ("make_arm", "error", "message"),
     [
-        (lambda: Arm("a", "momentum"), TypeError, "must be a function that makes an Optax"),
+        (lambda: Arm("a", no_function), TypeError, "must be a function that makes an Optax"),
         (lambda: Arm("a", mj.momentum, batch_size=0), ValueError, "batch_size=0 of the arm 'a'"),
         (lambda: Arm("a", mj.momentum, tries=0), ValueError, "tries=0 of the arm 'a'"),
     ],

@@ -146,9 +146,9 @@ def test_in_a_training_loop_inside_scan():
     assert found.gain.shape == (200,)
 
 
-def motion(updates, state, params=None, *, grad, value, **_):
+def motion(updates, state, params=None, **given):
     """What comes out of `momentum` without Nesterov is the velocity: one step, measured."""
-    return measure(grad, updates, **SETTINGS, loss=value), state
+    return measure(given["grad"], updates, **SETTINGS, loss=given["value"]), state
 
 
 def train_measured(tx, of_state):
@@ -167,7 +167,7 @@ def train_measured(tx, of_state):
     for _ in range(10):
         w, state, found, expected = step(w, state)
         np.testing.assert_allclose(jax.tree.leaves(found), jax.tree.leaves(expected), rtol=1e-6)
-    assert float(found.total_energy) > 0
+        assert float(found.total_energy) > 0
 
 
 @pytest.mark.skipif(not hasattr(optax, "monitor"), reason="Optax has monitor from 0.2.7 on")

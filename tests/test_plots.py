@@ -1,5 +1,7 @@
 """The pictures show the numbers that they name."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -68,7 +70,8 @@ def test_the_map_is_that_of_the_loss():
     """Each level is an ellipse of the bowl: the loss is the same all along it."""
     points = np.array([[2.0, 1.0], [-2.0, -1.0]])
     axes = plots.path(bowl, {"": points}, Figure().subplots())
-    levels = [line.vertices for line in axes.collections[0].get_paths() if len(line.vertices)]
+    lines: Any = axes.collections[0].get_paths()
+    levels = [line.vertices for line in lines if len(line.vertices)]
     assert len(levels) > 5
     for vertices in levels:
         heights = np.sqrt(np.apply_along_axis(bowl, 1, vertices))
@@ -76,8 +79,8 @@ def test_the_map_is_that_of_the_loss():
 
 
 def measured(**given):
-    ones = np.ones(3)
-    return Measurement(**(dict.fromkeys(Measurement._fields, ones) | given))
+    values: dict[str, Any] = dict.fromkeys(Measurement._fields, np.ones(3)) | given
+    return Measurement(**values)
 
 
 def test_the_energies_are_those_measured():
@@ -111,7 +114,7 @@ def test_alignment_and_gain_have_a_scale_each_and_the_gain_its_ceiling():
 
 
 def test_pairs_are_drawn_at_their_losses_and_marked(results):
-    axes = plots.paired(results, *ARMS, Figure().subplots())
+    axes = plots.paired(results, "plain", "heavy", Figure().subplots())
     ends = np.nan_to_num(results.loss.values[..., -1], nan=2.0)
     solved = ends <= 0.5
     expected = {
@@ -119,7 +122,7 @@ def test_pairs_are_drawn_at_their_losses_and_marked(results):
         "lost": solved[0] & ~solved[1],
         "no difference": solved[0] == solved[1],
     }
-    drawn = {points.get_label(): points.get_offsets() for points in axes.collections}
+    drawn: Any = {points.get_label(): points.get_offsets() for points in axes.collections}
     for name, chosen in expected.items():
         assert chosen.any()
         points = drawn[f"{name} ({chosen.sum()})"]
@@ -130,10 +133,10 @@ def test_pairs_are_drawn_at_their_losses_and_marked(results):
 def test_losses_of_0_and_below_are_drawn(results):
     """Those of 0 at the lower edge of a logarithmic axis, negative ones on a linear axis."""
     results.loss[0, 0, 0, -1] = 0
-    axes = plots.paired(results, *ARMS, Figure().subplots())
+    axes = plots.paired(results, "plain", "heavy", Figure().subplots())
     assert axes.get_yscale() == "log"
     results.loss[0, 0, 0, -1] = -1
-    axes = plots.paired(results, *ARMS, Figure().subplots())
+    axes = plots.paired(results, "plain", "heavy", Figure().subplots())
     assert axes.get_yscale() == "linear"
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def study(spreads, *, failed=(), contrasts=("same effective rate",), tuning=(), 
         loss[i, ..., 1:] = (1 + 0.1 * spread * ends)[..., None]
     for arm, seed in failed:
         loss[arm, 1, seed, 1:] = np.nan
-    variables = {
+    variables: dict[str, Any] = {
         "loss": (DIMENSIONS, loss),
         "kinetic_energy": (DIMENSIONS, np.ones_like(loss)),
     }
@@ -153,7 +154,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         for name, value in attrs:
-            if name in ("src", "href", "srcset"):
+            if value and name in ("src", "href", "srcset"):
                 (self.images if value.startswith("data:") else self.outside).append(value)
         self.tables += tag == "table"
 

@@ -26,7 +26,7 @@ AHEAD = Arm("ahead", make.nesterov, learning_rate=0.05, mu=0.9)
 def problem():
     """A line through noisy points: data, a metric, and little to compile."""
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
-    y = x @ np.float32([1, -2, 3]) + x[:, 0] ** 2
+    y = x @ np.array([1, -2, 3], np.float32) + x[:, 0] ** 2
 
     def loss(w, batch):
         return jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
@@ -103,8 +103,9 @@ def test_batches_of_another_size_come_from_the_same_order():
 def test_a_run_with_data_is_the_usual_loop(problem):
     """With the whole training set as its batch, the order of the data plays no role."""
     size = len(problem.data["y"])
+    settings: Any = HEAVY.settings
     arms = [
-        Arm(arm.name, arm.make_transform, batch_size=size, **arm.settings) for arm in (HEAVY, AHEAD)
+        Arm(arm.name, arm.make_transform, batch_size=size, **settings) for arm in (HEAVY, AHEAD)
     ]
     result = run(problem, arms, seeds=[3], init_scales=[0.5], steps=10)
     for arm in arms:
@@ -126,7 +127,8 @@ def test_a_run_without_data_is_the_usual_loop():
         found = result.sel(arm=arm.name, seed=7, init_scale=2.0)
         np.testing.assert_allclose(found.params, path, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(found.loss, [bowl(w) for w in path], rtol=1e-4, atol=1e-6)
-        kinetic = np.sum(np.diff(path, axis=0) ** 2, axis=1) / (2 * arm.settings["learning_rate"])
+        rate: Any = arm.settings["learning_rate"]
+        kinetic = np.sum(np.diff(path, axis=0) ** 2, axis=1) / (2 * rate)
         np.testing.assert_allclose(found.kinetic_energy, [0, *kinetic], rtol=1e-3, atol=1e-6)
 
 
@@ -134,9 +136,9 @@ def test_the_transform_is_given_the_loss_and_a_key_of_its_own():
     """A key for each step of each run, the same for all arms; the loss is the batch's."""
 
     def keep(learning_rate):
-        def update(updates, state, params=None, *, value, key, **_):
-            bits = jax.random.uniform(key)
-            return jax.tree.map(lambda g: jnp.stack([value, bits]), updates), state
+        def update(updates, state, params=None, **given):
+            bits = jax.random.uniform(given["key"])
+            return jax.tree.map(lambda g: jnp.stack([given["value"], bits]), updates), state
 
         return optax.GradientTransformationExtraArgs(lambda params: (), update)
 

@@ -216,36 +216,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = jax.process_index() == 0
     if first:
         _open_folder(options)
-    # All that a sweep takes beside its arms.
-    common: dict[str, Any] = {"init_scales": options.init_scale, "steps": options.steps}
     started = time.monotonic()
+    results = _train_or_exit(options, first)
+    if first:
+        _report(options, results, time.monotonic() - started)
+
+
+def _train_or_exit(options, first):
+    go_on = f"what has ended is kept: go on with --resume {options.out}"
     try:
-        results = _train(options, common, first)
+        return _train(options, first)
     except ValueError as error:
-        options.error(str(error))
+        return options.error(str(error))
     except OSError as error:
-        options.error(f"{error}; what has ended is kept: go on with --resume {options.out}")
+        return options.error(f"{error}; {go_on}")
     except KeyboardInterrupt:
-        options.error(f"stopped; what has ended is kept: go on with --resume {options.out}")
-    if not first:
-        return
+        return options.error(f"stopped; {go_on}")
+
+
+def _report(options, results, seconds):
     provenance = json.loads(results.attrs["provenance"])
     command = shlex.join([*PROGRAM.split(), *_without_places(options.arguments)])
-    provenance |= {"command": command, "seconds": round(time.monotonic() - started, 1)}
+    provenance |= {"command": command, "seconds": round(seconds, 1)}
     results.attrs["provenance"] = json.dumps(provenance)
+    print("computing the statistics and drawing the pictures ...", flush=True)
     summary = summarize(results)
     paths = write(results, summary, options.out)
     shutil.rmtree(options.out / UNFINISHED)
     print(f"\n{text(results, summary)}\n")
     for path in paths:
         print(f"wrote {path}")
-    programs = results.attrs["programs"]
-    print(f"{time.monotonic() - started:.0f} s, {programs} compiled training programs")
+    print(f"{seconds:.0f} s of training, {results.attrs['programs']} compiled programs")
 
 
-def _train(options, common, first):
+def _train(options, first):
     """Tunes what is to be tuned, and trains all."""
     problem = options.problem
+    # All that a sweep takes beside its arms.
+    common: dict[str, Any] = {"init_scales": options.init_scale, "steps": options.steps}
     contrasts: dict[str, list[Arm]] = {}
     to_tune = []
     for batch_size in options.batch_size:
@@ -354,7 +362,12 @@ def _open_folder(options):
         options.error(f"--out {folder}: cannot write there ({error.strerror})")
     began = folder / UNFINISHED / "command.json"
     if not began.exists():
-        sweep.write_whole(began, json.dumps(_without_places(options.arguments)).encode())
+        # From wherever it is resumed, the problem's file is found.
+        kept = [
+            str(Path(argument).absolute()) if ".py:" in argument else argument
+            for argument in _without_places(options.arguments)
+        ]
+        sweep.write_whole(began, json.dumps(kept).encode())
 
 
 def _check_room(options, runs):

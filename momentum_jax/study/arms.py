@@ -107,11 +107,10 @@ def noisy_descent(learning_rate: Any, noise: Any) -> optax.GradientTransformatio
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
-        *,
-        key: jax.Array,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
+        del params
+        key = extra_args["key"]
         size = optax.tree.size(updates)
         length = noise * jnp.asarray(optax.tree.norm(updates)) / jnp.sqrt(size)
         shaken = optax.tree.random_like(key, updates)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float
@@ -19,7 +20,7 @@ COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
 
 
 def final_loss(results: xr.Dataset, arms: Sequence[str], axes: Axes) -> Axes:
-    """The final test loss against the initial scale: a line an arm, median and middle 80%.
+    """The final loss against the initial scale: a line an arm, median and middle 80%.
 
     Example:
       >>> from matplotlib.figure import Figure
@@ -41,14 +42,14 @@ def final_loss(results: xr.Dataset, arms: Sequence[str], axes: Axes) -> Axes:
         )
     _worst(axes, results)
     _loss_axis(axes, "y", loss.sel(arm=list(arms)))
-    axes.set(xscale="log", xlabel="initial scale", ylabel="final test loss")
+    axes.set(xscale="log", xlabel="initial scale", ylabel="final loss")
     axes.set_xticks(scales, [f"x{scale:g}" for scale in scales], minor=False)
     axes.minorticks_off()
     return axes
 
 
 def loss_curves(results: xr.Dataset, arms: Sequence[str], init_scale: float, axes: Axes) -> Axes:
-    """Test loss over the steps: a line an arm, the median, with a band for the middle 80%.
+    """Loss over the steps: a line an arm, the median, with a band for the middle 80%.
 
     Example:
       >>> from matplotlib.figure import Figure
@@ -69,7 +70,7 @@ def loss_curves(results: xr.Dataset, arms: Sequence[str], init_scale: float, axe
         axes.fill_between(results.step, low, high, color=color, alpha=0.15, linewidth=0)
     _worst(axes, results)
     _loss_axis(axes, "y", loss.sel(arm=list(arms)))
-    axes.set(xlabel="step", ylabel="test loss", title=f"initial scale x{init_scale:g}")
+    axes.set(xlabel="step", ylabel="loss", title=f"initial scale x{init_scale:g}")
     return axes
 
 
@@ -86,13 +87,13 @@ def paired(results: xr.Dataset, plain: str, arm: str, axes: Axes) -> Axes:
       >>> arms = [Arm(f"mu {mu}", mj.momentum, learning_rate=0.02, mu=mu) for mu in (0, 0.9)]
       >>> results = run(problems.digits(), arms, range(3), steps=20)
       >>> print(paired(results, "mu 0", "mu 0.9", Figure().subplots()).get_xlabel())
-      final test loss, mu 0
+      final loss, mu 0
     """
     ends = final(results)
     before, after = (ends.sel(arm=name) for name in (plain, arm))
     rescued = (~before.solved & after.solved).values
     lost = (before.solved & ~after.solved).values
-    kinds = {
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "no difference": (~rescued & ~lost, {"color": "0.6", "marker": "."}),
         "rescued": (rescued, {"color": COLORS[3], "marker": "^"}),
         "lost": (lost, {"color": COLORS[5], "marker": "x"}),
@@ -111,7 +112,7 @@ def paired(results: xr.Dataset, plain: str, arm: str, axes: Axes) -> Axes:
     axes.plot(limits, limits, color="0.5", linewidth=0.8)
     _loss_axis(axes, "x", both)
     _loss_axis(axes, "y", both)
-    axes.set(xlabel=f"final test loss, {plain}", ylabel=f"final test loss, {arm}")
+    axes.set(xlabel=f"final loss, {plain}", ylabel=f"final loss, {arm}")
     axes.legend(fontsize="small")
     return axes
 
@@ -157,9 +158,9 @@ def path(
     # Room around the paths, also around one that runs along an axis.
     room = 0.15 * np.maximum(high - low, 0.3 * np.max(high - low))
     x, y = (
-        np.linspace(start, stop, 201) for start, stop in zip(low - room, high + room, strict=True)
+        jnp.linspace(start, stop, 201) for start, stop in zip(low - room, high + room, strict=True)
     )
-    height = np.asarray(jax.vmap(jax.vmap(loss))(np.stack(np.meshgrid(x, y), axis=-1)))
+    height = np.asarray(jax.vmap(jax.vmap(loss))(jnp.stack(jnp.meshgrid(x, y), axis=-1)))
     height = np.sqrt(height - height.min())
     axes.contour(x, y, height, levels=15, colors="0.8", linewidths=0.8)
     for (name, points), color in zip(finite.items(), itertools.cycle(COLORS), strict=False):

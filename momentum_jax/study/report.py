@@ -10,7 +10,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from momentum_jax.study.statistics import Summary, final, summarize
 
 QUESTION = "Does momentum take the luck out of the initial weights?"
 SIGNIFICANT = 0.05
+# Less is no difference that anyone would see, however certain it is.
+NOTABLE = 1.05
 # From the least fair to the fairest. What is asked of the last that a study has is its answer.
 KINDS = {
     "same rate": "At the same learning rate",
@@ -109,8 +111,8 @@ def write(dataset: xr.Dataset, summary: Summary, folder: Path) -> list[Path]:
 def answer(dataset: xr.Dataset, summary: Summary) -> str:
     """The answer, as Markdown: a verdict, and a line of numbers for each contrast.
 
-    The verdict is that of the fairest contrast. A spread is called narrower or wider where its
-    p, adjusted by Holm's method, is below 0.05.
+    The verdict is that of the fairest contrast. A spread is called clearly narrower or wider
+    where it is so by 5% or more, and its p, adjusted by Holm's method, is below 0.05.
     """
     verdict, lines = "", []
     for contrast in reversed(_contrasts(dataset)):
@@ -152,18 +154,18 @@ def _clear(rows):
         for row in rows
         if row.spread.p_holm is not None and row.spread.p_holm < SIGNIFICANT
     ]
-    return sum(ratio < 1 for ratio in ratios), sum(ratio > 1 for ratio in ratios)
+    return sum(ratio <= 1 / NOTABLE for ratio in ratios), sum(ratio >= NOTABLE for ratio in ratios)
 
 
 def text(dataset: xr.Dataset, summary: Summary) -> str:
     """What the terminal shows: the answer, and a table of each contrast."""
-    parts = [answer(dataset, summary).replace("**", "")]
+    parts: list[str] = [answer(dataset, summary).replace("**", "")]
     for contrast in _contrasts(dataset):
         parts += [f"{_kind(contrast.name)}:", _comparisons_table(summary, contrast)]
     return "\n\n".join([*parts, *_warnings(dataset)])
 
 
-def _kind(name):
+def _kind(name: str) -> str:
     kind, *rest = name.split(", ")
     return ", ".join([KINDS.get(kind, name if not rest else kind), *rest])
 
@@ -238,13 +240,9 @@ def _document(dataset, summary, pictures):
         "## All arms",
         "Over the initial weights, with 95% intervals. A narrow spread is good news only beside "
         "a low mean: runs that have not left their start are alike too.",
-        "### Final test loss",
+        "### Final loss",
         _cells_table(summary, "loss"),
-        *(
-            [f"### Final test {metric}", _cells_table(summary, "metric")]
-            if "metric" in dataset
-            else []
-        ),
+        *([f"### Final {metric}", _cells_table(summary, "metric")] if "metric" in dataset else []),
         *_tuning_section(dataset),
         "## How it was done",
         _protocol(dataset),
@@ -267,8 +265,9 @@ def _runs(dataset):
 def _limits(dataset):
     return (
         f"This holds for {dataset.attrs['problem']} with the settings below, and says nothing of "
-        "other models and data. The spread is the standard deviation of the final test loss over "
-        f"the initial weights{_charge(dataset)}"
+        "other models and data. The spread is the standard deviation of the final loss over "
+        f"the initial weights{_charge(dataset)} A difference is called clear where it is 5% or "
+        "more, and p, adjusted for all comparisons, is below 0.05."
     )
 
 
@@ -290,7 +289,7 @@ def _solved(dataset):
     return f"A run has solved the problem with {rule}; else it has failed."
 
 
-def _warnings(dataset):
+def _warnings(dataset: xr.Dataset) -> list[str]:
     return [
         f"The best learning rate of {row['arm']} at initial scale x{row['init_scale']:g} is the "
         f"{row['edge']} of those that were tried: a better one may lie beyond it."
@@ -299,7 +298,7 @@ def _warnings(dataset):
     ]
 
 
-def _comparisons_table(summary, contrast):
+def _comparisons_table(summary: Summary, contrast: Contrast) -> str:
     def p(of):
         return "" if of.p_holm is None else f"{of.p_holm:.2g}"
 
@@ -359,7 +358,7 @@ def _energy_section(dataset, energies, paths):
     return [
         "## Energy of a typical run",
         "The kinetic energy is |w' - w|^2 / (2 learning_rate) of the last step, the potential "
-        "energy the test loss. Typical is the run in the middle of those that were rescued, and "
+        "energy the loss. Typical is the run in the middle of those that were rescued, and "
         "of those that were lost, in the order of their final loss, under the fairest contrast "
         "that has any.",
         energies,
@@ -433,19 +432,19 @@ def _pictures(dataset: xr.Dataset) -> dict[str, _Picture]:
         title = _kind(contrast.name)
         names = [contrast.plain, *contrast.arms]
         pictures[f"final-loss-{slug}"] = _Picture(
-            f"Final test loss against initial scale. {title}.",
+            f"Final loss against initial scale. {title}.",
             functools.partial(_draw_final_loss, dataset, names, title),
             (6.4, 5.0),
         )
         rows = -(-len(contrast.arms) // 2)
         pictures[f"paired-{slug}"] = _Picture(
-            f"Final test loss of pairs of runs. {title}.",
+            f"Final loss of pairs of runs. {title}.",
             functools.partial(_draw_pairs, dataset, contrast, title),
             (6.4, 0.5 + 3.0 * rows),
         )
         rows = -(-(dataset.sizes["init_scale"] + 1) // 2)
         pictures[f"curves-{slug}"] = _Picture(
-            f"Test loss over the steps. {title}.",
+            f"Loss over the steps. {title}.",
             functools.partial(_draw_curves, dataset, names, title),
             (6.4, 0.5 + 2.6 * rows),
         )
@@ -479,7 +478,7 @@ def _draw_pairs(dataset, contrast, title, figure):
         axes.set(xlabel="plain: " + contrast.plain, ylabel=arm)
     for axes in panels[len(contrast.arms) :]:
         axes.set_axis_off()
-    figure.suptitle(f"Final test loss. {title}", fontsize="medium")
+    figure.suptitle(f"Final loss. {title}", fontsize="medium")
 
 
 def _draw_curves(dataset, names, title, figure):
@@ -488,7 +487,7 @@ def _draw_curves(dataset, names, title, figure):
     for scale, axes in zip(scales, panels, strict=False):
         plots.loss_curves(dataset, names, scale, axes).set(xlabel="", ylabel="")
     figure.supxlabel("step", fontsize="medium")
-    figure.supylabel("test loss", fontsize="medium")
+    figure.supylabel("loss", fontsize="medium")
     figure.suptitle(title, fontsize="medium")
     for axes in panels[len(scales) :]:
         axes.set_axis_off()
@@ -512,10 +511,15 @@ def _draw_path(dataset, plain, arm, scale, seed, title, figure):
         for name in (plain, arm)
     }
     x, y = (jnp.asarray(dataset[name].values) for name in dataset.landscape.dims)
-    grid = jax.scipy.interpolate.RegularGridInterpolator(
-        (x, y), jnp.asarray(dataset.landscape.values), bounds_error=False, fill_value=None
-    )
-    axes = plots.path(lambda w: grid(w[None])[0], paths, figure.subplots())
+    heights = jnp.asarray(dataset.landscape.values)
+
+    def loss(w):
+        """Between the points of the grid, and level beyond them."""
+        grid = jax.scipy.interpolate.RegularGridInterpolator((x, y), heights)
+        low, high = jnp.stack([x[0], y[0]]), jnp.stack([x[-1], y[-1]])
+        return grid(jnp.clip(w, low, high)[None])[0]
+
+    axes = plots.path(loss, paths, figure.subplots())
     axes.set_title(title, fontsize="medium")
     axes.legend()
 
@@ -539,9 +543,11 @@ def _typical_pair(dataset, kind):
     return None
 
 
-STYLE = {"svg.hashsalt": "momentum_jax", "axes.spines.top": False, "axes.spines.right": False} | {
-    f"{part}.facecolor": "none" for part in ("axes", "figure", "legend")
-}
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "momentum_jax",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+} | {f"{part}.facecolor": "none" for part in ("axes", "figure", "legend")}
 
 
 def _figure(picture):

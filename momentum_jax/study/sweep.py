@@ -386,11 +386,9 @@ def _train_function(problem, arm, evaluations, interval):
         _, order_key, noise_key = keys
         params = jax.tree.map(lambda w: init_scale * w, weights)
         tx = optax.with_extra_args_support(arm.make_transform(**settings))
-        order = None
-        if data is not None:
-            number = len(jax.tree.leaves(data)[0])
-            epoch = number // arm.batch_size
-            order = jnp.arange(number)
+        number = 0 if data is None else len(jax.tree.leaves(data)[0])
+        epoch = number // arm.batch_size
+        order = jnp.arange(number)
 
         def step(carry, count):
             params, _, state, order = carry
@@ -453,7 +451,7 @@ class _Chunks:
                 f"there are {jax.process_count()} processes, so that a folder is needed that all "
                 "of them see: give run(..., folder=...)."
             )
-        self._folder = folder
+        self._folder: Any = folder
         self._held = {}
         if folder is None:
             return
@@ -549,11 +547,13 @@ def _setting_coordinates(problem, arms):
 
 def _with_landscape(problem, results):
     """The loss on a grid around the paths, for a map of it."""
-    paths = results.params.values.reshape(-1, results.sizes["param"])
-    paths = paths[np.isfinite(paths).all(axis=1)]
-    # Where a run diverged, most of the map would be empty.
-    low, high = np.quantile(paths, [0.02, 0.98], axis=0)
-    room = 0.2 * np.maximum(high - low, 0.1)
+    # Not out to where a run went that diverged: most of the map would be empty.
+    ends = (results.params.min("step", skipna=False), results.params.max("step", skipna=False))
+    low, high = (
+        end.where(np.isfinite(end)).quantile(part, ["arm", "init_scale", "seed"]).values
+        for end, part in zip(ends, (0.02, 0.98), strict=True)
+    )
+    room = 0.1 * np.maximum(high - low, 0.1)
     axes = [np.linspace(*ends, 101) for ends in zip(low - room, high + room, strict=True)]
     _, unravel = jax.flatten_util.ravel_pytree(
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _abstract(problem))
