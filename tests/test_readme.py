@@ -16,8 +16,8 @@ SHELL = [code for language, code in BLOCKS if language == "bash"]
 
 def test_every_block_is_of_a_kind_that_is_checked():
     assert {language for language, _ in BLOCKS} <= {"python", "bash", "text", "bibtex"}
-    assert len(PYTHON) == 3
-    assert len(SHELL) == 2
+    assert len(PYTHON) == 5
+    assert len(SHELL) == 3
 
 
 def test_the_example_reaches_the_minimum(capsys):
@@ -38,7 +38,27 @@ def test_the_job_of_pytorch_goes_on():
     np.testing.assert_array_equal(names["state"][0].velocity["kernel"], np.ones((2, 3)))
 
 
-@pytest.mark.parametrize("command", SHELL)
+def test_a_problem_of_ones_own_is_studied_as_a_command_and_in_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = re.match(r"# (\w+\.py)\n", PYTHON[3])
+    assert name
+    Path(name[1]).write_text(PYTHON[3])
+    program, *arguments = SHELL[2].split()
+    assert program == ".venv/bin/python"
+    # Fewer runs than the README's, which are the same otherwise.
+    few = ["--seeds", "6", "--steps", "20", "--no-controls", "--out", "results"]
+    subprocess.run([sys.executable, *arguments, *few], check=True, capture_output=True)
+    assert (tmp_path / "results" / "report.html").exists()
+
+    names = {}
+    exec(PYTHON[3], names)
+    exec(PYTHON[4], names)
+    assert (tmp_path / "study-results" / "ravine" / "report.html").exists()
+    assert dict(names["dataset"].sizes)["arm"] == 3
+    assert re.search(r"^momentum +\d", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", SHELL[:2])
 def test_a_command_is_one_line_that_installs_and_runs(command):
     """The installs run in continuous integration, the modules that they call are here."""
     steps = command.strip().split(" && ")

@@ -1,0 +1,103 @@
+"""`python -m benchmarks.study`: runs a second of the study and of the usual Python loop."""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks.__main__ import machine
+from benchmarks.timing import compare, interleave
+from momentum_jax.study import Arm, problems, sweep
+
+STEPS, EVALUATIONS, BATCH_SIZE, RUNS = 200, 20, 32, 256
+LEARNING_RATE, MU = 0.05, 0.9
+
+
+def usual_loop(problem: problems.Problem) -> Any:
+    """Trains one run as most do: a jitted Optax step in a Python loop, losses read at times."""
+    tx = optax.sgd(LEARNING_RATE, MU)
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(problem.loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    init, loss, metric = (jax.jit(f) for f in (problem.init, problem.loss, problem.metric))
+    examples = len(problem.data["y"])
+
+    def run(seed: int) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        params = init(jax.random.key(seed))
+        state = tx.init(params)
+        order = np.empty(0, int)
+        curve = []
+        for count in range(STEPS):
+            if len(order) < BATCH_SIZE:
+                order = random.permutation(examples)
+            rows, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+            batch = {name: values[rows] for name, values in problem.data.items()}
+            params, state = step(params, state, batch)
+            if (count + 1) % (STEPS // EVALUATIONS) == 0:
+                curve.append([float(f(params, problem.test)) for f in (loss, metric)])
+        return np.array(curve)
+
+    return run
+
+
+def measure(rounds: int, sample_seconds: float) -> dict[str, Any]:
+    """Seconds a run, of ours and of the loop, on the digits problem."""
+    problem = problems.digits()
+    arm = Arm("", optax.sgd, learning_rate=LEARNING_RATE, momentum=MU)
+    program = sweep._Program(problem, arm, EVALUATIONS, STEPS // EVALUATIONS, RUNS)
+    places = [(0, 0, seed) for seed in range(RUNS)]
+    one = usual_loop(problem)
+
+    def ours(calls: int) -> None:
+        for _ in range(calls):
+            program.train([arm], range(RUNS), [1.0], places)
+
+    def loop(calls: int) -> None:
+        for seed in range(calls):
+            one(seed)
+
+    seconds = interleave({"ours": ours, "loop": loop}, rounds, sample_seconds)
+    seconds["ours"] = [each / RUNS for each in seconds["ours"]]
+    # As a ratio of times, so below 1 / 4 for four times the runs a second.
+    return compare(seconds, "loop", target=1 / 4)
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="(%(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="where the JSON goes")
+    options = parser.parse_args()
+    result = {
+        "date": str(datetime.date.today()),
+        "machine": machine(),
+        "runs_at_once": RUNS,
+        "steps": STEPS,
+        "rounds": options.rounds,
+        **measure(options.rounds, sample_seconds=0.5),
+    }
+    times = result["loop"]["median"] / result["ours"]["median"]
+    print(
+        f"digits, {STEPS} steps: {1 / result['ours']['median']:.1f} runs a second in the study, "
+        f"{1 / result['loop']['median']:.1f} in a Python loop: {times:.1f} times as many "
+        f"(paired ratio of times {result['ratio']['median']:.3f} "
+        f"[{result['ratio']['low']:.3f}, {result['ratio']['high']:.3f}])"
+    )
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    # A device a core, as the study's command has it.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    main()
