@@ -10,6 +10,8 @@ from momentum_jax._momentum import MomentumState as MomentumState
 from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
+from momentum_jax._narrow import Quantized as Quantized
+from momentum_jax._reading import read_velocity as read_velocity
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
 from momentum_jax._restart import adaptive_restart as adaptive_restart
 from momentum_jax._restart import reset_velocity as reset_velocity
@@ -17,6 +19,7 @@ from momentum_jax._restart import reset_velocity as reset_velocity
 __all__ = [
     "AdaptiveRestartState",
     "MomentumState",
+    "Quantized",
     "adaptive_restart",
     "aggmo",
     "apply_updates",
@@ -24,6 +27,7 @@ __all__ = [
     "frameworks",
     "momentum",
     "qhm",
+    "read_velocity",
     "reset_velocity",
     "schedules",
     "theory",

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from momentum_jax import _velocity
 from momentum_jax._momentum import MomentumState
 
 PyTree = Any
@@ -33,14 +34,17 @@ def velocities(state: PyTree, kind: type = MomentumState) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for held in parts(state, kind):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(held, _FIELDS[kind])):
+        leaves = jax.tree_util.tree_leaves_with_path(
+            getattr(held, _FIELDS[kind]), is_leaf=_velocity.is_quantized
+        )
+        for path, leaf in leaves:
             name = _name(path)
             if name in found:
                 raise ValueError(
                     f"the state holds two velocities of the param {name or 'at the root'}, so that "
                     "it is not clear which is meant. Carry over the parts of the chain one by one."
                 )
-            found[name] = leaf
+            found[name] = _velocity.read(leaf) if _velocity.is_quantized(leaf) else leaf
     return found
 
 
@@ -59,7 +63,11 @@ def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type
         if isinstance(node, kind):
             field = _FIELDS[kind]
             velocity = jax.tree_util.tree_map_with_path(
-                lambda path, held: _like(held, values[_name(path)]), getattr(node, field)
+                lambda path, held: jax.tree.map(
+                    _like, held, _velocity.with_value(held, values[_name(path)])
+                ),
+                getattr(node, field),
+                is_leaf=_velocity.is_quantized,
             )
             node = node._replace(**{field: velocity})
         if isinstance(node, _INJECTED):

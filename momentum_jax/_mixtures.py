@@ -156,5 +156,7 @@ def _init(params, velocity_dtype, number):
 
 @_velocity.inlined_jit
 def _update(grads, state, coefficients):
-    updates, velocities = _velocity.advance_together(inside, grads, state.velocity, coefficients)
+    updates, velocities = _velocity.advance_together(
+        inside, grads, state.velocity, coefficients, state.count
+    )
     return updates, MomentumState(incremented(state.count), velocities)

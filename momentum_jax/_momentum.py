@@ -296,7 +296,9 @@ def incremented(count: jax.Array) -> jax.Array:
 # Compiled once for all instances: a hyperparameter is an argument, not part of the program.
 @functools.partial(_velocity.inlined_jit, static_argnums=0)
 def _update(recurrence, grads, state, coefficients):
-    updates, velocity = _velocity.advance(recurrence, grads, state.velocity, coefficients)
+    updates, velocity = _velocity.advance(
+        recurrence, grads, state.velocity, coefficients, state.count
+    )
     return updates, MomentumState(incremented(state.count), velocity)
 
 

@@ -10,6 +10,7 @@ from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_value
+from momentum_jax._reading import has_velocity, velocities
 
 PyTree = Any
 Predicate = Callable[[tuple[Any, ...]], bool]
@@ -82,7 +83,7 @@ def adaptive_restart(
 
     def init(params: optax.Params) -> AdaptiveRestartState:
         inner_state = inner.init(params)
-        _velocities(inner_state)
+        velocities(inner_state)
         return AdaptiveRestartState(inner_state, _at_rest(_velocity.concrete(params)))
 
     def update(
@@ -143,34 +144,22 @@ def reset_velocity(
     """
     scale = check_value("scale", scale)
     where = True if where is None else where
-    masks = [_masks(where, velocity) for velocity in _velocities(state)]
+    masks = [_masks(where, velocity) for velocity in velocities(state)]
     return _scaled(state, masks, scale)
-
-
-def _has_velocity(node):
-    return "velocity" in getattr(node, "_fields", ())
-
-
-def _velocities(state):
-    """All velocities in a state; raises a ValueError if there is none."""
-    parts = jax.tree.leaves(state, is_leaf=_has_velocity)
-    found = [part.velocity for part in parts if _has_velocity(part)]
-    if not found:
-        raise ValueError(
-            "there is no velocity in the state. Give the state of a transformation with "
-            "momentum: momentum, trace, qhm or aggmo, in a chain or alone."
-        )
-    return found
 
 
 def _masks(where, velocity):
     """A mask, or a boolean, for each leaf of the velocity, in a list."""
-    leaves = jax.tree_util.tree_leaves_with_path(velocity)
+    leaves = jax.tree_util.tree_leaves_with_path(velocity, is_leaf=_velocity.is_quantized)
     if callable(where):
         return [_check_mask(path, leaf, where(path)) for path, leaf in leaves]
     try:
         spread = jax.tree.map(
-            lambda mask, part: jax.tree.map(lambda _: mask, part), where, velocity
+            lambda mask, part: jax.tree.map(
+                lambda _: mask, part, is_leaf=_velocity.is_quantized
+            ),
+            where,
+            velocity,
         )
     except ValueError as error:
         raise ValueError(
@@ -186,10 +175,11 @@ def _masks(where, velocity):
 def _check_mask(path, leaf, mask):
     if not isinstance(mask, bool) and getattr(mask, "dtype", None) != np.bool_:
         raise TypeError(f"where {_velocity.at(path)} is {mask!r}, but must be boolean.")
-    if np.shape(mask) not in ((), np.shape(leaf)):
+    shape = _velocity.shape_of(leaf)
+    if np.shape(mask) not in ((), shape):
         raise ValueError(
             f"where {_velocity.at(path)} has shape {np.shape(mask)}, but the velocity there has "
-            f"shape {np.shape(leaf)}. They must be equal, or where be one boolean."
+            f"shape {shape}. They must be equal, or where be one boolean."
         )
     return mask
 
@@ -199,16 +189,16 @@ def _scaled(state, masks, scale):
     masks = iter(masks)
 
     def part(node):
-        if not _has_velocity(node):
+        if not has_velocity(node):
             return node
-        leaves, treedef = jax.tree.flatten(node.velocity)
+        leaves, treedef = jax.tree.flatten(node.velocity, is_leaf=_velocity.is_quantized)
         scaled = [
             _velocity.scale(leaf, scale, mask)
             for leaf, mask in zip(leaves, next(masks), strict=True)
         ]
         return node._replace(velocity=treedef.unflatten(scaled))
 
-    return jax.tree.map(part, state, is_leaf=_has_velocity)
+    return jax.tree.map(part, state, is_leaf=has_velocity)
 
 
 @_velocity.inlined_jit

@@ -16,6 +16,9 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, SingleDeviceSharding
 
+from momentum_jax import _narrow
+from momentum_jax._narrow import is_quantized as is_quantized
+from momentum_jax._narrow import read as read
 from momentum_jax._shard_alike import reshard_alike, shard_alike
 
 PyTree = Any
@@ -29,7 +32,9 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 _inline = getattr(jax, "Inline", None)
 inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
 
-_HELD = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16))
+_HELD = tuple(
+    np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.int8)
+)
 
 _LEAVE_OUT = (
     "To leave the param out, give None as its gradient or update, or give it "
@@ -119,33 +124,51 @@ def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
 
     def at_rest(path, param):
         param = jnp.asarray(param)
-        dtype = _held_dtype(path, param.dtype, velocity_dtype)
-        if jax.device_count() == 1:
-            return jnp.zeros_like(param, dtype=dtype)
-        # Fresh zeros would all be on one device under jit. Chosen by the param, they take its
-        # sharding, and the partitioner does not see that both choices are equal.
-        zero = jnp.zeros((), dtype)
-        rest = jnp.where(param == param, zero, zero)
-        # Of integers the compiler knows that they equal themselves.
-        return rest if jnp.issubdtype(dtype, jnp.inexact) else shard_alike(rest, param)
+        dtype = _held_dtype(path, param, velocity_dtype)
+        if dtype == np.int8 and jnp.issubdtype(param.dtype, jnp.inexact):
+            maxima = _narrow.block_maxima(param, _narrow.scales_shape(param.shape))
+            return _narrow.Quantized(
+                _zeros_like(param, dtype),
+                _zeros_like(maxima, np.dtype(np.uint16)),
+                jnp.zeros([], np.uint32),
+            )
+        return _zeros_like(param, dtype)
 
     return jax.tree_util.tree_map_with_path(at_rest, params)
 
 
+def _zeros_like(param, dtype):
+    if jax.device_count() == 1:
+        return jnp.zeros_like(param, dtype=dtype)
+    # Fresh zeros would all be on one device under jit. Chosen by the param, they take its
+    # sharding, and the partitioner does not see that both choices are equal.
+    zero = jnp.zeros((), dtype)
+    rest = jnp.where(param == param, zero, zero)
+    # Of integers the compiler knows that they equal themselves.
+    return rest if jnp.issubdtype(dtype, jnp.inexact) else shard_alike(rest, param)
+
+
 def advance(
-    recurrence: Recurrence, grads: PyTree, velocity: PyTree, coefficients: Sequence[Any]
+    recurrence: Recurrence,
+    grads: PyTree,
+    velocity: PyTree,
+    coefficients: Sequence[Any],
+    count: jax.Array,
+    place: tuple[Any, ...] = (),
 ) -> tuple[PyTree, PyTree]:
     """Advances each leaf that has a gradient by one step; returns (updates, velocity).
 
-    Updates have the dtypes of the gradients, the new velocity those of the old one.
+    Updates have the dtypes of the gradients, the new velocity those of the old one. What is
+    rounded by chance depends on the count and the path, which begins with the velocity's place.
     """
 
     def leaf(path, grad, held):
         if is_absent(grad):
             return grad, held
         grad, held = _arrays("gradient", path, grad, "velocity", held)
-        _check_gradient_dtype(path, grad.dtype, held.dtype)
-        return _advance_leaf(recurrence, grad, held, *coefficients)
+        _check_gradient_dtype(path, grad.dtype, _dtype(held))
+        seed = _narrow.make_seed((*place, *path), count) if _narrow.needs_seed(held) else None
+        return _advance_leaf(recurrence, grad, held, seed, *coefficients)
 
     treedef, pairs = _zip_leaves("gradients", grads, "velocity", velocity)
     results = [leaf(*pair) for pair in pairs]
@@ -158,6 +181,7 @@ def advance_together(
     grads: PyTree,
     velocities: Sequence[PyTree],
     coefficients: Sequence[Sequence[Any]],
+    count: jax.Array,
 ) -> tuple[PyTree, tuple[PyTree, ...]]:
     """Advances several velocities by the same gradients; the updates are the mean of theirs."""
 
@@ -173,15 +197,17 @@ def advance_together(
 
     wide = jax.tree.map(widened, grads, is_leaf=is_absent)
     pairs = [
-        advance(recurrence, wide, velocity, each)
-        for velocity, each in zip(velocities, coefficients, strict=True)
+        advance(recurrence, wide, velocity, each, count, (jax.tree_util.SequenceKey(index),))
+        for index, (velocity, each) in enumerate(zip(velocities, coefficients, strict=True))
     ]
     updates, advanced = zip(*pairs, strict=True)
     return jax.tree.map(mean, grads, *updates, is_leaf=is_absent), advanced
 
 
-def scale(held: jax.Array, factor: Any, mask: Any) -> jax.Array:
+def scale(held: Any, factor: Any, mask: Any) -> Any:
     """`factor * held` where the mask says so; 0 if the factor is, whatever was held."""
+    if is_quantized(held):
+        return _narrow.scale(held, factor, mask)
     held = jnp.asarray(held)
     if not jnp.issubdtype(held.dtype, jnp.inexact):
         return held
@@ -215,12 +241,20 @@ def inner_products_by_leaf(
         if is_absent(grad):
             continue
         grad, leaf = _arrays("gradient", path, grad, "velocity", leaf)
+        leaf = read(leaf)
         _check_gradient_dtype(path, grad.dtype, leaf.dtype)
         dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
         grad, leaf = grad.astype(dtype), leaf.astype(dtype)
         pairs = ((grad, grad), (grad, leaf), (leaf, leaf))
         found[jax.tree_util.keystr(path)] = tuple(jnp.sum(jnp.real(a.conj() * b)) for a, b in pairs)
     return found
+
+
+def with_value(held: Any, value: Any) -> Any:
+    """A velocity of another value in the dtype of what is held."""
+    if is_quantized(held):
+        return _narrow.quantize(jnp.asarray(value), held.scales.shape, held.seed)
+    return np.asarray(value).astype(held.dtype)
 
 
 def replaced(held: PyTree, updates: PyTree) -> PyTree:
@@ -260,13 +294,13 @@ def is_absent(grad: Any) -> bool:
 
 
 @functools.partial(inlined_jit, static_argnums=0)
-def _advance_leaf(recurrence, grad, held, *coefficients):
-    dtype = np.promote_types(_wide(grad.dtype), _wide(held.dtype))
+def _advance_leaf(recurrence, grad, held, seed, *coefficients):
+    velocity = read(held)
+    dtype = np.promote_types(_wide(grad.dtype), _wide(velocity.dtype))
     coefficients = (jnp.asarray(coefficient, dtype) for coefficient in coefficients)
-    wide_grad = reshard_alike(grad.astype(dtype), held)
-    velocity, update = recurrence(held.astype(dtype), wide_grad, *coefficients)
-    # The partitioner is free to let the new velocity follow the gradient instead.
-    return update.astype(grad.dtype), shard_alike(velocity.astype(held.dtype), held)
+    wide_grad = reshard_alike(grad.astype(dtype), velocity)
+    velocity, update = recurrence(velocity.astype(dtype), wide_grad, *coefficients)
+    return update.astype(grad.dtype), _narrow.store(velocity, held, seed)
 
 
 @inlined_jit
@@ -289,7 +323,8 @@ def _wide(dtype):
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def _held_dtype(path, param_dtype, velocity_dtype):
+def _held_dtype(path, param, velocity_dtype):
+    param_dtype = param.dtype
     if not jnp.issubdtype(param_dtype, jnp.inexact):
         return param_dtype  # Never moved: a real gradient for it is refused.
     if velocity_dtype is None:
@@ -304,7 +339,19 @@ def _held_dtype(path, param_dtype, velocity_dtype):
             f"the param {at(path)} is {param_dtype}, which velocity_dtype={velocity_dtype} "
             "cannot hold. Leave velocity_dtype=None for it (optax.partition separates them)."
         )
+    if velocity_dtype == np.int8 and param.size < _narrow.SMALLEST:
+        return _wide(param_dtype)
     return velocity_dtype
+
+
+def shape_of(held: Any) -> tuple[int, ...]:
+    """The shape of the param whose velocity it is."""
+    return np.shape(held.codes if is_quantized(held) else held)
+
+
+def _dtype(held):
+    """Of the values that are held, not of what stands for them."""
+    return np.dtype(np.float32) if is_quantized(held) else held.dtype
 
 
 def _zip_leaves(name, tree, other_name, other):
@@ -319,7 +366,9 @@ def _zip_leaves(name, tree, other_name, other):
 
 def _difference(name, tree, other_name, other):
     def paths(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_absent)
+        leaves = jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda node: is_absent(node) or is_quantized(node)
+        )
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
     def only(here, there):
@@ -341,16 +390,17 @@ def _difference(name, tree, other_name, other):
 
 
 def _arrays(name, path, leaf, other_name, other):
-    if len(jax.tree.leaves(other)) != 1 or not jax.tree_util.all_leaves([other]):
+    if not jax.tree_util.all_leaves([other], is_leaf=is_quantized) or other is None:
         raise ValueError(
             f"the {name} {at(path)} is an array, but the {other_name} there is "
             f"{type(other).__name__}. {_REMEDIES[name + 's']}"
         )
-    leaf, other = jnp.asarray(leaf), jnp.asarray(other)
-    if leaf.shape != other.shape:
+    leaf, other = jnp.asarray(leaf), jax.tree.map(jnp.asarray, other)
+    shape = shape_of(other)
+    if leaf.shape != shape:
         raise ValueError(
             f"the {name} {at(path)} has shape {leaf.shape}, but the {other_name} there has "
-            f"shape {other.shape}. They must be equal. {_REMEDIES[name + 's']}"
+            f"shape {shape}. They must be equal. {_REMEDIES[name + 's']}"
         )
     return leaf, other
 

@@ -1,0 +1,77 @@
+"""Where in a state the velocities are, and what they are as floats."""
+
+import functools
+from typing import Any
+
+import jax
+import optax
+
+from momentum_jax import _velocity
+
+PyTree = Any
+
+
+def read_velocity(state: optax.OptState) -> Any:
+    """The velocity in a state as floats, however few bits it is held in.
+
+    Args:
+      state: a state with a velocity anywhere in it, of `momentum`, `trace`, `qhm` or `aggmo`, in
+        a chain or under Optax's wrappers. Under vmap or shard_map it is read as it was written:
+        with `jax.vmap(mj.read_velocity)`, within shard_map.
+
+    Returns:
+      A tree like the params; for `aggmo` a tuple of such trees, one a mu. Velocities of 8 bits
+      come in float32, the others as they are held. What several transformations hold between
+      them, as with `optax.partition`, is put together; what none holds is `optax.MaskedNode`.
+
+    Raises:
+      ValueError: no velocity, or two of one param.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> tx = mj.momentum(0.5, velocity_dtype=jnp.int8)
+      >>> grads = {"w": jnp.ones((64, 128))}
+      >>> _, state = tx.update(grads, tx.init(grads))
+      >>> print(state.velocity["w"].codes.dtype, mj.read_velocity(state)["w"][0, :3])
+      int8 [-0.5 -0.5 -0.5]
+    """
+    return _read(velocities(state))
+
+
+def has_velocity(node: Any) -> bool:
+    """Whether it is a state with a velocity of its own."""
+    return "velocity" in getattr(node, "_fields", ())
+
+
+def velocities(state: Any) -> list[Any]:
+    """All velocities in a state; raises a ValueError if there is none."""
+    parts = jax.tree.leaves(state, is_leaf=has_velocity)
+    found = [part.velocity for part in parts if has_velocity(part)]
+    if not found:
+        raise ValueError(
+            "there is no velocity in the state. Give the state of a transformation with "
+            "momentum: momentum, trace, qhm or aggmo, in a chain or alone."
+        )
+    return found
+
+
+@_velocity.inlined_jit
+def _read(found):
+    floats = [
+        jax.tree.map(_velocity.read, tree, is_leaf=_velocity.is_quantized) for tree in found
+    ]
+    return functools.reduce(_put_together, floats)
+
+
+def _put_together(one, other):
+    for a, b in ((one, other), (other, one)):
+        if isinstance(a, optax.MaskedNode):
+            return b
+    parts, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
+    others, other_treedef = jax.tree.flatten(other, is_leaf=lambda node: node is not other)
+    if treedef != other_treedef or jax.tree_util.treedef_is_leaf(treedef):
+        raise ValueError(
+            "the state holds two velocities, so that it is not clear which is meant. Give the "
+            "part of the chain's state whose velocity it is."
+        )
+    return treedef.unflatten(map(_put_together, parts, others))
