@@ -12,6 +12,8 @@ from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
 from momentum_jax._narrow import Quantized as Quantized
 from momentum_jax._reading import read_velocity as read_velocity
+from momentum_jax._residual import ResidualState as ResidualState
+from momentum_jax._residual import keep_residual as keep_residual
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
 from momentum_jax._restart import adaptive_restart as adaptive_restart
 from momentum_jax._restart import reset_velocity as reset_velocity
@@ -20,11 +22,13 @@ __all__ = [
     "AdaptiveRestartState",
     "MomentumState",
     "Quantized",
+    "ResidualState",
     "adaptive_restart",
     "aggmo",
     "apply_updates",
     "diagnostics",
     "frameworks",
+    "keep_residual",
     "momentum",
     "qhm",
     "read_velocity",

@@ -19,7 +19,8 @@ from jax.sharding import AxisType, SingleDeviceSharding
 from momentum_jax import _narrow
 from momentum_jax._narrow import is_quantized as is_quantized
 from momentum_jax._narrow import read as read
-from momentum_jax._shard_alike import reshard_alike, shard_alike
+from momentum_jax._shard_alike import reshard_alike as reshard_alike
+from momentum_jax._shard_alike import shard_alike as shard_alike
 
 PyTree = Any
 # (velocity, grad, *coefficients) -> (velocity, update): arrays of one dtype.
@@ -128,16 +129,17 @@ def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
         if dtype == np.int8 and jnp.issubdtype(param.dtype, jnp.inexact):
             maxima = _narrow.block_maxima(param, _narrow.scales_shape(param.shape))
             return _narrow.Quantized(
-                _zeros_like(param, dtype),
-                _zeros_like(maxima, np.dtype(np.uint16)),
+                zeros_like(param, dtype),
+                zeros_like(maxima, np.dtype(np.uint16)),
                 jnp.zeros([], np.uint32),
             )
-        return _zeros_like(param, dtype)
+        return zeros_like(param, dtype)
 
     return jax.tree_util.tree_map_with_path(at_rest, params)
 
 
-def _zeros_like(param, dtype):
+def zeros_like(param: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Zeros of the param's shape, in its sharding."""
     if jax.device_count() == 1:
         return jnp.zeros_like(param, dtype=dtype)
     # Fresh zeros would all be on one device under jit. Chosen by the param, they take its
@@ -165,12 +167,12 @@ def advance(
     def leaf(path, grad, held):
         if is_absent(grad):
             return grad, held
-        grad, held = _arrays("gradient", path, grad, "velocity", held)
+        grad, held = arrays("gradient", path, grad, "velocity", held)
         _check_gradient_dtype(path, grad.dtype, _dtype(held))
         seed = _narrow.make_seed((*place, *path), count) if _narrow.needs_seed(held) else None
         return _advance_leaf(recurrence, grad, held, seed, *coefficients)
 
-    treedef, pairs = _zip_leaves("gradients", grads, "velocity", velocity)
+    treedef, pairs = zip_leaves("gradients", grads, "velocity", velocity)
     results = [leaf(*pair) for pair in pairs]
     updates, velocities = zip(*results, strict=True) if results else ((), ())
     return treedef.unflatten(updates), treedef.unflatten(velocities)
@@ -237,10 +239,10 @@ def inner_products_by_leaf(
 ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
     """The same sums for each leaf that has a gradient, by its path."""
     found = {}
-    for path, grad, leaf in _zip_leaves("gradients", grads, "velocity", held)[1]:
+    for path, grad, leaf in zip_leaves("gradients", grads, "velocity", held)[1]:
         if is_absent(grad):
             continue
-        grad, leaf = _arrays("gradient", path, grad, "velocity", leaf)
+        grad, leaf = arrays("gradient", path, grad, "velocity", leaf)
         leaf = read(leaf)
         _check_gradient_dtype(path, grad.dtype, leaf.dtype)
         dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
@@ -263,10 +265,10 @@ def replaced(held: PyTree, updates: PyTree) -> PyTree:
     def leaf(path, update, held):
         if is_absent(update):
             return held
-        update, held = _arrays("update", path, update, "velocity", held)
+        update, held = arrays("update", path, update, "velocity", held)
         return shard_alike(update.astype(held.dtype), held)
 
-    treedef, pairs = _zip_leaves("updates", updates, "velocity", held)
+    treedef, pairs = zip_leaves("updates", updates, "velocity", held)
     return treedef.unflatten(leaf(*pair) for pair in pairs)
 
 
@@ -276,11 +278,11 @@ def add(params: PyTree, updates: PyTree) -> PyTree:
     def leaf(path, update, param):
         if is_absent(update):
             return param
-        update, param = _arrays("update", path, update, "param", param)
+        update, param = arrays("update", path, update, "param", param)
         _check_update_dtype(path, update.dtype, param.dtype)
         return _add_leaf(param, update)
 
-    treedef, pairs = _zip_leaves("updates", updates, "params", params)
+    treedef, pairs = zip_leaves("updates", updates, "params", params)
     return treedef.unflatten(leaf(*pair) for pair in pairs)
 
 
@@ -354,7 +356,9 @@ def _dtype(held):
     return np.dtype(np.float32) if is_quantized(held) else held.dtype
 
 
-def _zip_leaves(name, tree, other_name, other):
+def zip_leaves(
+    name: str, tree: PyTree, other_name: str, other: PyTree
+) -> tuple[Any, list[tuple[Any, Any, Any]]]:
     """The structure of `tree`, and (path, leaf, what `other` has in its place) a leaf."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
     try:
@@ -389,7 +393,10 @@ def _difference(name, tree, other_name, other):
     )
 
 
-def _arrays(name, path, leaf, other_name, other):
+def arrays(
+    name: str, path: tuple[Any, ...], leaf: Any, other_name: str, other: Any
+) -> tuple[jax.Array, Any]:
+    """Both as arrays of one shape; raises a ValueError that names the path if they are not."""
     if not jax.tree_util.all_leaves([other], is_leaf=is_quantized) or other is None:
         raise ValueError(
             f"the {name} {at(path)} is an array, but the {other_name} there is "
