@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from momentum_jax._shard_alike import reshard_alike, shard_alike
+from momentum_jax._shard_alike import reshard_alike, shard_alike, whole_from
 
 # Values a block, unless the last axes have another number: 1 + 2 / 32 bytes a value.
 BLOCK = 32
@@ -230,6 +230,8 @@ def _blocks(value, shape):
     """With an axis of its own for the values of a block, the last ones filled up with zeros."""
     length = math.prod(value.shape[len(shape) - 1 :])
     block = -(-length // shape[-1])
+    if length % BLOCK:  # Blocks do not end where devices' parts do.
+        value = whole_from(value, len(shape) - 1)
     value = value.reshape((*shape[:-1], length))
     padding = [(0, 0)] * (len(shape) - 1) + [(0, block * shape[-1] - length)]
     return jnp.pad(value, padding).reshape((*shape, block))
@@ -240,4 +242,5 @@ def _spread(scales, like):
     length = math.prod(like.shape[scales.ndim - 1 :])
     block = -(-length // scales.shape[-1])
     spread = jnp.broadcast_to(scales[..., None], (*scales.shape, block))
-    return spread.reshape((*scales.shape[:-1], -1))[..., :length].reshape(like.shape)
+    spread = spread.reshape((*scales.shape[:-1], -1))[..., :length].reshape(like.shape)
+    return reshard_alike(spread, like)

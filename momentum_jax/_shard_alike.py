@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 def shard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
@@ -34,6 +35,14 @@ def reshard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
     if held.mesh.empty or jax.typeof(value).sharding == held:
         return value
     return jax.sharding.reshard(value, held)
+
+
+def whole_from(value: jax.Array, axis: int) -> jax.Array:
+    """`value`, split along no axis from this one on: of Explicit axes, the others find a way."""
+    held = jax.typeof(value).sharding
+    if held.mesh.empty or AxisType.Explicit not in held.mesh.axis_types:
+        return value
+    return jax.sharding.reshard(value, NamedSharding(held.mesh, P(*held.spec[:axis])))
 
 
 _shard_alike_p = Primitive("momentum_jax_shard_alike")
