@@ -127,7 +127,8 @@ def quantize(value: jax.Array, shape: tuple[int, ...], seed: Any) -> Quantized:
     """The codes of a velocity, and scales of this shape. What is not finite spoils its block."""
     value = lax.stop_gradient(value).astype(np.float32)
     seed = jnp.asarray(seed, np.uint32)
-    size = jnp.abs(value)
+    # Not every backend's maximum lets a NaN through.
+    size = jnp.where(jnp.isfinite(value), jnp.abs(value), np.float32(np.inf))
     maxima = block_maxima(size, shape)
     bits = lax.bitcast_convert_type(maxima, np.uint32)
     noise = jnp.where(jnp.isfinite(maxima), _noise(seed, maxima) >> 17, np.uint32(0))

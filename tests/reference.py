@@ -5,6 +5,7 @@ lists of the same length: the updates and the velocities. A hyperparameter is a 
 function of the step's count, from 0.
 """
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,58 @@ def caffe(start, gradient, base_lr, momentum, weight_decay, steps):
         w = w - v
         params.append(w)
     return params
+
+
+def noise(path, count, shape):
+    """32 bits a value: a hash of the value's position, begun by the hash of count and path."""
+    seed = _hash(_hash(np.uint64(count)) + np.uint64(zlib.crc32(path.encode())))
+    return _hash(np.arange(np.prod(shape, dtype=int), dtype=np.uint64).reshape(shape) + seed)
+
+
+def rounded_by_chance(values, dtype, bits):
+    """Up, away from 0, with the chance of how far the value is on its way to there."""
+    mantissa, least = {"bfloat16": (7, -133), "float16": (10, -24)}[dtype]
+    values = np.asarray(values, np.float64)
+    exponent = np.maximum(np.frexp(values)[1] - 1 - mantissa, least)
+    whole, rest = np.divmod(np.abs(values), 2.0**exponent)
+    dropped = 23 - mantissa
+    up = rest / 2.0**exponent + (bits >> np.uint64(32 - dropped)) / 2.0**dropped >= 1
+    return np.copysign((whole + up) * 2.0**exponent, values)
+
+
+def quantized(values, block, seed_path, count):
+    """What 8 bits a value leave of it, along the last axis, and the codes."""
+    values = np.asarray(values, np.float64)
+    blocks = values.reshape(*values.shape[:-1], -1, block)
+    u = (noise(seed_path, count, values.shape) >> np.uint64(8)) / 2.0**24 - 0.5
+    u = u.reshape(blocks.shape)
+    largest = np.abs(blocks).max(-1)
+    # The scale has 8 bits after the point, and is itself rounded by chance.
+    exponent = 2.0 ** (np.frexp(largest)[1] - 1 - 8)
+    whole, rest = np.divmod(largest, exponent)
+    bits = noise(seed_path, count, largest.shape) >> np.uint64(17)
+    scale = (whole + (rest / exponent + bits / 2.0**15 >= 1)) * exponent
+    scale, largest = scale[..., None], largest[..., None]
+
+    share = np.divide(np.abs(blocks), scale, where=scale > 0, out=np.zeros_like(blocks))
+    a = np.sign(blocks) * (np.sqrt(0.16 + 2.4 * share) - 0.4) / 1.2
+    codes = np.clip(np.floor(126 * a + u + 0.5), -126, 126)
+    a = (codes - u) / 126
+    read = scale * np.sign(a) * (0.4 * np.abs(a) + 0.6 * (a**2 - 1 / (12 * 126**2)))
+    extreme = np.abs(blocks) == largest
+    codes = np.where(extreme, np.sign(blocks) * 127, codes)
+    codes = np.where(blocks == 0, -128, codes)
+    read = np.where(extreme, np.sign(blocks) * scale, read) * (blocks != 0)
+    return read.reshape(values.shape), codes.reshape(values.shape)
+
+
+def _hash(x):
+    """Wellons (2018), lowbias32; in 64 bits, of which the upper ones are thrown away."""
+    low = np.uint64(2**32 - 1)
+    x = x & low
+    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D)) & low
+    x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x846CA68B)) & low
+    return x ^ (x >> np.uint64(16))
 
 
 def _at(value: Any, count):

@@ -1,0 +1,192 @@
+"""keep_residual: params of 16 bits that learn from updates too small for them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import momentum_jax
+
+mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+
+APPLY = {"optax": optax.apply_updates, "ours": mj.apply_updates}
+each_apply = pytest.mark.parametrize("apply", APPLY.values(), ids=APPLY)
+each_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+def types(tree):
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(x.shape, x.dtype, x.weak_type) for x in leaves]
+
+
+def run(tx, params, grads, steps, apply=mj.apply_updates, jitted=True):
+    def step(carry, _=None):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (apply(params, updates), state), None
+
+    carry = params, tx.init(params)
+    if jitted:
+        return jax.jit(lambda carry: jax.lax.scan(step, carry, None, steps)[0])(carry)
+    for _ in range(steps):
+        carry, _ = step(carry)
+    return carry
+
+
+@each_apply
+@pytest.mark.parametrize("jitted", [True, False], ids=["scan", "eager"])
+def test_a_thousand_thousandths_make_one(jitted, apply):
+    """1.0 + 1000 x 0.001 = 2.0, and 1.0 without it."""
+    params, grads = jnp.ones(2, "bfloat16"), -jnp.ones(2)
+    (plain, _), (kept, _) = (
+        run(tx, params, grads, 1000, apply, jitted)
+        for tx in (optax.sgd(0.001), mj.keep_residual(optax.sgd(0.001)))
+    )
+    np.testing.assert_array_equal(plain, 1)
+    np.testing.assert_array_equal(kept, 2)
+    assert kept.dtype == jnp.bfloat16
+
+
+@each_dtype
+def test_float32_is_followed_to_16_bits(dtype):
+    """A random walk of 2,000 steps, each of them far below the last bit of the param."""
+    tx = mj.keep_residual(optax.identity())
+    start = jnp.asarray(np.random.default_rng(0).uniform(1, 2, 256), dtype)
+    steps = 2e-4 * np.random.default_rng(1).normal(size=(2000, 256)) + 1e-4
+
+    def step(carry, update):
+        params, state = carry
+        updates, state = tx.update(update, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = start, tx.init(start)
+    steps = jnp.asarray(steps, "float32")
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, steps))(carry)
+    wide = np.asarray(start, np.float64) + np.asarray(steps, np.float64).sum(0)
+    held = np.asarray(params, np.float64) + np.asarray(state.residual, np.float64)
+    assert np.abs(held - wide).max() < 2e-3
+    assert np.abs(np.asarray(start, np.float64) - wide).min() > 0.1
+
+
+@each_apply
+@each_dtype
+def test_the_sum_is_a_number_of_16_bits(dtype, apply):
+    """Of 100,000 random pairs of all sizes: nothing is left to round, and nothing is lost."""
+    rng = np.random.default_rng(0)
+    n = 100_000
+    low, high = (-60, 60) if dtype == "bfloat16" else (-12, 12)
+    params = jnp.asarray(np.ldexp(rng.uniform(-1, 1, n), rng.integers(low, high, n)), dtype)
+    wide = np.asarray(params, np.float32)
+    near = -wide * (1 + np.ldexp(rng.uniform(-1, 1, n), rng.integers(-24, 0, n)))
+    far = np.ldexp(rng.uniform(-1, 1, n), rng.integers(low, high, n))
+    update = jnp.asarray(np.where(rng.random(n) < 0.3, near, far), "float32")
+    tx = mj.keep_residual(optax.identity())
+    updates, state = jax.jit(tx.update)(update, tx.init(params), params)
+    assert updates.dtype == jnp.float32
+    moved = apply(params, updates)
+    # What apply_updates would have made of the update itself, without and within a compiler.
+    wanted = (params.astype("float32") + update).astype(dtype)
+    np.testing.assert_array_equal(moved, wanted)
+    total = np.asarray(params, np.float32) + np.asarray(updates)
+    finite = np.isfinite(np.asarray(wanted, np.float32))
+    exact = total == np.asarray(wanted, np.float32)
+    # Where the param is nothing beside the update, its last bits are beyond a float32.
+    gone = np.abs(wide) < np.abs(total) * 2.0**-16
+    assert exact[finite & ~gone].all()
+    short = np.asarray(update, np.float64) + wide - np.asarray(wanted, np.float64)
+    kept = np.asarray(state.residual, np.float64)
+    tolerance = 2.0**-8 * np.abs(short) + 2.0**-23 * np.abs(wide) + 1e-40
+    tolerance += 2.0**-23 * np.abs(np.asarray(update, np.float64))
+    assert (np.abs(kept - short) <= tolerance)[finite].all()
+
+
+def test_wide_params_and_absent_updates_pass():
+    """And the structure stays: what is held of a float32 param is nothing."""
+    params = {
+        "half": jnp.ones(3, "bfloat16"),
+        "still": jnp.ones(2, "float16"),
+        "wide": jnp.ones(2),
+        "python": 1.0,
+        "ids": jnp.arange(2),
+        "none": None,
+    }
+    grads = {**jax.tree.map(jnp.ones_like, params), "still": None, "ids": None}
+    tx = mj.keep_residual(mj.momentum(1e-3))
+    state = start = tx.init(params)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, state = update(grads, state, params)
+        assert types(state) == types(start)
+    plain, _ = mj.momentum(1e-3).update(grads, mj.momentum(1e-3).init(params))
+    assert updates["still"] is None
+    assert updates["ids"] is None
+    assert updates["wide"].dtype == plain["wide"].dtype
+    assert isinstance(state.residual["wide"], optax.MaskedNode)
+    assert not np.any(np.asarray(state.residual["still"], np.float32))
+    assert np.all(np.asarray(state.residual["half"], np.float32) < 0)
+    moved = mj.apply_updates(params, updates)
+    assert types(moved) == types(jax.tree.map(jnp.asarray, params))
+    assert types(jax.eval_shape(tx.init, params)) == types(start)
+
+
+def test_any_transformation_inside_and_around():
+    """Adam in a chain, extra arguments, a bad step that is left out, velocities of 8 bits."""
+    params = jnp.ones((64, 128), "bfloat16")
+    grads = jnp.ones((64, 128))
+    adam = mj.keep_residual(optax.chain(optax.clip(0.5), optax.adam(1e-4)))
+    assert float(run(adam, params, grads, 1000)[0][0, 0]) == pytest.approx(0.9, abs=2**-8)
+    tx = optax.apply_if_finite(
+        mj.keep_residual(mj.momentum(1.0, 0.0, velocity_dtype="int8")), 3
+    )
+    state = tx.init(params)
+    _, state = tx.update(grads, state, params, learning_rate=1e-3)
+    bad, after = tx.update(grads * np.inf, state, params, learning_rate=1e-3)
+    np.testing.assert_array_equal(mj.apply_updates(params, bad), params)
+    for a, b in zip(*map(jax.tree.leaves, (after.inner_state, state.inner_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert mj.read_velocity(state).shape == params.shape
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_the_residual_is_sharded_like_its_param(axis_type):
+    """Also when init is jitted; the numbers are those of one device, and of each run of a vmap."""
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
+    sharding = NamedSharding(mesh, P("d", "m"))
+    whole = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), "bfloat16")
+    params = jax.device_put(whole, sharding)
+    tx = mj.keep_residual(optax.sgd(1e-3))
+    for state in (tx.init(params), jax.jit(tx.init)(params)):
+        updates, after = jax.jit(tx.update)(params, state, params)
+        for leaf in (state.residual, after.residual, updates):
+            assert leaf.sharding.is_equivalent_to(sharding, 2)
+    _, expected = tx.update(whole, tx.init(whole), whole)
+    np.testing.assert_array_equal(after.residual, expected.residual)
+    mapped = jax.vmap(lambda w: tx.update(w, tx.init(w), w)[1])(jnp.stack([whole, -whole]))
+    np.testing.assert_array_equal(mapped.residual[0], expected.residual)
+
+
+def test_exports_for_every_platform_and_back():
+    params = jnp.ones(4, "bfloat16")
+    tx = mj.keep_residual(mj.momentum(1e-3))
+    args = params, tx.init(params), params
+    exported = export.export(jax.jit(tx.update), platforms=["cpu", "cuda", "rocm", "tpu"])(*args)
+    read = export.deserialize(exported.serialize()).call(*args)
+    assert types(read[1]) == types(args[1])
+    np.testing.assert_array_equal(read[0], tx.update(*args)[0])
+
+
+def test_bad_calls_are_refused():
+    params = {"w": jnp.ones(2, "bfloat16")}
+    tx = mj.keep_residual(optax.sgd(0.1))
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"params=None, .* update\(grads, state, params\)"):
+        tx.update(params, state)
+    with pytest.raises(TypeError, match="must be the ResidualState"):
+        tx.update(params, optax.sgd(0.1).init(params), params)
+    with pytest.raises(ValueError, match=r"the update at \['w'\] has shape \(3,\)"):
+        tx.update({"w": jnp.ones(3)}, state, params)
