@@ -143,9 +143,17 @@ def _kept_leaf(update, param, residual):
     wide = param.astype(np.float32)
     wanted = _velocity.reshard_alike(update.astype(np.float32), param)
     wanted = wanted + residual.astype(np.float32)
-    # Two casts would be taken for none where a compiler may keep more precision than asked for.
-    exponent, mantissa = (8, 7) if param.dtype == jnp.bfloat16 else (5, 10)
-    update = lax.reduce_precision(wide + wanted, exponent, mantissa) - wide
+    update = _rounded(wide + wanted, param.dtype) - wide
     short = wanted - update
     short = jnp.where(jnp.isfinite(short), short, np.float32(0)).astype(residual.dtype)
     return update, _velocity.shard_alike(short, residual)
+
+
+def _rounded(total, dtype):
+    """As two casts would, which a compiler may take for none."""
+    if dtype == jnp.bfloat16:
+        return lax.reduce_precision(total, exponent_bits=8, mantissa_bits=7)
+    normal = lax.reduce_precision(total, exponent_bits=5, mantissa_bits=10)
+    # That makes 0 of what is smaller, where float16 is as far apart as float32 is here.
+    here = np.float32(0.75)
+    return jnp.where(jnp.abs(total) < np.float32(2**-14), (total + here) - here, normal)
