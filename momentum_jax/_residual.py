@@ -50,7 +50,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     Args:
       inner: any Optax transformation. This one comes last: what it returns is to be applied as it
-        is, so the rest of a chain belongs inside.
+        is, so the rest of a chain belongs inside, and so do wrappers such as `apply_if_finite`.
 
     Returns:
       An Optax transformation whose state is a `ResidualState`. `update` needs the params; it
