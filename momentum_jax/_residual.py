@@ -154,6 +154,7 @@ def _rounded(total, dtype):
     if dtype == jnp.bfloat16:
         return lax.reduce_precision(total, exponent_bits=8, mantissa_bits=7)
     normal = lax.reduce_precision(total, exponent_bits=5, mantissa_bits=10)
-    # That makes 0 of what is smaller, where float16 is as far apart as float32 is here.
-    here = np.float32(0.75)
-    return jnp.where(jnp.abs(total) < np.float32(2**-14), (total + here) - here, normal)
+    # That makes 0 of what is below the normal numbers, where float16 counts in units.
+    unit = np.float32(jnp.finfo(dtype).smallest_subnormal)
+    low = lax.round(total / unit, lax.RoundingMethod.TO_NEAREST_EVEN) * unit
+    return jnp.where(jnp.abs(total) < np.float32(jnp.finfo(dtype).tiny), low, normal)
