@@ -43,7 +43,8 @@ class MomentumState(NamedTuple):
 
     Attributes:
       count: the number of steps taken, an int32 scalar; schedules are functions of it.
-      velocity: a tree like the params, each leaf with its param's shape and sharding.
+      velocity: a tree like the params, each leaf with its param's shape and sharding, or in 8
+        bits a `Quantized`. `read_velocity` gives floats.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -87,9 +88,14 @@ def momentum(
         to the params' dtype, where 0.999 may be 1.
       nesterov: whether the update looks one step ahead.
       velocity_dtype: the dtype to store the velocities of real params in: float32, float64,
-        bfloat16 or float16. None is the param's own, widened to at least float32. With 16
-        bits small gradients are rounded away: under a constant gradient a bfloat16 velocity
-        stops at 98%, 80% and 22% of its limit for mu 0.9, 0.99 and 0.999.
+        bfloat16, float16 or int8. None is the param's own, widened to at least float32. Those of
+        fewer bits are rounded by chance, so that they are right on average, where with nearest
+        rounding a bfloat16 velocity stops at 22% of its limit at mu 0.999. The chance is a hash
+        of the count, the param's path and the position in it: a run repeats to the bit, on any
+        backend and under any sharding (within shard_map the position is the one in the device's
+        part), and the runs of a vmap share it. int8 takes 1.06 bytes a value and makes of each
+        velocity a `Quantized`, of no derivative; those of less than 4096 values stay wide.
+        `read_velocity` gives all of them as floats.
 
     Returns:
       An Optax transformation. `init(params)` returns a `MomentumState` at rest.

@@ -57,9 +57,7 @@ def velocities(state: Any) -> list[Any]:
 
 @_velocity.inlined_jit
 def _read(found):
-    floats = [
-        jax.tree.map(_velocity.read, tree, is_leaf=_velocity.is_quantized) for tree in found
-    ]
+    floats = [jax.tree.map(_velocity.read, tree, is_leaf=_velocity.is_quantized) for tree in found]
     return functools.reduce(_put_together, floats)
 
 

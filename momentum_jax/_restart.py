@@ -125,7 +125,7 @@ def reset_velocity(
 
     Returns:
       The new state, each leaf in its dtype and sharding. At a scale of 0 also what was not
-      finite is 0.
+      finite is 0. In 8 bits the blocks in which anything is scaled are stored anew.
 
     Raises:
       ValueError: no velocity; a `where` that does not fit it.
@@ -155,9 +155,7 @@ def _masks(where, velocity):
         return [_check_mask(path, leaf, where(path)) for path, leaf in leaves]
     try:
         spread = jax.tree.map(
-            lambda mask, part: jax.tree.map(
-                lambda _: mask, part, is_leaf=_velocity.is_quantized
-            ),
+            lambda mask, part: jax.tree.map(lambda _: mask, part, is_leaf=_velocity.is_quantized),
             where,
             velocity,
         )

@@ -33,9 +33,7 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 _inline = getattr(jax, "Inline", None)
 inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
 
-_HELD = tuple(
-    np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.int8)
-)
+_HELD = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.int8))
 
 _LEAVE_OUT = (
     "To leave the param out, give None as its gradient or update, or give it "

@@ -127,6 +127,22 @@ def test_c2_orbax_restores_the_state_to_the_bit(sharded, velocity_dtype, tmp_pat
     assert len(held.sharding.device_set) == (8 if sharded else 1)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["one device", "eight devices"])
+def test_c2_orbax_restores_8_bits_and_residuals(sharded, tmp_path):
+    """Codes, scales and seeds; training goes on as if never stopped."""
+    tx: Any = mj.keep_residual(mj.momentum(0.1, 0.9, velocity_dtype="int8"))
+    params = {"table": jnp.linspace(-1, 1, 8192).reshape(64, 128).astype(jnp.bfloat16)}
+    params = shard(params) if sharded else params
+    _, state = tx.update(params, tx.init(params), params)
+    save(tmp_path / "state", state)
+    restored = restore(tmp_path / "state", state)
+    assert_same_bits(restored, state)
+    assert isinstance(restored.inner_state.velocity["table"], mj.Quantized)
+    for leaf, original in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert leaf.sharding == original.sharding
+    assert_same_bits(tx.update(params, restored, params), tx.update(params, state, params))
+
+
 @pytest.mark.parametrize("velocity_dtype", [None, jnp.bfloat16])
 def test_c2_flax_serialization_restores_the_state_to_the_bit(velocity_dtype):
     """Its arrays are NumPy's; the next step from them is the same, and not traced again."""

@@ -338,7 +338,7 @@ def test_what_is_not_finite_is_seen(velocity_dtype, bad):
     state = moving(mj.trace(0.5, velocity_dtype=velocity_dtype), value)
     finite = np.isfinite(np.asarray(mj.read_velocity(state), np.float32))
     expected = np.ones(SHAPE, bool)
-    expected[3, 32:64 if velocity_dtype == "int8" else 41] = False
+    expected[3, 32 : 64 if velocity_dtype == "int8" else 41] = False
     if velocity_dtype != "int8":
         expected[3, 32:40] = True
     np.testing.assert_array_equal(finite, expected)

@@ -140,9 +140,7 @@ def test_any_transformation_inside():
     grads = jnp.ones((64, 128), "bfloat16")  # Optax's Adam takes up their dtype.
     adam = mj.keep_residual(optax.chain(optax.clip(0.5), optax.adam(1e-4)))
     assert float(run(adam, params, grads, 1000)[0][0, 0]) == pytest.approx(0.9, abs=0.01)
-    tx = mj.keep_residual(
-        optax.apply_if_finite(mj.momentum(1.0, 0.0, velocity_dtype="int8"), 3)
-    )
+    tx = mj.keep_residual(optax.apply_if_finite(mj.momentum(1.0, 0.0, velocity_dtype="int8"), 3))
     _, state = tx.update(grads, tx.init(params), params, learning_rate=1e-3)
     assert np.all(np.asarray(state.residual, np.float32) != 0)
     bad, after = tx.update(grads * np.inf, state, params, learning_rate=1e-3)
