@@ -186,7 +186,7 @@ def training(seeds: int, steps: int = 200) -> dict[str, Any]:
     """
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = jnp.asarray(digits.data / 16.0, jnp.float32)
     labels = jnp.asarray(digits.target)
 

@@ -73,21 +73,21 @@ def test_noise_is_uniform_and_of_counts_paths_and_positions_independent():
     each = np.stack(
         [reference.noise(path, count, (size,)) for path in ("['a']", "['b']") for count in range(8)]
     )
-    uniform = each / 2**32
+    uniform: Any = each / 2**32
     one = 1 / np.sqrt(each.size)
     assert abs(uniform.mean() - 0.5) < 5 * one / np.sqrt(12)
     for bit in range(32):
         assert abs((each >> np.uint64(bit) & np.uint64(1)).mean() - 0.5) < 5 * one / 2
-    between = np.corrcoef(np.concatenate([uniform, np.roll(uniform, 1, axis=1)]))
+    between: Any = np.corrcoef(np.concatenate([uniform, np.roll(uniform, 1, axis=1)]))
     assert np.abs(between[np.triu_indices(32, 1)]).max() < 5 / np.sqrt(size)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("exponents", [(-2, 3), (-13, -10), (-23, -14)])
-def test_rounding_is_the_references(dtype, exponents):
+@pytest.mark.parametrize(("low", "high"), [(-2, 3), (-13, -10), (-23, -14)])
+def test_rounding_is_the_references(dtype, low, high):
     """Also where float16 has fewer and fewer bits."""
     rng = np.random.default_rng(0)
-    values = np.ldexp(rng.uniform(-1, 1, 4096), rng.integers(*exponents, 4096))
+    values = np.ldexp(rng.uniform(-1, 1, 4096), rng.integers(low, high, 4096))
     values = np.rint(values * 2.0**36) / 2.0**36
     values = values.astype(np.float32).astype(np.float64)
     noise = reference.noise("", 3, values.shape)
@@ -372,6 +372,7 @@ def test_c2_types_are_those_of_init(name):
     """Eager, jitted, donated and scanned, with one trace; updates in the gradients' dtypes."""
     tx = TRANSFORMS[name]("int8")
     state = start = tx.init(PARAMS)
+    updates = {}
     assert types(jax.eval_shape(tx.init, PARAMS)) == types(start)
     traces = []
 
