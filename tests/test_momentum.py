@@ -31,8 +31,10 @@ PUBLIC_NAMES = [
     *(
         "diagnostics",
         "frameworks",
+        "keep_residual",
         "momentum",
         "qhm",
+        "read_velocity",
         "reset_velocity",
         "schedules",
         "theory",
