@@ -27,7 +27,8 @@ import momentum_jax as mj
 
 UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
-    *("AdaptiveRestartState", "MomentumState", "adaptive_restart", "aggmo", "apply_updates"),
+    *("AdaptiveRestartState", "MomentumState", "Quantized", "ResidualState"),
+    *("adaptive_restart", "aggmo", "apply_updates"),
     *(
         "diagnostics",
         "frameworks",
