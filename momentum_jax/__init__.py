@@ -3,6 +3,7 @@
 from momentum_jax import diagnostics as diagnostics
 from momentum_jax import frameworks as frameworks
 from momentum_jax import schedules as schedules
+from momentum_jax import sharding as sharding
 from momentum_jax import theory as theory
 from momentum_jax._mixtures import aggmo as aggmo
 from momentum_jax._mixtures import qhm as qhm
@@ -34,6 +35,7 @@ __all__ = [
     "read_velocity",
     "reset_velocity",
     "schedules",
+    "sharding",
     "theory",
     "trace",
 ]

@@ -1,0 +1,280 @@
+"""An optimizer's state split over the devices that hold the same params: ZeRO's first stage.
+
+The state itself says how it is split: `init` chooses, and `update` follows what it is given.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from momentum_jax import _velocity
+from momentum_jax._shard_alike import reshard_alike, shard_alike
+
+PyTree = Any
+Path = tuple[Any, ...]
+# An entry a dimension: no axis, an axis, several, or UNCONSTRAINED where jit hides the axes.
+Entries = tuple[Any, ...]
+
+_HIDDEN = PartitionSpec.UNCONSTRAINED
+
+
+def zero1(
+    inner: optax.GradientTransformation, mesh: Mesh, axis: str = "data", *, strict: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Splits the state of `inner` over a mesh axis along which the params are replicated.
+
+        g  <- the part of the gradient's sum that belongs to this device       reduce-scatter
+        state, u <- inner(g, state, the same part of w)                        1 part of n
+        u  <- all parts                                                        all-gather
+
+    The numbers are those of `inner`, the traffic is that of an all-reduce, and the state takes
+    1/n of the bytes on each of the n devices. Each array of the state that belongs to a param
+    is split on the first dimension that n divides, of what the param's own sharding has left of
+    it: with n = 2, a param of shape (6, 8) with its rows over 2 other devices has 3 rows a
+    device, so the columns are split. What is sharded over `axis` already (FSDP) stays as it is,
+    and so do the params, and what nothing divides (see `unsplit`), counts too.
+
+    Call `init` outside jit, where it is one compiled program that never holds a whole array of
+    the state, or inside, with one limit: on axes that are not Explicit, jit hides how its
+    arguments are sharded. There the dimension is chosen by the shape alone, and a param that
+    has another axis on that dimension has its state split over `axis` only.
+
+    Args:
+      inner: an Optax transformation. An array of its state belongs to the param whose path its
+        own path contains, as in `(mu, nu)` of Adam, in chains and under Optax's wrappers.
+      mesh: the mesh that the params are on; its axes all Auto, or all Explicit.
+      axis: the name of the axis.
+      strict: whether a param whose state cannot be split is an error.
+
+    Returns:
+      An Optax transformation. `init(params)` returns the state of `inner`, on the mesh; params
+      may be a tree of `jax.ShapeDtypeStruct`. `update(grads, state, params, **extra_args)`
+      needs the params: the updates come back in their sharding. Extra arguments go to `inner`.
+      After a restore the state must be on the mesh again: give `init(params)` as the target.
+
+    Raises:
+      TypeError: a mesh that is none.
+      ValueError: an axis that the mesh has not; axes of several types; a param that is not on
+        the mesh; no params at update; with `strict`, params that cannot be split.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, momentum_jax as mj
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+      >>> params = jax.device_put(jnp.zeros((16, 2)), NamedSharding(mesh, PartitionSpec()))
+      >>> tx = mj.sharding.zero1(mj.momentum(0.5), mesh)
+      >>> state = tx.init(params)
+      >>> rows = state.velocity.sharding.shard_shape((16, 2))[0]
+      >>> print(rows * jax.device_count())
+      16
+      >>> updates, state = tx.update(jnp.ones_like(params), state, params)
+      >>> print(updates[0], updates.sharding == params.sharding)
+      [-0.5 -0.5] True
+
+    Source:
+      Rajbhandari and others (2020), ZeRO: memory optimizations toward training trillion
+      parameter models, section 5.1; Xu and others (2020), Automatic cross-replica sharding of
+      weight update in data-parallel training.
+    """
+    _check(mesh, axis)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> optax.OptState:
+        whole = unsplit(params, mesh, axis)
+        if strict and whole:
+            raise ValueError(
+                f"no dimension of these params is a multiple of the {mesh.shape[axis]} devices "
+                f"of the axis {axis!r}: {', '.join(f'{k} {v}' for k, v in whole.items())}. "
+                "Give them such a dimension, or strict=False, with which their state stays whole."
+            )
+        owners = tuple(_owners(params, mesh).items())
+        arrays = jax.tree.map(lambda x: None if isinstance(x, jax.ShapeDtypeStruct) else x, params)
+        _velocity.check_arrays("param", arrays)
+        leaves, treedef = jax.tree.flatten(params)
+        abstract = tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in leaves)
+        arrays = treedef.flatten_up_to(arrays)
+        return _init(inner.init, mesh, axis, owners, treedef, abstract, arrays)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if params is None:
+            raise ValueError(
+                "zero1 needs the params, in whose sharding the updates come back: "
+                "tx.update(grads, state, params)."
+            )
+        whole = dict(jax.tree_util.tree_leaves_with_path(params))
+        held: dict[Path, Any] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            owner = _owner(path, whole)
+            if owner is not None and np.shape(leaf) == np.shape(whole[owner]):
+                held.setdefault(owner, leaf)
+        grads, part = (_alike(tree, held, mesh) for tree in (updates, params))
+        updates, new = inner.update(grads, state, part, **extra_args)
+        before = dict(jax.tree_util.tree_leaves_with_path(state))
+        return _alike(updates, whole, mesh), _alike(new, before, mesh)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def unsplit(params: PyTree, mesh: Mesh, axis: str = "data") -> dict[str, tuple[int, ...]]:
+    """The params whose state `zero1` leaves whole on every device: no dimension can be split.
+
+    Args:
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct`.
+      mesh: as for `zero1`.
+      axis: as for `zero1`.
+
+    Returns:
+      The shape of each such param by its path.
+
+    Raises:
+      TypeError, ValueError: as for `zero1`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, momentum_jax as mj
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+      >>> shapes = {"kernel": jax.ShapeDtypeStruct((5, 8), jnp.float32), "scale": 1.0}
+      >>> mj.sharding.unsplit(shapes, mesh)
+      {"['scale']": ()}
+    """
+    _check(mesh, axis)
+    return {
+        jax.tree_util.keystr(path): shape
+        for path, (shape, own) in _owners(params, mesh).items()
+        if axis not in _axes(*_split(own, shape, mesh, axis))
+    }
+
+
+def _check(mesh, axis):
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh={mesh!r} must be a jax.sharding.Mesh, as jax.make_mesh returns it.")
+    if axis not in mesh.axis_names:
+        raise ValueError(f"axis={axis!r} must be one of the axes of the mesh, {mesh.axis_names}.")
+    if len(set(mesh.axis_types)) > 1:
+        raise ValueError(
+            f"the axes of the mesh are {mesh.axis_types}, but must be all Auto or all Explicit: "
+            "give jax.make_mesh one axis type for all."
+        )
+
+
+def _is_explicit(mesh):
+    return AxisType.Explicit in mesh.axis_types
+
+
+def _owners(params: PyTree, mesh: Mesh) -> dict[Path, tuple[tuple[int, ...], Entries]]:
+    """Shape and own sharding of each param, by its path."""
+    return {
+        path: (np.shape(param), _own(path, param, mesh))
+        for path, param in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def _own(path, param, mesh) -> Entries:
+    dimensions = len(np.shape(param))
+    if isinstance(param, Tracer) and not _is_explicit(mesh):
+        return (_HIDDEN,) * dimensions
+    sharding = (
+        jax.typeof(param).sharding
+        if isinstance(param, Tracer)
+        else getattr(param, "sharding", None)
+    )
+    spec = PartitionSpec()
+    if isinstance(sharding, NamedSharding) and sharding.mesh in (mesh, mesh.abstract_mesh):
+        spec = sharding.spec
+    elif isinstance(param, jax.Array) and not isinstance(param, Tracer):
+        raise ValueError(
+            f"the param {_velocity.at(path)} is not on the mesh {mesh}, but on {sharding}. Put it "
+            "there: jax.device_put(params, NamedSharding(mesh, PartitionSpec())) replicates all."
+        )
+    return (*spec, *[None] * (dimensions - len(spec)))
+
+
+def _axes(*entries) -> Iterator[str]:
+    """The names of the axes in the entries of a PartitionSpec."""
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, tuple):
+            yield from entry
+
+
+def _split(own: Entries, shape: tuple[int, ...], mesh: Mesh, axis: str) -> PartitionSpec:
+    """The sharding of an array of the state, of which `own` is its param's, with the axis in it."""
+    entries = [
+        entry if size % math.prod(mesh.shape[name] for name in _axes(entry)) == 0 else None
+        for size, entry in zip(shape, (*own, *[None] * len(shape)), strict=False)
+    ]
+    if axis not in _axes(*entries):
+        for i, (size, entry) in enumerate(zip(shape, entries, strict=True)):
+            names = (*_axes(entry), axis)
+            if size and size % math.prod(mesh.shape[name] for name in names) == 0:
+                entries[i] = names if len(names) > 1 else axis
+                break
+    return PartitionSpec(*entries)
+
+
+def _owner(path: Path, params: dict[Path, Any]) -> Path | None:
+    """The path of the param to which an array of the state belongs: the longest, then the last."""
+    for length in range(len(path), -1, -1):
+        for start in range(len(path) - length, -1, -1):
+            if path[start : start + length] in params:
+                return path[start : start + length]
+    return None
+
+
+@functools.partial(_velocity.inlined_jit, static_argnums=(0, 1, 2, 3, 4, 5), keep_unused=True)
+def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
+    owners = dict(owners)
+
+    def sharding(path, shape):
+        owner = _owner(path, owners)
+        own = () if owner is None else owners[owner][1]
+        spec = PartitionSpec() if owner is None else _split(own, shape, mesh, axis)
+        return NamedSharding(mesh, spec)
+
+    def place(path, leaf):
+        to = sharding(path, np.shape(leaf))
+        put = jax.sharding.reshard if _is_explicit(mesh) else jax.lax.with_sharding_constraint
+        return put(leaf, to)
+
+    parts = [
+        place(path, array)
+        if shape is None
+        else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding(path, shape.shape))
+        for path, shape, array in zip(owners, abstract, arrays, strict=True)
+    ]
+    return jax.tree_util.tree_map_with_path(place, inner_init(treedef.unflatten(parts)))
+
+
+def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh) -> PyTree:
+    """The tree with each array in the sharding of what is held under its path, if anything is."""
+
+    def leaf(path, x):
+        if path not in held or np.shape(x) != np.shape(held[path]) or _velocity.is_absent(x):
+            return x
+        like = held[path]
+        if not isinstance(x, Tracer) and not isinstance(like, Tracer):
+            replicated = NamedSharding(mesh, PartitionSpec())
+            return jax.device_put(x, getattr(like, "sharding", replicated))
+        x, like = jnp.asarray(x), jnp.asarray(like)
+        if _is_explicit(mesh):
+            return reshard_alike(x, like)
+        if x.ndim == 0 or jax.device_count() == 1:
+            return x
+        # A value of its own: what it was made of keeps the sharding that it has.
+        free = NamedSharding(mesh, PartitionSpec(*[_HIDDEN] * x.ndim))
+        return shard_alike(jax.lax.with_sharding_constraint(x, free), like)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
