@@ -88,6 +88,7 @@ def zero1(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:
+        _check_context()
         whole = unsplit(params, mesh, axis)
         if strict and whole:
             raise ValueError(
@@ -109,6 +110,7 @@ def zero1(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        _check_context()
         if params is None:
             raise ValueError(
                 "zero1 needs the params, in whose sharding the updates come back: "
@@ -123,7 +125,7 @@ def zero1(
         grads, part = (_alike(tree, held, mesh) for tree in (updates, params))
         updates, new = inner.update(grads, state, part, **extra_args)
         before = dict(jax.tree_util.tree_leaves_with_path(state))
-        return _alike(updates, whole, mesh), _alike(new, before, mesh)
+        return _alike(updates, whole, mesh), _alike(new, before, mesh, is_state=True)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -166,6 +168,15 @@ def _check(mesh, axis):
         raise ValueError(
             f"the axes of the mesh are {mesh.axis_types}, but must be all Auto or all Explicit: "
             "give jax.make_mesh one axis type for all."
+        )
+
+
+def _check_context():
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual:
+        raise ValueError(
+            f"zero1 is within shard_map over {manual}, where one device sees its own part alone. "
+            "Leave shard_map for the loss and its gradient, and call init and update outside."
         )
 
 
@@ -258,7 +269,7 @@ def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
     return jax.tree_util.tree_map_with_path(place, inner_init(treedef.unflatten(parts)))
 
 
-def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh) -> PyTree:
+def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, is_state: bool = False) -> PyTree:
     """The tree with each array in the sharding of what is held under its path, if anything is."""
 
     def leaf(path, x):
@@ -273,8 +284,11 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh) -> PyTree:
             return reshard_alike(x, like)
         if x.ndim == 0 or jax.device_count() == 1:
             return x
-        # A value of its own: what it was made of keeps the sharding that it has.
-        free = NamedSharding(mesh, PartitionSpec(*[_HIDDEN] * x.ndim))
-        return shard_alike(jax.lax.with_sharding_constraint(x, free), like)
+        if not is_state:
+            # A value of its own: what it is made of, which for an update may be the state's new
+            # velocity itself, keeps the sharding that it has.
+            free = NamedSharding(mesh, PartitionSpec(*[_HIDDEN] * x.ndim))
+            x = jax.lax.with_sharding_constraint(x, free)
+        return shard_alike(x, like)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

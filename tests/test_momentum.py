@@ -38,6 +38,7 @@ PUBLIC_NAMES = [
         "read_velocity",
         "reset_velocity",
         "schedules",
+        "sharding",
         "theory",
         "trace",
     ),
