@@ -256,17 +256,26 @@ def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
         return NamedSharding(mesh, spec)
 
     def place(path, leaf):
-        to = sharding(path, np.shape(leaf))
         put = jax.sharding.reshard if _is_explicit(mesh) else jax.lax.with_sharding_constraint
-        return put(leaf, to)
+        return put(leaf, sharding(path, np.shape(leaf)))
 
-    parts = [
-        place(path, array)
+    def place_like_param(path, leaf):
+        owner = _owner(path, owners)
+        shape, own = ((), ()) if owner is None else owners[owner]
+        if _HIDDEN in own and np.shape(leaf) == shape:
+            # Chosen by the param, it takes from it the axes that are hidden here.
+            part = parts[owner]
+            leaf = jnp.where(part == part, leaf, leaf)
+        return place(path, leaf)
+
+    parts = {
+        path: place(path, array)
         if shape is None
         else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding(path, shape.shape))
         for path, shape, array in zip(owners, abstract, arrays, strict=True)
-    ]
-    return jax.tree_util.tree_map_with_path(place, inner_init(treedef.unflatten(parts)))
+    }
+    state = inner_init(treedef.unflatten(parts.values()))
+    return jax.tree_util.tree_map_with_path(place_like_param, state)
 
 
 def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, is_state: bool = False) -> PyTree:

@@ -1,4 +1,4 @@
-"""Every code block of the README runs, and says what the README says it says."""
+"""Every code block of the README and of docs/ runs, and says what the page says it says."""
 
 import re
 import subprocess
@@ -7,9 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_job
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    return re.findall(r"```(\w+)\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+BLOCKS = blocks("README.md")
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [code for language, code in BLOCKS if language == "bash"]
 
@@ -68,3 +75,21 @@ def test_a_command_is_one_line_that_installs_and_runs(command):
     module = re.fullmatch(r"\.venv/bin/python -m ([\w.]+)", steps[2])
     assert module
     subprocess.run([sys.executable, "-m", module[1], "--help"], check=True, capture_output=True)
+
+
+def test_the_page_on_devices_prints_what_its_comments_say(capsys):
+    """Its blocks follow one another in one program, on eight devices; the last is a job's."""
+    found = blocks("docs/devices.md")
+    assert {language for language, _ in found} == {"python"}
+    program = "\n".join(code for _, code in found[:-1])
+    exec(program, {})
+    said = re.findall(r"^print\(.*\)\s+# (\[.*?\]|\{.*\}|\w+)", program, flags=re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == said
+    assert len(said) == 5
+
+
+def test_the_job_of_the_page_on_devices_runs_in_two_processes(tmp_path):
+    (tmp_path / "job.py").write_text(blocks("docs/devices.md")[-1][1])
+    for printed in run_job(tmp_path / "job.py", str(tmp_path)):
+        assert re.search(r"^4 devices, loss 0\.\d+$", printed, flags=re.MULTILINE)
+    assert (tmp_path / "step-20").is_dir()
