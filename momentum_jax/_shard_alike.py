@@ -16,8 +16,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def shard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
+def shard_alike(value: jax.Array, like: jax.Array, *, apart: bool = False) -> jax.Array:
     """`value`, in the sharding that `like` turns out to have. Shapes must be equal.
+
+    With `apart` it is a copy that is held so: what it is made of keeps a sharding of its own.
 
     The partitioner groups arrays by the code that they come from: a jitted function that is
     called for two models within one program ties the shardings of the two together.
@@ -26,7 +28,7 @@ def shard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
         return value  # Nothing to hold, and an annotation costs compile time.
     if AxisType.Manual in jax.typeof(like).sharding.mesh.axis_types:
         return value  # Within shard_map: the partitioner has no groups beside manual axes.
-    return _shard_alike_p.bind(reshard_alike(value, like), like)
+    return _shard_alike_p.bind(reshard_alike(value, like), like, apart=apart)
 
 
 def reshard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
@@ -46,13 +48,13 @@ def whole_from(value: jax.Array, axis: int) -> jax.Array:
 
 
 _shard_alike_p = Primitive("momentum_jax_shard_alike")
-_shard_alike_p.def_impl(lambda value, like: value)
-_shard_alike_p.def_abstract_eval(lambda value, like: value)
+_shard_alike_p.def_impl(lambda value, like, apart: value)
+_shard_alike_p.def_abstract_eval(lambda value, like, apart: value)
 # Each program counts from 0, so that one function gives one text: the compilation cache's key.
 _group_ids: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _lower(ctx, value, like):
+def _lower(ctx, value, like, *, apart):
     # Without Shardy, JAX's partitioner from 0.7 on, the choice is left to its predecessor. Two
     # exported programs may meet in a third, where their groups would be taken for one another.
     module = ctx.module_context
@@ -60,23 +62,25 @@ def _lower(ctx, value, like):
         jax.config.values.get("jax_use_shardy_partitioner", True)
         and not module.lowering_parameters.for_export
     ):
+        if apart:
+            value = sdy.PropagationBarrierOp(value, sdy.PropagationDirection.NONE).result
         group = next(_group_ids.setdefault(module.module, itertools.count()))
         sdy.ShardingGroupOp(value, group)
         sdy.ShardingGroupOp(like, group)
     return [value]
 
 
-def _batch(arguments, dimensions):
+def _batch(arguments, dimensions, **how):
     value, like = arguments
     value_dimension, like_dimension = dimensions
     if None in dimensions:
         return value, value_dimension
     value = jnp.moveaxis(value, value_dimension, like_dimension)
-    return _shard_alike_p.bind(value, like), like_dimension
+    return _shard_alike_p.bind(value, like, **how), like_dimension
 
 
-def _differentiate(primals, tangents):
-    return _shard_alike_p.bind(*primals), tangents[0]
+def _differentiate(primals, tangents, **how):
+    return _shard_alike_p.bind(*primals, **how), tangents[0]
 
 
 # Cached, one lowering would serve all leaves of a shape, and put them all into one group.

@@ -291,13 +291,10 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, is_state: bool = 
         x, like = jnp.asarray(x), jnp.asarray(like)
         if _is_explicit(mesh):
             return reshard_alike(x, like)
-        if x.ndim == 0 or jax.device_count() == 1:
+        if x.ndim == 0:
             return x
-        if not is_state:
-            # A value of its own: what it is made of, which for an update may be the state's new
-            # velocity itself, keeps the sharding that it has.
-            free = NamedSharding(mesh, PartitionSpec(*[_HIDDEN] * x.ndim))
-            x = jax.lax.with_sharding_constraint(x, free)
-        return shard_alike(x, like)
+        # The params' sharding and the state's must not spread to one another. The state's own
+        # values are not copied: an update may be the new velocity, and compilers merge copies.
+        return shard_alike(x, like, apart=not is_state)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

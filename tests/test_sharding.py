@@ -256,8 +256,28 @@ def test_no_value_is_held_in_two_shardings():
     params = make_params(mesh)
     arguments = params, tx.init(params), make_batch(0, mesh)
     text = jax.jit(make_step(tx)).lower(*arguments).as_text()
-    copied = re.findall(r"sdy.sharding_constraint (%\w+) <@mesh, \[\{\?\}", text)
+    copied = re.findall(r"sdy.propagation_barrier (%\w+)", text)
     assert len(copied) == len(set(copied)) >= len(SHAPES)
+
+
+@pytest.mark.parametrize(("axis_type", "axes"), MESHES)
+def test_a_whole_run_in_one_program_leaves_every_array_where_it_was(axis_type, axes):
+    """The params are carried by the loop: nothing but the step says how they are sharded."""
+    mesh = make_mesh(axis_type, axes)
+    tx = mj.sharding.zero1(mj.momentum(0.1), mesh)
+    params = make_params(mesh)
+    state = tx.init(params)
+    batch = make_batch(0, mesh)
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, _):
+            return make_step(tx)(*carry, batch), None
+
+        return jax.lax.scan(step, (params, state), None, length=3)[0]
+
+    with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
+        assert_same_sharding(run(params, state), (params, state))
 
 
 def test_init_from_abstract_params():
