@@ -293,8 +293,13 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, is_state: bool = 
             return reshard_alike(x, like)
         if x.ndim == 0:
             return x
-        # The params' sharding and the state's must not spread to one another. The state's own
-        # values are not copied: an update may be the new velocity, and compilers merge copies.
-        return shard_alike(x, like, apart=not is_state)
+        if is_state:
+            # Not copied: an update may be the new velocity itself, and compilers merge copies.
+            return shard_alike(x, like)
+        # The sharding of the params and that of the state do not spread to one another; a copy
+        # moved once is summed and cut once (reduce-scatter), and not again for each use of it.
+        moved = shard_alike(x, like, apart=True)
+        free = NamedSharding(mesh, PartitionSpec(*[_HIDDEN] * x.ndim))
+        return jax.lax.with_sharding_constraint(moved, free)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
