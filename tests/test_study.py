@@ -93,7 +93,7 @@ def test_the_answer_and_the_tables_are_in_the_terminal(finished):
     assert answer in done.stdout
     for contrast in ("At the same learning rate:", "At the same effective", "With the learning"):
         assert re.search(rf"^{contrast}", done.stdout, re.MULTILINE)
-    assert re.search(r"\| mu 0.9, tuned +\| x0.5 +\|", done.stdout)
+    assert re.search(r"\| mu 0.9, tuned +\| all +\|", done.stdout)
     assert "a better one may lie beyond it" in done.stdout
 
 

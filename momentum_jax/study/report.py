@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from momentum_jax.diagnostics import Measurement
 from momentum_jax.study import plots
-from momentum_jax.study.statistics import Summary, final, summarize
+from momentum_jax.study.statistics import Comparison, Summary, final, summarize
 
 QUESTION = "Does momentum take the luck out of the initial weights?"
 SIGNIFICANT = 0.05
@@ -158,10 +158,10 @@ def _clear(rows):
 
 
 def text(dataset: xr.Dataset, summary: Summary) -> str:
-    """What the terminal shows: the answer, and a table of each contrast."""
+    """What the terminal shows: the answer, and what each contrast says of all runs together."""
     parts: list[str] = [answer(dataset, summary).replace("**", "")]
     for contrast in _contrasts(dataset):
-        parts += [f"{_kind(contrast.name)}:", _comparisons_table(summary, contrast)]
+        parts += [f"{_kind(contrast.name)}:", _table(_rows(summary.pooled_comparisons, contrast))]
     return "\n\n".join([*parts, *_warnings(dataset)])
 
 
@@ -299,10 +299,15 @@ def _warnings(dataset: xr.Dataset) -> list[str]:
 
 
 def _comparisons_table(summary: Summary, contrast: Contrast) -> str:
+    rows = _rows([*summary.comparisons, *summary.pooled_comparisons], contrast)
+    return _table(sorted(rows, key=lambda row: contrast.arms.index(row["arm"])))
+
+
+def _rows(comparisons: Sequence[Comparison], contrast: Contrast) -> list[dict[str, str]]:
     def p(of):
         return "" if of.p_holm is None else f"{of.p_holm:.2g}"
 
-    rows = [
+    return [
         {
             "arm": row.arm,
             "init": "all" if row.init_scale is None else f"x{row.init_scale:g}",
@@ -314,10 +319,9 @@ def _comparisons_table(summary: Summary, contrast: Contrast) -> str:
             "lost": str(row.escape.lost),
             "p(rescued)": p(row.escape),
         }
-        for row in (*summary.comparisons, *summary.pooled_comparisons)
+        for row in comparisons
         if row.contrast == contrast.name
     ]
-    return _table(sorted(rows, key=lambda row: contrast.arms.index(row["arm"])))
 
 
 def _cells_table(summary, name):
