@@ -62,12 +62,13 @@ def loss_curves(results: xr.Dataset, arms: Sequence[str], init_scale: float, axe
     """
     # A diverged run stays in the picture, at its top.
     loss = results.loss.sel(init_scale=init_scale).fillna(np.inf)
+    loss = loss.isel(step=slice(None, None, -(-len(loss.step) // 101)))  # No eye sees more.
     for arm, color in zip(arms, itertools.cycle(COLORS), strict=False):
         low, middle, high = np.quantile(
             loss.sel(arm=arm).values, [0.1, 0.5, 0.9], axis=0, method="nearest"
         )
-        axes.plot(results.step, middle, color=color, label=arm)
-        axes.fill_between(results.step, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(loss.step, middle, color=color, label=arm)
+        axes.fill_between(loss.step, low, high, color=color, alpha=0.15, linewidth=0)
     _worst(axes, results)
     _loss_axis(axes, "y", loss.sel(arm=list(arms)))
     axes.set(xlabel="step", ylabel="loss", title=f"initial scale x{init_scale:g}")
@@ -105,6 +106,7 @@ def paired(results: xr.Dataset, plain: str, arm: str, axes: Axes) -> Axes:
             label=f"{name} ({chosen.sum()})",
             s=18,
             alpha=0.8,
+            rasterized=True,  # Else a page of many pairs is several megabytes large.
             **style,
         )
     both = ends.loss.sel(arm=[plain, arm])

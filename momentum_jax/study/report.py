@@ -548,6 +548,7 @@ def _typical_pair(dataset, kind):
 
 
 STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # Letters, not their outlines, which are larger than the pictures.
     "svg.hashsalt": "momentum_jax",
     "axes.spines.top": False,
     "axes.spines.right": False,
