@@ -91,9 +91,10 @@ def momentum(
         bfloat16, float16 or int8. None is the param's own, widened to at least float32. Those of
         fewer bits are rounded by chance, so that they are right on average, where with nearest
         rounding a bfloat16 velocity stops at 22% of its limit at mu 0.999. The chance is a hash
-        of the count, the param's path and the position in it: a run repeats to the bit, on any
+        of the count, the param's path and the position in it: the same bits in each run, on any
         backend and under any sharding (within shard_map the position is the one in the device's
-        part), and the runs of a vmap share it. int8 takes 1.06 bytes a value and makes of each
+        part), and the runs of a vmap share it. Beyond them compilers differ in the last bit of
+        the arithmetic, as they do in 32 bits. int8 takes 1.06 bytes a value and makes of each
         velocity a `Quantized`, of no derivative; those of less than 4096 values stay wide.
         `read_velocity` gives all of them as floats.
 
