@@ -44,8 +44,12 @@ def velocities(state: PyTree, kind: type = MomentumState) -> dict[str, Any]:
                     f"the state holds two velocities of the param {name or 'at the root'}, so that "
                     "it is not clear which is meant. Carry over the parts of the chain one by one."
                 )
-            found[name] = _velocity.read(leaf) if _velocity.is_quantized(leaf) else leaf
+            found[name] = _read(leaf) if _velocity.is_quantized(leaf) else leaf
     return found
+
+
+# Outside jit nothing new can be made on an Explicit mesh, as reading 8 bits does.
+_read = _velocity.inlined_jit(_velocity.read)
 
 
 def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type) -> PyTree:

@@ -154,7 +154,7 @@ def scale(held: Quantized, factor: jax.Array, mask: jax.Array) -> Quantized:
     value = read(held)
     factor = jnp.asarray(factor, np.float32)
     scaled = jnp.where(factor == 0, np.float32(0), factor * value)
-    mask = jnp.broadcast_to(mask, value.shape)
+    mask = reshard_alike(jnp.broadcast_to(mask, value.shape), value)
     stored = store(jnp.where(mask, scaled, value), held, held.seed)
     changed = jnp.any(_blocks(mask, held.scales.shape), axis=-1)
     return Quantized(

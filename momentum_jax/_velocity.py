@@ -214,6 +214,7 @@ def scale(held: Any, factor: Any, mask: Any) -> Any:
     dtype = _wide(held.dtype)
     factor = jnp.asarray(factor, dtype)
     scaled = jnp.where(factor == 0, jnp.zeros((), dtype), factor * held.astype(dtype))
+    mask = reshard_alike(jnp.broadcast_to(mask, held.shape), held)
     return shard_alike(jnp.where(mask, scaled.astype(held.dtype), held), held)
 
 
@@ -244,7 +245,7 @@ def inner_products_by_leaf(
         leaf = read(leaf)
         _check_gradient_dtype(path, grad.dtype, leaf.dtype)
         dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
-        grad, leaf = grad.astype(dtype), leaf.astype(dtype)
+        grad, leaf = reshard_alike(grad.astype(dtype), leaf), leaf.astype(dtype)
         pairs = ((grad, grad), (grad, leaf), (leaf, leaf))
         found[jax.tree_util.keystr(path)] = tuple(jnp.sum(jnp.real(a.conj() * b)) for a, b in pairs)
     return found
@@ -253,7 +254,9 @@ def inner_products_by_leaf(
 def with_value(held: Any, value: Any) -> Any:
     """A velocity of another value in the dtype of what is held."""
     if is_quantized(held):
-        return _narrow.quantize(jnp.asarray(value), held.scales.shape, held.seed)
+        # On the host, for outside jit nothing new can be made on an Explicit mesh.
+        value, seed = np.asarray(value), np.asarray(held.seed)
+        return _narrow.quantize(jnp.asarray(value), held.scales.shape, seed)
     return np.asarray(value).astype(held.dtype)
 
 
