@@ -74,7 +74,7 @@ def test_noise_is_the_references(shape):
 
 def test_noise_is_uniform_and_of_counts_paths_and_positions_independent():
     """Means, bits, and correlations along each way that a stream might repeat itself."""
-    size = 2**16
+    size = 2**14
     each = np.stack(
         [reference.noise(path, count, (size,)) for path in ("['a']", "['b']") for count in range(8)]
     )
@@ -288,18 +288,18 @@ def test_blocks_of_any_shape():
     scales = {
         (4096,): (128,),
         (64, 100): (64, 3),
-        (100, 63): (100, 1),
         (1000, 31): (968,),
         (32, 16, 3, 3): (32, 4),
     }
     values = {str(shape): normal(shape) for shape in scales}
     state = moving(mj.trace(0.0, velocity_dtype="int8"), values, steps=1)
+    read = mj.read_velocity(state)
     for shape, of_scales in scales.items():
         held, value = state.velocity[str(shape)], values[str(shape)]
         assert (held.codes.shape, held.codes.dtype) == (shape, jnp.int8)
         assert (held.scales.shape, held.scales.dtype) == (of_scales, jnp.uint16)
         assert sum(x.nbytes for x in held) <= 1.07 * value.size
-        error = np.abs(mj.read_velocity(state)[str(shape)] - value)
+        error = np.abs(read[str(shape)] - value)
         assert error.max() < 1.6 / 126 * np.abs(value).max()
 
 
