@@ -66,3 +66,23 @@ def test_the_noise_is_as_long_as_it_says_and_its_mean_is_the_gradient():
 def test_refusals(make_arm, error, message):
     with pytest.raises(error, match=message):
         make_arm()
+
+
+@pytest.mark.parametrize("setting", [True, np.array([True, False]), np.ones((1, 1))])
+def test_a_setting_that_is_no_number_is_refused_with_the_remedy(setting):
+    odd: Any = setting
+    with pytest.raises(TypeError, match=r"rate=.* of the arm 'a' must be a number.*partial"):
+        Arm("a", mj.momentum, rate=odd)
+
+
+def test_settings_may_come_from_numpy_and_jax():
+    values: Any = {"a": np.float32(0.5), "b": jnp.ones(2), "c": [1.0, 2.0], "d": np.array([0.5])}
+    assert Arm("a", mj.momentum, **values).settings == {
+        "a": 0.5, "b": (1.0, 1.0), "c": (1.0, 2.0), "d": (0.5,)
+    }  # fmt: skip
+
+
+def test_rates_that_differ_have_different_names():
+    (one,), (other,) = (make.same_rate([make.plain()], rate) for rate in (0.1, 0.1001))
+    assert one.name != other.name
+    assert make.same_effective_rate(make.with_momentum(["0.99"]), 0.1)[0].name.endswith(" at 0.001")

@@ -3,6 +3,7 @@
 import random
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,43 @@ def test_find_says_in_one_line_what_there_is(own, text, says):
     with pytest.raises(ValueError, match=says) as caught:
         problems.find(text.format(**paths))
     assert "\n" not in str(caught.value)
+
+
+def test_functions_that_cannot_be_trained_are_refused_in_one_line():
+    def draw(key):
+        return jax.random.normal(key, (2,))
+
+    def bowl(w):
+        return jnp.sum(w**2)
+
+    def broken(w):
+        return jnp.sum(w @ jnp.ones(3))
+
+    counted = {"init": lambda key: {"w": draw(key), "n": jnp.arange(3)}, "loss": lambda p: 0.0}
+    for change, message in [
+        (
+            {"loss": lambda w: w**2},
+            r"loss\(params\) of odd must return one float, but returns shape",
+        ),
+        ({"loss": lambda w: jnp.int32(1)}, r"one float, but returns shape \(\) of int32"),
+        ({"loss": lambda w: None}, "one float, but returns NoneType"),
+        (
+            {"loss": broken},
+            r"loss\(params\) of odd fails: TypeError: dot_general.*test_problems.py, ",
+        ),
+        ({"loss": lambda w, batch: bowl(w)}, "fails: TypeError: .* missing 1 required"),
+        ({"metric": lambda w: w}, r"metric\(params\) of odd must return one number"),
+        ({"loss": bowl, "data": np.ones((3, 1))}, r"loss\(params, batch\) of odd fails: TypeError"),
+        ({"init": lambda key, size: key}, r"init\(key\) of odd fails: TypeError"),
+        ({"init": lambda key: ()}, r"init\(key\) of odd must return params, but returns \(\)"),
+        (counted, r"must return floats, but is int32 at params\['n'\]"),
+    ]:
+        odd: Any = Problem(**{"init": draw, "loss": bowl, "name": "odd"} | change)
+        with pytest.raises(ValueError, match=message) as refused:
+            problems.check(odd)
+        assert "\n" not in str(refused.value)
+    for make in problems.PROBLEMS.values():
+        problems.check(make())
 
 
 def test_a_package_that_is_missing_is_named_with_the_remedy(monkeypatch):

@@ -323,6 +323,47 @@ def test_tuning_finds_the_best_rate_of_each_arm_at_each_scale():
     assert found[1] == {"arm": "mu 0", "init_scale": 3.0, "learning_rate": 1.0, "edge": None}
 
 
+def test_tuning_begins_anew_as_often_as_the_study():
+    """At a quarter of the steps the best learning rate is another than at all of them."""
+
+    def loss(w):  # what a step changes by learning_rate: 4 steps of 1/4, or 16 of 1/16
+        return w[0]
+
+    def sprint(learning_rate):
+        """Is at -1 after 1 / learning_rate steps, and falls back from there."""
+
+        def update(updates, count, params=None):
+            forth = jnp.where(count < 1 / learning_rate, -1.0, 1.0)
+            return jax.tree.map(lambda g: g * forth * learning_rate, updates), count + 1
+
+        return optax.GradientTransformation(lambda params: 0, update)
+
+    line = Problem(lambda key: jnp.zeros(1), loss, name="line")
+    arms = [Arm("once", sprint), Arm("four times", sprint, tries=4)]
+    _, found = tune(line, arms, [1 / 16, 1 / 4], 2, steps=16)
+    assert [row["learning_rate"] for row in found] == [1 / 16, 1 / 4]
+
+
+def test_each_try_has_an_equal_part_of_the_steps_however_many_they_are():
+    seen = Arm("seen", lambda: optax.scale(-1.0), tries=4)
+    line = Problem(lambda key: jnp.zeros(2), lambda w: w.sum(), name="line")
+    result = run(line, [seen], seeds=[0], steps=6, evaluations=3)
+    assert sweep.rounded(line, [seen], 6) == 8
+    np.testing.assert_array_equal(result.step, [0, 2, 4, 6, 8])
+    np.testing.assert_array_equal(result.loss.squeeze(), [0, -4, -4, -4, -4])
+
+
+def test_params_keep_their_dtype():
+    def loss(w):
+        assert w.dtype == jnp.bfloat16
+        return jnp.sum(w**2)
+
+    half = Problem(lambda key: jax.random.normal(key, (3,), jnp.bfloat16), loss, name="half")
+    result = run(half, [HEAVY, Arm("sgd", optax.sgd, learning_rate=0.1)], seeds=[0, 1], steps=4)
+    assert result.loss.dtype == np.float32
+    assert np.isfinite(result.loss).all()
+
+
 def test_tuning_sees_no_weights_of_the_study(monkeypatch):
     seen = []
 
@@ -341,7 +382,13 @@ def test_tuning_sees_no_weights_of_the_study(monkeypatch):
     [
         ({"arms": []}, "unique names, at least one"),
         ({"arms": [PLAIN, PLAIN]}, "unique names"),
-        ({"seeds": []}, "must be one or more"),
+        ({"seeds": []}, "must be a sequence of different numbers"),
+        ({"seeds": [0, 1, 0]}, "seeds=.* must be a sequence of different numbers"),
+        ({"seeds": [-1]}, "must be at least 0"),
+        ({"init_scales": [1.0, 1.0]}, "init_scales=.* must be a sequence of different numbers"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"evaluations": -3}, "evaluations=-3 must be at least 1"),
+        ({"arms": [Arm("odd", mj.momentum, learning_rat=0.1)]}, "the arm 'odd' fails: TypeError"),
         ({"arms": [Arm("big", mj.momentum, batch_size=33)]}, "at most the number of training"),
         ({"arms": [PLAIN.with_settings("p", mu=(0.1, 0.2))]}, "or one for each of the 1 initial"),
         ({"contrasts": {"odd": ["plain", "other"]}}, "the contrast 'odd' compares"),

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import momentum_jax as mj
 
 # A number, or one for each initial scale.
-Setting = float | Sequence[float]
+Setting = jax.typing.ArrayLike | Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -53,7 +54,12 @@ class Arm:
         tries: int = 1,
         **settings: Setting,
     ) -> None:
-        """Settings are given by name, as to `make_transform`."""
+        """Settings are given by name, as to `make_transform`.
+
+        Raises:
+          TypeError: a transform instead of a function that makes it; a setting that is no number.
+          ValueError: a batch_size or tries below 1.
+        """
         if not callable(make_transform):
             raise TypeError(
                 f"make_transform={make_transform!r} of the arm {name!r} must be a function that "
@@ -64,7 +70,8 @@ class Arm:
                 raise ValueError(f"{what}={value} of the arm {name!r} must be at least 1.")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "make_transform", make_transform)
-        object.__setattr__(self, "settings", dict(settings))
+        settings = {key: _numbers(name, key, value) for key, value in settings.items()}
+        object.__setattr__(self, "settings", settings)
         object.__setattr__(self, "batch_size", batch_size)
         object.__setattr__(self, "tries", tries)
 
@@ -77,6 +84,18 @@ class Arm:
             tries=self.tries,
             **{**self.settings, **settings},
         )
+
+
+def _numbers(arm, name, value):
+    """A number, or a tuple of them."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" or array.ndim > 1:
+        raise TypeError(
+            f"{name}={value!r} of the arm {arm!r} must be a number, or a sequence with one for "
+            "each initial scale. What is not a number is part of the transform: give "
+            f"functools.partial(make_transform, {name}=...)."
+        )
+    return array.item() if array.ndim == 0 else tuple(array.tolist())
 
 
 nesterov = functools.partial(mj.momentum, nesterov=True)
@@ -198,4 +217,4 @@ def friction(arm: Arm) -> float:
 
 
 def _at(arm, learning_rate):
-    return arm.with_settings(f"{arm.name} at {learning_rate:.3g}", learning_rate=learning_rate)
+    return arm.with_settings(f"{arm.name} at {learning_rate:.6g}", learning_rate=learning_rate)

@@ -7,6 +7,8 @@ import inspect
 import math
 import random
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -113,7 +115,7 @@ def find(text: str) -> Problem:
             return PROBLEMS[text]()
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"{text} needs a package: {_in_one_line(error)}; pip install 'momentum_jax[study]'."
+                f"{text} needs a package: {in_one_line(error)}; pip install 'momentum_jax[study]'."
             ) from error
     path, colon, name = text.rpartition(":")
     if not colon or not path.endswith(".py"):
@@ -134,7 +136,7 @@ def find(text: str) -> Problem:
         try:
             made = found()
         except Exception as error:
-            raise ValueError(f"{name}() of {path} fails: {_in_one_line(error)}") from error
+            raise ValueError(f"{name}() of {path} fails: {in_one_line(error)}") from error
     if not isinstance(made, Problem):
         what = f"{name}()" if made is not found else name
         raise ValueError(
@@ -142,6 +144,56 @@ def find(text: str) -> Problem:
             f"arguments that returns one, but is of type {type(made).__name__}."
         )
     return made
+
+
+def check(problem: Problem) -> None:
+    """Tries the functions of a problem on shapes alone: a mistake is said before the work.
+
+    Raises:
+      ValueError: a function that fails; params that are none, or no floats; a loss or a metric
+        that is not one number.
+
+    Example:
+      >>> import jax
+      >>> check(Problem(lambda key: jax.random.normal(key, (3,)), lambda w: w**2, name="bowl"))
+      Traceback (most recent call last):
+      ...
+      ValueError: loss(params) of bowl must return one float, but returns shape (3,) of float32.
+    """
+
+    def shapes(call, function, *given):
+        try:
+            return jax.eval_shape(function, *given)
+        except Exception as error:
+            file = getattr(getattr(function, "__code__", None), "co_filename", None)
+            lines = [
+                f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file
+            ]
+            at = f" ({file}, line {lines[-1]})" if lines else ""
+            raise ValueError(f"{call} of {problem.name} fails: {in_one_line(error)}{at}") from error
+
+    params = shapes("init(key)", problem.init, jax.random.key(0))
+    if not jax.tree.leaves(params):
+        raise ValueError(f"init(key) of {problem.name} must return params, but returns {params}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"init(key) of {problem.name} must return floats, but is {leaf.dtype} at "
+                f"params{jax.tree_util.keystr(path)}: numbers that are not trained belong into "
+                "the loss."
+            )
+    for name, function in ("loss", problem.loss), ("metric", problem.metric):
+        for examples in (problem.data, problem.test)[: 1 if problem.test is None else 2]:
+            if function is None:
+                continue
+            given = () if problem.data is None else (examples,)
+            call = f"{name}(params{', batch' if given else ''})"
+            found = shapes(call, function, params, *given)
+            shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
+            if shape != () or not (name == "metric" or jnp.issubdtype(dtype, jnp.floating)):
+                what = type(found).__name__ if dtype is None else f"shape {shape} of {dtype}"
+                one = "one float" if name == "loss" else "one number"
+                raise ValueError(f"{call} of {problem.name} must return {one}, but returns {what}.")
 
 
 def _imported(path: Path) -> ModuleType:
@@ -155,14 +207,20 @@ def _imported(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
-        raise ValueError(f"{path} does not import: {_in_one_line(error)}") from error
+        raise ValueError(f"{path} does not import: {in_one_line(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
     return module
 
 
-def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def in_one_line(error: BaseException) -> str:
+    r"""What went wrong, for a message of one line.
+
+    Example:
+      >>> in_one_line(ValueError("so\nit is"))
+      'ValueError: so it is'
+    """
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' ...')}"
 
 
 def _offered(module: ModuleType) -> list[str]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import momentum_jax as mj
 from momentum_jax.study.arms import Arm, friction
-from momentum_jax.study.problems import Problem
+from momentum_jax.study.problems import Problem, check, in_one_line
 from momentum_jax.study.statistics import final, interquartile_mean
 
 PyTree = Any
@@ -50,7 +50,7 @@ def run(
     steps: int = 200,
     evaluations: int | None = None,
     contrasts: Contrasts | None = None,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     progress: str | None = None,
 ) -> xr.Dataset:
     """Trains every arm from the same initial weights on the same batches.
@@ -64,11 +64,12 @@ def run(
     Args:
       problem: what to train.
       arms: how to train it; names must be unique.
-      seeds: one run each, from 0 up to 1,000,000; above are those for `tune`.
-      init_scales: what the initial weights are multiplied by; one run each.
+      seeds: one run each, from 0 up to 1,000,000; above are those for `tune`. All different.
+      init_scales: what the initial weights are multiplied by; one run each. All different.
       steps: how many steps a run takes; rounded up to a multiple of `evaluations`.
       evaluations: at how many equally spaced steps loss and metric are measured, the last step
-        among them; by default 20, or up to 200 where no data make it costly.
+        among them; by default 20, or up to 200 where no data make it costly. Rounded up to a
+        multiple of the `tries` of each arm, so that all take equally many gradients.
       contrasts: which arms are to be compared, the one that the others are compared with first,
         by the name of the contrast; by default the first arm with all others.
       folder: where chunks of runs are kept. If some are there already, of the same sweep, they
@@ -84,7 +85,8 @@ def run(
 
     Raises:
       ValueError: no arm, two arms of one name, a batch larger than the training data, a contrast
-        of unknown arms, settings that fit no initial scale, a folder with another sweep.
+        of unknown arms, settings that fit no initial scale, a folder with another sweep; a
+        function of the problem or of an arm that fails (see `problems.check`).
       OSError: a folder that cannot be written to.
 
     Example:
@@ -95,10 +97,10 @@ def run(
       >>> print(results.loss.isel(step=-1).mean(["init_scale", "seed"]).diff("arm").item() < 0)
       True
     """
-    _check(problem, arms, seeds, init_scales, steps)
+    arms = list(arms)
+    _check(problem, arms, seeds, init_scales, steps, evaluations)
     contrasts = _check_contrasts(arms, contrasts)
-    evaluations = min(steps, evaluations or _evaluations(problem))
-    interval = -(-steps // evaluations)
+    evaluations, interval = _timetable(problem, arms, steps, evaluations)
     started = time.monotonic()
 
     chunks = []
@@ -109,7 +111,8 @@ def run(
         programs.append(program)
         at_once = program.runs_at_once
         chunks += [(program, runs[at : at + at_once]) for at in range(0, len(runs), at_once)]
-    kept = _Chunks(folder, _plan(problem, arms, seeds, init_scales, programs) if folder else {})
+    plan = {} if folder is None else _plan(problem, arms, seeds, init_scales, programs)
+    kept = _Chunks(None if folder is None else Path(folder), plan)
 
     mine = range(jax.process_index(), len(chunks), jax.process_count())
     missing = [i for i in mine if i not in kept]
@@ -181,13 +184,14 @@ def tune(
     *,
     init_scales: Sequence[float] = (1.0,),
     steps: int = 200,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     progress: str | None = None,
 ) -> tuple[list[Arm], list[dict[str, Any]]]:
     """Finds the best learning rate of each arm at each initial scale, all on an equal budget.
 
     The best is that of the lowest interquartile mean of the final loss over initial weights
-    that the study itself does not use.
+    that the study itself does not use. The runs are as long, and as often begun anew, as those
+    of `run` with the same `steps`.
 
     Args:
       problem: what to train.
@@ -226,8 +230,8 @@ def tune(
         candidates,
         range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds),
         init_scales=init_scales,
-        steps=steps,
-        evaluations=1,
+        steps=rounded(problem, arms, steps),
+        evaluations=1,  # or, of an arm of several tries, as few as end each of them
         folder=folder,
         progress=progress,
     )
@@ -248,6 +252,18 @@ def tune(
             for scale, rate, place in zip(init_scales, chosen, places, strict=True)
         ]
     return tuned, found
+
+
+def rounded(problem: Problem, arms: Sequence[Arm], steps: int) -> int:
+    """How many steps a run takes that is asked for so many.
+
+    Example:
+      >>> from momentum_jax.study.arms import plain
+      >>> from momentum_jax.study.problems import digits
+      >>> rounded(digits(), [plain()], 50)
+      60
+    """
+    return math.prod(_timetable(problem, arms, steps, None))
 
 
 def describe_devices() -> str:
@@ -298,7 +314,7 @@ class _Program:
     def __init__(self, problem, arm, evaluations, interval, runs):
         """`arm` stands for all that differ from it in the values of settings alone."""
         self.settings = list(arm.settings)
-        self.tries = min(arm.tries, evaluations)
+        self.tries = arm.tries
         self.runs_at_once = _runs_at_once(problem, runs)
         # By itself: random numbers take longer to compile than all of the training.
         self._draw = jax.jit(lambda seed, i: problem.init(_keys(seed, i)[0]))
@@ -364,8 +380,7 @@ def _keys(seed, i):
 
 def _train_function(problem, arm, evaluations, interval):
     """The function ((data, test), seed, weights a try, init_scale, settings) -> one run."""
-    tries = min(arm.tries, evaluations)
-    stretches = evaluations // tries
+    stretches = evaluations // arm.tries
     params_size = _size(problem)
 
     def evaluated(params, update, examples, settings):
@@ -379,12 +394,12 @@ def _train_function(problem, arm, evaluations, interval):
             found["metric"] = problem.metric(params, *given)
         if params_size <= 2:
             found["params"] = jax.flatten_util.ravel_pytree(params)[0]
-        return found
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
 
     def one_try(examples, keys, weights, init_scale, settings):
         data, test = examples
         _, order_key, noise_key = keys
-        params = jax.tree.map(lambda w: init_scale * w, weights)
+        params = jax.tree.map(lambda w: (init_scale * w).astype(w.dtype), weights)
         tx = optax.with_extra_args_support(arm.make_transform(**settings))
         number = 0 if data is None else len(jax.tree.leaves(data)[0])
         epoch = number // arm.batch_size
@@ -408,6 +423,7 @@ def _train_function(problem, arm, evaluations, interval):
             value, grads = jax.value_and_grad(problem.loss)(params, *batch)
             key = jax.random.fold_in(noise_key, count)
             updates, state = tx.update(grads, state, params, value=value, key=key)
+            updates = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, params)
             return (mj.apply_updates(params, updates), updates, state, order), None
 
         def stretch(carry, counts):
@@ -425,17 +441,13 @@ def _train_function(problem, arm, evaluations, interval):
     def train(examples, seed, weights, init_scale, settings):
         curves, losses = jax.lax.map(
             lambda each: one_try(examples, _keys(seed, each[0]), each[1], init_scale, settings),
-            (jnp.arange(tries), weights),
+            (jnp.arange(arm.tries), weights),
         )
         best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
 
         def joined(curves):
             """One try after the other, and at the end the best."""
-            after = jnp.concatenate([curves[0], *curves[1:, 1:]])
-            rest = jnp.broadcast_to(
-                curves[best, -1], (evaluations + 1 - len(after), *after.shape[1:])
-            )
-            return jnp.concatenate([after, rest]).at[-1].set(curves[best, -1])
+            return jnp.concatenate([curves[0], *curves[1:, 1:]]).at[-1].set(curves[best, -1])
 
         return jax.tree.map(joined, curves)
 
@@ -578,6 +590,14 @@ def _size(problem):
     return sum(leaf.size for leaf in jax.tree.leaves(_abstract(problem)))
 
 
+def _timetable(problem, arms, steps, evaluations):
+    """At how many moments runs are measured, and how many steps these are apart."""
+    evaluations = min(steps, evaluations or _evaluations(problem))
+    tries = math.lcm(*(arm.tries for arm in arms))  # each ends at one of these moments
+    evaluations = tries * -(-evaluations // tries)
+    return evaluations, -(-steps // evaluations)
+
+
 def _evaluations(problem):
     return 200 if problem.data is None else 20
 
@@ -597,14 +617,22 @@ def _typical(losses):
     return np.median(np.nan_to_num(losses, nan=np.inf))
 
 
-def _check(problem, arms, seeds, init_scales, steps):
+def _check(problem, arms, seeds, init_scales, steps, evaluations):
     names = [arm.name for arm in arms]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"the arms need unique names, at least one, but are {names}.")
-    if min(len(seeds), len(init_scales), steps) < 1:
-        raise ValueError(
-            f"seeds={seeds}, init_scales={init_scales} and steps={steps} must be one or more."
-        )
+    for name, count in ("steps", steps), ("evaluations", evaluations):
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} must be at least 1.")
+    for name, several in ("seeds", seeds), ("init_scales", init_scales):
+        # A run that is there twice would count as two.
+        if np.ndim(several) != 1 or not 0 < len(several) == len(set(several)):
+            raise ValueError(
+                f"{name}={several} must be a sequence of different numbers, at least one"
+                + (f", such as range({several})." if np.ndim(several) == 0 else ".")
+            )
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise ValueError(f"seeds={seeds} must be at least 0 and below 2^32.")
     for arm in arms:
         for name, value in arm.settings.items():
             if isinstance(value, Sequence) and len(value) != len(init_scales):
@@ -619,6 +647,25 @@ def _check(problem, arms, seeds, init_scales, steps):
                     f"batch_size={arm.batch_size} of the arm {arm.name!r} must be at most the "
                     f"number of training examples, {examples}."
                 )
+    check(problem)
+    for places in _families(problem, arms):
+        _check_arm(problem, arms[places[0]])
+
+
+def _check_arm(problem, arm):
+    """Tries its transform on shapes alone."""
+
+    def one_step(params, key, settings):
+        tx = optax.with_extra_args_support(arm.make_transform(**settings))
+        return tx.update(params, tx.init(params), params, value=jnp.ones(()), key=key)
+
+    settings = {name: jnp.ones(()) for name in arm.settings}
+    try:
+        jax.eval_shape(one_step, _abstract(problem), jax.random.key(0), settings)
+    except Exception as error:
+        raise ValueError(
+            f"the transform of the arm {arm.name!r} fails: {in_one_line(error)}"
+        ) from error
 
 
 def _check_contrasts(arms, contrasts):
