@@ -78,10 +78,37 @@ def test_the_verdict_is_that_of_the_spread(spread, verdict):
     dataset = study([spread])
     said = answer(dataset, summarize(dataset))
     assert said.startswith(f"**{verdict}")
+    assert "as a multiple of the plain arm's" in said
+    assert re.search(r"lower loss in \d+% of pairs", said)
     assert f"mu 0.9, same effective rate: **{float(f'{spread:.3g}'):#.3g} [" in said
     clear = (2 if spread < 1 else 0), (2 if spread > 1 else 0)
     assert f"clearly narrower in {clear[0]} and clearly wider in {clear[1]} of 2" in said
     assert "noise" not in said  # A control is no momentum.
+
+
+def test_all_contrasts_of_the_fairest_kind_have_the_word():
+    names = ("same rate", "tuned, batch 8", "tuned, batch 16")
+    dataset = study([4.0, 0.25, 1.0], contrasts=names)
+    said = answer(dataset, summarize(dataset))
+    assert said.startswith("**It did: where the spread clearly differs, momentum narrowed it.**")
+    assert "equal budget.)" in said.splitlines()[0]
+
+
+def test_one_arm_is_compared_with_nothing(tmp_path):
+    dataset = study([1.0]).isel(arm=[0])
+    dataset.attrs["contrasts"] = "[]"
+    report(dataset, str(tmp_path))
+    document = (tmp_path / "report.md").read_text()
+    assert "**There is one arm, and nothing to compare it with.**" in document
+    assert "Pairs of runs" not in document
+    assert "1 arm, from 40 initial weights" in document
+
+
+def test_few_runs_and_runs_that_diverged_are_said():
+    dataset = study([1.0], failed=[(0, 0), (1, 3)]).isel(seed=slice(5))
+    shown = text(dataset, summarize(dataset))
+    assert "5 initial weights are too few to tell any difference: take 6 or more." in shown
+    assert "2 of 30 runs diverged: they count as failed." in shown
 
 
 def test_the_fairest_contrast_has_the_word():
@@ -131,7 +158,7 @@ def test_the_document_says_what_was_found_and_how(written):
     assert cells[6:8] == ["3", "1"]  # Rescued and lost.
     for part in (
         "# Does momentum take the luck out of the initial weights?",
-        "3 arms, each from 40 initial weights at initial scales of x1, x4: 240 runs of 4 steps",
+        "3 arms, each from 40 initial weights at 2 initial scales (x1, x4): 240 runs of 4 steps",
         "A run has solved the problem with a final loss of at most 1.5; else it has failed.",
         "a final loss above 2, or not finite, counts as that",
         "**The best learning rate of mu 0.9 at initial scale x4 is the highest of those that were",

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from momentum_jax.diagnostics import Measurement
 from momentum_jax.study import plots
-from momentum_jax.study.statistics import Comparison, Summary, final, summarize
+from momentum_jax.study.statistics import FEWEST, Comparison, Summary, final, summarize
 
 QUESTION = "Does momentum take the luck out of the initial weights?"
 SIGNIFICANT = 0.05
@@ -52,7 +52,7 @@ class Contrast(NamedTuple):
     with_momentum: list[str]
 
 
-def report(dataset: xr.Dataset, folder: Path) -> list[Path]:
+def report(dataset: xr.Dataset, folder: str | Path) -> list[Path]:
     """Writes the report of a study: `report.html`, `report.md`, pictures and numbers.
 
     Args:
@@ -76,7 +76,7 @@ def report(dataset: xr.Dataset, folder: Path) -> list[Path]:
       ...     print([path.name for path in report(results, Path(folder))][:4])
       ['report.html', 'report.md', 'results.nc', 'summary.json']
     """
-    return write(dataset, summarize(dataset), folder)
+    return write(dataset, summarize(dataset), Path(folder))
 
 
 def write(dataset: xr.Dataset, summary: Summary, folder: Path) -> list[Path]:
@@ -111,11 +111,16 @@ def write(dataset: xr.Dataset, summary: Summary, folder: Path) -> list[Path]:
 def answer(dataset: xr.Dataset, summary: Summary) -> str:
     """The answer, as Markdown: a verdict, and a line of numbers for each contrast.
 
-    The verdict is that of the fairest contrast. A spread is called clearly narrower or wider
-    where it is so by 5% or more, and its p, adjusted by Holm's method, is below 0.05.
+    The verdict is that of all contrasts of the fairest kind. A spread is called clearly narrower
+    or wider where it is so by 5% or more, and its p, adjusted by Holm's method, is below 0.05.
     """
-    verdict, lines = "", []
-    for contrast in reversed(_contrasts(dataset)):
+    contrasts = _contrasts(dataset)
+    if not contrasts:
+        return "**There is one arm, and nothing to compare it with.**"
+    fairest = contrasts[-1].name.split(", ")[0]
+    better = worse = 0
+    lines = []
+    for contrast in reversed(contrasts):
         rows, pooled = (
             [
                 row
@@ -125,26 +130,31 @@ def answer(dataset: xr.Dataset, summary: Summary) -> str:
             for rows in (summary.comparisons, summary.pooled_comparisons)
         )
         narrower, wider = _clear(rows)
-        whole = "; ".join(f"{row.arm}: **{row.spread.ratio}**" for row in pooled)
-        lines.append(
-            f"- {_kind(contrast.name)}. The spread of the final loss over all initial weights, "
-            f"as a multiple of that with {contrast.plain}: {whole}. At one initial scale it was "
-            f"clearly narrower in {narrower} and clearly wider in {wider} of {len(rows)} "
-            "comparisons."
+        whole = "; ".join(
+            f"{row.arm}: **{row.spread.ratio}**, lower loss in "
+            f"{row.improvement.probability.value:.0%} of pairs"
+            for row in pooled
         )
-        if not verdict:
-            better, worse = (
-                one + all_ for one, all_ in zip(_clear(rows), _clear(pooled), strict=True)
-            )
-            verdict = {
-                (False, False): "It cannot be told from these runs.",
-                (True, False): "It did: where the spread clearly differs, momentum narrowed it.",
-                (False, True): "No: where the spread clearly differs, momentum widened it.",
-                (True, True): "It depends: momentum narrowed the spread in some comparisons "
-                "and widened it in others.",
-            }[better > 0, worse > 0]
-            verdict = f"**{verdict}** ({_kind(contrast.name)}.)"
-    return "\n".join([verdict, "", *lines])
+        lines.append(
+            f"- {_kind(contrast.name)}: {whole}. At one initial scale clearly narrower in "
+            f"{narrower} and clearly wider in {wider} of {len(rows)} comparisons."
+        )
+        if contrast.name.split(", ")[0] == fairest:
+            pooled_narrower, pooled_wider = _clear(pooled)
+            better += narrower + pooled_narrower
+            worse += wider + pooled_wider
+    verdict = {
+        (False, False): "It cannot be told from these runs.",
+        (True, False): "It did: where the spread clearly differs, momentum narrowed it.",
+        (False, True): "No: where the spread clearly differs, momentum widened it.",
+        (True, True): "It depends: momentum narrowed the spread in some comparisons "
+        "and widened it in others.",
+    }[better > 0, worse > 0]
+    meaning = (
+        "The spread of the final loss over all initial weights, as a multiple of the plain "
+        "arm's with its 95% interval; below 1, it is narrower:"
+    )
+    return "\n".join([f"**{verdict}** ({_kind(fairest)}.)", "", meaning, "", *lines])
 
 
 def _clear(rows):
@@ -167,7 +177,7 @@ def text(dataset: xr.Dataset, summary: Summary) -> str:
 
 def _kind(name: str) -> str:
     kind, *rest = name.split(", ")
-    return ", ".join([KINDS.get(kind, name if not rest else kind), *rest])
+    return ", ".join([KINDS.get(kind, kind[:1].upper() + kind[1:]), *rest])
 
 
 def _contrasts(dataset):
@@ -219,20 +229,7 @@ def _document(dataset, summary, pictures):
         "## Final loss against initial scale",
         "Median over the initial weights, and the middle 80% of them as bars.",
         shown("final-loss"),
-        "## Pairs of runs",
-        "Each point is a pair of runs from the same initial weights on the same batches; below "
-        "the diagonal the arm ended lower than the plain one. "
-        f"{_solved(dataset)} A pair is *rescued* where the plain run failed and the other did "
-        "not, and *lost* in the reverse.",
-        shown("paired"),
-        *(
-            part
-            for contrast in contrasts
-            for part in (f"### {_kind(contrast.name)}", _comparisons_table(summary, contrast))
-        ),
-        "The spread is that of the final loss, as a multiple of the plain arm's, with its 95% "
-        "interval; P(lower) is the share of pairs in which the arm ends lower. Each p is adjusted "
-        "by Holm's method for all comparisons that ask the same question.",
+        *(_pairs_section(dataset, summary, shown("paired")) if contrasts else []),
         "## Loss over the steps",
         "Median over the initial weights, with a band for the middle 80%.",
         shown("curves"),
@@ -255,11 +252,18 @@ def _document(dataset, summary, pictures):
 def _runs(dataset):
     sizes = dataset.sizes
     scales = ", ".join(f"x{scale:g}" for scale in dataset.init_scale.values)
+    each = "each " if sizes["arm"] > 1 else ""
     return (
-        f"{sizes['arm']} arms, each from {sizes['seed']} initial weights at initial scales of "
-        f"{scales}: {sizes['arm'] * sizes['seed'] * sizes['init_scale']} runs of "
+        f"{_number(sizes['arm'], 'arm')}, {each}from "
+        f"{_number(sizes['seed'], 'initial weight')} at "
+        f"{_number(sizes['init_scale'], 'initial scale')} ({scales}): "
+        f"{_number(sizes['arm'] * sizes['seed'] * sizes['init_scale'], 'run')} of "
         f"{int(dataset.step[-1])} steps."
     )
+
+
+def _number(count, what):
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _limits(dataset):
@@ -290,11 +294,19 @@ def _solved(dataset):
 
 
 def _warnings(dataset: xr.Dataset) -> list[str]:
+    diverged = int(final(dataset).diverged.sum())
+    seeds = dataset.sizes["seed"]
+    few = f"{seeds} initial weights are too few to tell any difference: take {FEWEST} or more."
+    many = f"{diverged} of {final(dataset).diverged.size} runs diverged: they count as failed."
     return [
-        f"The best learning rate of {row['arm']} at initial scale x{row['init_scale']:g} is the "
-        f"{row['edge']} of those that were tried: a better one may lie beyond it."
-        for row in json.loads(dataset.attrs.get("tuning", "[]"))
-        if row["edge"]
+        *([few] if seeds < FEWEST else []),
+        *([many] if diverged else []),
+        *(
+            f"The best learning rate of {row['arm']} at initial scale x{row['init_scale']:g} is "
+            f"the {row['edge']} of those that were tried: a better one may lie beyond it."
+            for row in json.loads(dataset.attrs.get("tuning", "[]"))
+            if row["edge"]
+        ),
     ]
 
 
@@ -338,6 +350,25 @@ def _cells_table(summary, name):
         for cell in summary.cells
     ]
     return _table(rows)
+
+
+def _pairs_section(dataset, summary, pictures):
+    return [
+        "## Pairs of runs",
+        "Each point is a pair of runs from the same initial weights on the same batches; below "
+        "the diagonal the arm ended lower than the plain one. "
+        f"{_solved(dataset)} A pair is *rescued* where the plain run failed and the other did "
+        "not, and *lost* in the reverse.",
+        pictures,
+        *(
+            part
+            for contrast in _contrasts(dataset)
+            for part in (f"### {_kind(contrast.name)}", _comparisons_table(summary, contrast))
+        ),
+        "The spread is that of the final loss, as a multiple of the plain arm's, with its 95% "
+        "interval; P(lower) is the share of pairs in which the arm ends lower. Each p is adjusted "
+        "by Holm's method for all comparisons that ask the same question.",
+    ]
 
 
 def _tuning_section(dataset):
