@@ -230,6 +230,15 @@ def test_defaults_are_the_problems_and_quick_is_less(own):
     assert (mixed.seeds, mixed.controls, mixed.contrast) == (5, True, ["tuned"])
 
 
+def test_a_default_fits_small_data_and_one_mu_is_one_arm(own):
+    with own.open("a") as file:
+        file.write("""
+little = Problem(init, lambda w, batch: loss(w) + 0 * batch.sum(), data=jnp.ones((10, 2)))
+""")
+    assert parse(["--problem", f"{own}:little"]).batch_size == [10]
+    assert parse(["--mu", "0.9", "0.90", "nesterov-0.90"]).mu == ["0.9", "nesterov-0.9"]
+
+
 def test_several_rates_and_batch_sizes_are_contrasts_of_their_own(tmp_path, capsys):
     arguments = ["--problem", "quadratic", "--steps", "5", "--seeds", "3", "--init-scale", "1"]
     arguments += ["--mu", "0.5", "--learning-rate", "0.1", "0.2", "--contrast", "same-rate"]
@@ -271,6 +280,7 @@ def test_help_names_every_option_and_default(capsys, monkeypatch):
         (["--problem", "nothing"], "no problem is called 'nothing': there are digits, mnist1d"),
         (["--problem", "no.py:p"], "there is no file 'no.py'"),
         (["--batch-size", "1500"], "--batch-size 1500: digits has 1437 training examples"),
+        (["--problem", "quadratic", "--batch-size", "8"], "quadratic has no data to draw batches"),
         (["--tuning-rates", "0.1"], "there must be two or more to choose from"),
         (["--out", __file__], "is there already, and is no empty folder"),
         (["--out", str(Path(__file__).parent)], "is there already, and is no empty folder"),
@@ -291,7 +301,13 @@ def test_a_mistake_is_one_line_before_the_work_starts(arguments, message, capsys
 
 
 def test_a_mistake_in_ones_own_file_is_one_line_too(own, capsys):
-    for name, message in (("a_number", "must be a momentum_jax.study Problem"), ("q", "no 'q'")):
+    with own.open("a") as file:
+        file.write('vector = Problem(init, lambda w: w, name="vector")\n')
+    for name, message in (
+        ("a_number", "must be a momentum_jax.study Problem"),
+        ("q", "no 'q'"),
+        ("vector", "loss(params) of vector must return one float, but returns shape (3,)"),
+    ):
         with pytest.raises(SystemExit):
             parse(["--problem", f"{own}:{name}"])
         error = capsys.readouterr().err

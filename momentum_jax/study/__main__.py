@@ -102,7 +102,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("how long it takes").add_argument
     add("--seeds", type=_whole, metavar="N", help="initial weights to start from (100)")
-    add("--steps", type=_whole, metavar="N", help="steps a run (digits: 200)")
+    add(
+        "--steps",
+        type=_whole,
+        metavar="N",
+        help="steps a run, rounded up to a multiple of the moments at which the loss is measured: "
+        "20, or 200 without data (digits: 200)",
+    )
     add(
         "--tuning-rates",
         nargs="+",
@@ -166,6 +172,7 @@ def _resumed(options):
 def _completed(options):
     try:
         options.problem = problems.find(options.problem)
+        problems.check(options.problem)
     except ValueError as error:
         options.error(f"--problem {error}")
     defaults = {
@@ -183,7 +190,7 @@ def _completed(options):
         contrasts, controls = ["same-rate", "same-effective-rate"], False
     options.learning_rate = sorted(set(options.learning_rate or [defaults["learning_rate"]]))
     options.init_scale = sorted(set(options.init_scale or scales))
-    options.batch_size = sorted(set(options.batch_size or [defaults["batch_size"]]))
+    options.mu = list(dict.fromkeys(options.mu))
     options.steps = options.steps or steps
     options.seeds = options.seeds or seeds
     options.contrast = options.contrast or contrasts
@@ -196,15 +203,16 @@ def _completed(options):
         options.error(f"--seeds {options.seeds}: at most {sweep.FIRST_TUNING_SEED}")
     if "tuned" in options.contrast and len(options.tuning_rates) < 2:
         options.error("--tuning-rates: there must be two or more to choose from")
-    if options.problem.data is not None:
-        examples = len(jax.tree.leaves(options.problem.data)[0])
-        if options.batch_size[-1] > examples:
-            options.error(
-                f"--batch-size {options.batch_size[-1]}: {options.problem.name} has {examples} "
-                "training examples"
-            )
-    else:
-        options.batch_size = options.batch_size[:1]
+    name, data = options.problem.name, options.problem.data
+    examples = 1 if data is None else len(jax.tree.leaves(data)[0])
+    if options.batch_size and data is None:
+        options.error(f"--batch-size: {name} has no data to draw batches from")
+    sizes = options.batch_size or [min(defaults["batch_size"], examples)]
+    options.batch_size = sorted(set(sizes))
+    if options.batch_size[-1] > examples:
+        options.error(
+            f"--batch-size {options.batch_size[-1]}: {name} has {examples} training examples"
+        )
     return options
 
 
@@ -279,11 +287,12 @@ def _train(options, first):
         return len(arms) * len(options.init_scale)
 
     unique = {arm.name: arm for group in contrasts.values() for arm in group}
+    steps = sweep.rounded(problem, list(unique.values()), options.steps)
     tuning_runs = count(to_tune) * len(options.tuning_rates) * options.tuning_seeds
     if first:
         _check_room(options, tuning_runs + count(unique) * options.seeds)
         print(
-            f"{problem.name}: {count(unique) * options.seeds} runs of {options.steps} steps "
+            f"{problem.name}: {count(unique) * options.seeds} runs of {steps} steps "
             f"({len(unique)} arms, {len(options.init_scale)} initial scales, {options.seeds} "
             f"initial weights)"
             + (f", after {tuning_runs} runs to tune learning rates," if to_tune else "")
@@ -400,7 +409,7 @@ def _mu(given: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{given!r} is not a number above 0 and below 1, or nesterov- and such a number"
         )
-    return given
+    return given.replace(given.removeprefix("nesterov-"), f"{mu:g}")
 
 
 def _whole(given: str) -> int:
