@@ -282,8 +282,11 @@ def test_on_fewer_devices_it_goes_on(tmp_path, monkeypatch):
         ({"arms": [HEAVY]}, "arms"),
         ({"seeds": range(1, 21)}, "seeds"),
         ({"init_scales": [1.0, 3.0]}, "init_scales"),
-        ({"steps": 6}, "programs"),
-        ({"problem": Problem(draw_pair, lambda w: 2 * bowl(w), name="bowl")}, "programs"),
+        ({"steps": 6}, "the functions of the problem and the arms, or steps"),
+        (
+            {"problem": Problem(draw_pair, lambda w: 2 * bowl(w), name="bowl")},
+            "functions of the problem",
+        ),
     ],
 )
 @pytest.mark.usefixtures("small_chunks")
@@ -332,9 +335,9 @@ def test_tuning_begins_anew_as_often_as_the_study():
     def sprint(learning_rate):
         """Is at -1 after 1 / learning_rate steps, and falls back from there."""
 
-        def update(updates, count, params=None):
-            forth = jnp.where(count < 1 / learning_rate, -1.0, 1.0)
-            return jax.tree.map(lambda g: g * forth * learning_rate, updates), count + 1
+        def update(updates, state, params=None):
+            forth = jnp.where(state < 1 / learning_rate, -1.0, 1.0)
+            return jax.tree.map(lambda g: g * forth * learning_rate, updates), state + 1
 
         return optax.GradientTransformation(lambda params: 0, update)
 

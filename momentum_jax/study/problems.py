@@ -189,7 +189,8 @@ def check(problem: Problem) -> None:
             given = () if problem.data is None else (examples,)
             call = f"{name}(params{', batch' if given else ''})"
             found = shapes(call, function, params, *given)
-            shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
+            shape: Any = getattr(found, "shape", None)
+            dtype: Any = getattr(found, "dtype", None)
             if shape != () or not (name == "metric" or jnp.issubdtype(dtype, jnp.floating)):
                 what = type(found).__name__ if dtype is None else f"shape {shape} of {dtype}"
                 one = "one float" if name == "loss" else "one number"

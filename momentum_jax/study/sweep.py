@@ -522,7 +522,7 @@ def _plan(problem, arms, seeds, init_scales, programs):
         "data": digest(
             *(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((problem.data, problem.test)))
         ),
-        "programs": [
+        "the functions of the problem and the arms, or steps": [
             digest(program.text(arms, seeds, init_scales).encode()) for program in programs
         ],
     }
