@@ -2,22 +2,21 @@
 
 Recipes do not reproduce from one framework to the next because these differ:
 
-    ==================  =============  =============  =============  =============
-                        torch_sgd      keras_sgd      caffe_sgd      optax_sgd
-    ==================  =============  =============  =============  =============
-    learning rate       outside        inside         inside         outside
-    its default         1e-3           0.01           none           none
-    default momentum    0              0              0              None
-    dampening           but not in     none           none           none
-                        the first step
-    weight decay        coupled        decoupled      coupled        none
-    maximize            flips the      none           none           none
-                        gradient, not
-                        the decay
-    nesterov without    refused        ignored        no nesterov    ignored
-    momentum
-    schedules count     from 0         from 0         from 0         from 0
-    ==================  =============  =============  =============  =============
+    =========================  =============  =============  =============  =============
+    what differs               torch_sgd      keras_sgd      caffe_sgd      optax_sgd
+    =========================  =============  =============  =============  =============
+    learning rate              outside        inside         inside         outside
+    its default                1e-3           0.01           none           none
+    default momentum           0              0              0              None
+    dampening                  not in the     none           none           none
+                               first step
+    weight decay               coupled        decoupled      coupled        none
+    maximize                   flips the      none           none           none
+                               gradient, not
+                               the decay
+    nesterov without momentum  refused        ignored        no nesterov    ignored
+    schedules count            from 0         from 0         from 0         from 0
+    =========================  =============  =============  =============  =============
 
 Inside and outside: see `momentum_jax.momentum`. Coupled decay adds weight_decay * w to the
 gradient, and so to the velocity; decoupled decay shrinks w by learning_rate * weight_decay

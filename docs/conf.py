@@ -1,0 +1,200 @@
+"""The documentation's build: `sphinx-build -W --keep-going docs build/docs`, with no network."""
+
+import ast
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math import latex2mathml
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.__main__ import LABELS, duration  # noqa: E402
+from momentum_jax import __version__ as release  # noqa: E402, F401
+
+project = "momentum_jax"
+author = "The momentum_jax authors"
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_design",
+]
+exclude_patterns = ["build"]
+
+# Markdown and notebooks. The tests run the notebooks; what they showed is committed with them.
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+nb_ipywidgets_js = {}  # From a CDN: sliders show the picture that they were saved with.
+
+# Docstrings: Google's sections, and our own; types are said in words in Args.
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# Returns is prose, not a type and a colon.
+napoleon_custom_sections = ["Returns", "Source"]
+napoleon_use_ivar = True
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+default_role = "py:obj"
+
+# Furo has a page for phones and a dark one, and loads nothing from elsewhere.
+html_theme = "furo"
+html_title = "momentum_jax"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_math_renderer = "mathml"
+
+
+def copy_notebooks() -> None:
+    """Sphinx reads only what is in its folder, and the notebooks are next to it."""
+    folder = DOCS / "notebooks"
+    folder.mkdir(exist_ok=True)
+    notebooks = {path.name: path for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for path in folder.glob("*.ipynb"):
+        if path.name not in notebooks:
+            path.unlink()
+    for name, path in notebooks.items():
+        copy = folder / name
+        if not copy.exists() or copy.read_bytes() != path.read_bytes():
+            shutil.copyfile(path, copy)
+
+
+def add_generated(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Adds to a page what is made from files of the repository."""
+    if docname == "index" and not (DOCS / "study" / "index.md").exists():
+        # A glob without a match is a warning that cannot be suppressed.
+        block = r"```\{toctree\}\n:caption: Does it help\?.*?```\n"
+        source[0] = re.sub(block, "", source[0], flags=re.DOTALL)
+    if docname in GENERATED:
+        text, paths = GENERATED[docname]()
+        source[0] += "\n" + text
+        for path in paths:
+            app.env.note_dependency(str(path))
+
+
+def contract_tests() -> tuple[str, list[Path]]:
+    """Every test of the contract, by its promise, with its source."""
+    promises: dict[int, list[str]] = {number: [] for number in range(1, 11)}
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    for path in paths:
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_c"):
+                continue
+            kept = [int(number) for number in re.findall(r"_c(\d+)(?=_)", node.name)]
+            if not kept:
+                continue
+            first = min([node.lineno, *(line.lineno for line in node.decorator_list)])
+            code = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+            promises[kept[0]].append(
+                f"({node.name})=\n### {node.name}\n\nIn `tests/{path.name}`.\n\n"
+                f"```python\n{code}\n```\n"
+            )
+    sections = [f"## C{number}\n\n" + "\n".join(found) for number, found in promises.items()]
+    return "\n".join(sections), paths
+
+
+def benchmark_tables() -> tuple[str, list[Path]]:
+    """A section a machine, of each file of benchmarks/results that has times of steps."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    results = [(path, json.loads(path.read_text())) for path in paths]
+    return "\n".join(machine(path, of) for path, of in results if "sizes" in of), paths
+
+
+def machine(path: Path, results: dict) -> str:
+    """The tables of one file."""
+    host = results["machine"]
+    processor = host["cpu"] if host["platform"] == "cpu" else host["device"]
+    lines = [
+        f"## {processor}",
+        "",
+        f"{results['date']}, {host['cores']} processor cores, Python {host['python']}, JAX "
+        f"{host['jax']}, Optax {host['optax']}, PyTorch {results['torch']}; medians of "
+        f"{results['rounds']} rounds. From `benchmarks/results/{path.name}`.",
+    ]
+    sizes = results["sizes"]
+    for what, label in LABELS.items():
+        pairs = [(name, of[what], "optax") for name, of in sizes.items()]
+        lines += comparison(f"{label[0].upper()}{label[1:]}", "Optax", pairs)
+    kinds = {kind: None for of in sizes.values() for kind in of.get("torch", {})}
+    for kind in kinds:
+        pairs = [(name, of["torch"][kind], kind) for name, of in sizes.items() if "torch" in of]
+        lines += comparison(f"Jitted step, beside PyTorch's SGD ({kind})", "PyTorch", pairs)
+    lines += ["### Compiles for a new learning rate, and for a new mu", ""]
+    lines += ["| situation | ours | Optax |", "| --- | --- | --- |"]
+    for situation, of in results["compiles"].items():
+        counts = [f"{of[who]['learning_rate']}, {of[who]['mu']}" for who in ("ours", "optax")]
+        lines.append(f"| {situation} | {' | '.join(counts)} |")
+    return "\n".join([*lines, ""])
+
+
+def comparison(title: str, other: str, pairs: list[tuple[str, dict, str]]) -> list[str]:
+    """A table with a line a size."""
+    lines = [f"### {title}", "", f"| float32 values | ours | {other} | ours / {other} |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name, numbers, key in pairs:
+        ours, theirs = (duration(numbers[of]["median"]) for of in ("ours", key))
+        ratio = numbers["ratio"]
+        lines.append(
+            f"| {name} | {ours} | {theirs} | "
+            f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
+        )
+    return [*lines, ""]
+
+
+GENERATED = {"contract_tests": contract_tests, "benchmarks": benchmark_tables}
+
+SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example|Source):$")
+
+
+def read_as_written(app, what, name, obj, options, lines):
+    """Before napoleon: an indented equation is literal, an indented table is a table."""
+    del app, what, name, obj, options
+    written, at_margin, dedent, section = [], True, 0, False
+    for i, line in enumerate(lines):
+        section = section or bool(SECTION.match(line))
+        if line.strip():
+            indented = line.startswith("    ") and not section
+            if indented and at_margin and i and not lines[i - 1].strip():
+                dedent = 4 if line.strip().startswith("==") else 0
+                if not dedent and not next(filter(None, written[::-1])).endswith("::"):
+                    written += [".. code-block:: text", ""]
+            at_margin = not indented
+            line = line[dedent:] if indented else line
+            # |v| is a norm here, and would be a substitution of reStructuredText.
+            if not (indented or ">>>" in line or "..." in line):
+                line = line.replace("|", "\\|")
+        written.append(line)
+    lines[:] = written
+
+
+def visit_math(translator, node):
+    """A formula as MathML, which browsers show by themselves: no script, font or network."""
+    block = isinstance(node, nodes.math_block)
+    translator.body.append(to_mathml(node.astext(), block))
+    raise nodes.SkipNode
+
+
+def to_mathml(tex: str, block: bool) -> str:
+    """Docutils' own conversion."""
+    tree = latex2mathml.tex2mathml(tex, as_block=block)
+    return f'<div class="math">{tree}</div>' if block else tree
+
+
+def setup(app: Sphinx) -> None:
+    """What Sphinx calls first."""
+    copy_notebooks()
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(visit_math, None), block_renderers=(visit_math, None)
+    )
+    app.connect("source-read", add_generated)
+    app.connect("autodoc-process-docstring", read_as_written, priority=400)

@@ -1,0 +1,137 @@
+"""The documentation says what is there: its programs run, the tests that it names exist."""
+
+import ast
+import re
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import momentum_jax as mj
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def programs(page):
+    """The Python blocks of a page, wherever they are indented."""
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(code):
+    names = {}
+    exec(code, names)
+    return names
+
+
+def said(program):
+    """What comments say is printed: behind the print, or in the lines below it."""
+    return re.findall(r"^(?:print\(.*\)\s+)?# (.+)$", program, re.MULTILINE)
+
+
+def test_the_programs_of_each_page_are_run():
+    """Here, and those of docs/devices.md in test_readme.py."""
+    pages = {path.name for path in DOCS.glob("*.md") if programs(path.name)}
+    assert pages == {"index.md", "conventions.md", "from_others.md", "devices.md"}
+
+
+def test_the_first_program(capsys):
+    (program,) = programs("index.md")
+    run(program)
+    assert capsys.readouterr().out.splitlines() == said(program) == ["True"]
+
+
+def test_the_page_on_conventions_prints_what_its_comments_say(capsys):
+    program = "\n".join(programs("conventions.md"))
+    run(program)
+    assert capsys.readouterr().out.splitlines() == said(program)
+    assert len(said(program)) == 3
+
+
+PAIRS = {"optax": (0, 1), "torch": (2, 3), "keras": (4, 5)}
+
+
+@pytest.mark.parametrize("framework", PAIRS)
+def test_both_sides_end_at_the_same_weights(framework, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    theirs, ours = PAIRS[framework]
+    found = programs("from_others.md")
+    w = run(found[ours])["w"]
+    assert not np.array_equal(w, [1.0, -2.0])
+    if framework != "optax":
+        pytest.importorskip(framework)
+    other = run(found[theirs])["w"]
+    other = other.detach().numpy() if framework == "torch" else np.asarray(other)
+    np.testing.assert_allclose(w, other, rtol=1e-5)
+
+
+def test_a_job_is_carried_over(capsys):
+    program = programs("from_others.md")[6]
+    names = run(program)
+    np.testing.assert_array_equal(names["state"][0].velocity["kernel"], np.ones((2, 3)))
+    assert capsys.readouterr().out == "(2, 3)\n"
+
+
+def existing_tests():
+    """The names of all tests."""
+    return {
+        node.name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+def test_each_promise_names_tests_of_its_own_that_exist():
+    text = (DOCS / "contract.md").read_text()
+    promises = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    assert [promise.split(".")[0] for promise in promises] == [f"C{i}" for i in range(1, 11)]
+    there = existing_tests()
+    for promise in promises:
+        number = promise.split(".")[0].lower()
+        named = re.findall(r"^- \[`(\w+)`\]\(#(\w+)\)$", promise, re.MULTILINE)
+        assert named
+        for name, target in named:
+            assert name == target
+            assert name in there
+            assert f"_{number}_" in name
+
+
+def documented(page, module):
+    text = (DOCS / "api" / f"{page}.md").read_text()
+    return set(re.findall(rf"^\.\. auto\w+:: {re.escape(module)}\.(\w+)$", text, re.MULTILINE))
+
+
+def test_the_reference_has_every_public_name():
+    modules = {name for name in mj.__all__ if isinstance(getattr(mj, name), types.ModuleType)}
+    assert documented("optimizer", "momentum_jax") == set(mj.__all__) - modules
+    assert {name for name in modules if documented(name, "momentum_jax") == {name}} == modules
+
+
+def test_the_reference_has_every_public_name_of_the_study():
+    code = (ROOT / "momentum_jax" / "study" / "__init__.py").read_text()
+    names = set(re.findall(r"^from .* as (\w+)$", code, re.MULTILINE))
+    assert names
+    assert documented("study", "momentum_jax.study") == names
+
+
+def test_the_map_of_the_code_has_every_file():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    mapped = re.findall(r"^\| `([\w/]+\.py)` \| .+ \|$", text, re.MULTILINE)
+    package = ROOT / "momentum_jax"
+    files = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert set(mapped) == {name for name in files if not name.endswith("__init__.py")}
+    assert len(mapped) == len(set(mapped))
+
+
+def test_imports_point_one_way():
+    """As the map says: a file imports from those above it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    order = re.findall(r"^\| `(\w+)\.py` \|", text, re.MULTILINE)
+    for i, name in enumerate(order):
+        code = (ROOT / "momentum_jax" / f"{name}.py").read_text()
+        imported = re.findall(r"^from momentum_jax\.(\w+) import", code, re.MULTILINE)
+        for names in re.findall(r"^from momentum_jax import (.+)$", code, re.MULTILINE):
+            imported += [part.split(" as ")[0].strip() for part in names.split(",")]
+        assert set(imported) <= set(order[:i]), name
