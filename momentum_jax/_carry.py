@@ -111,6 +111,11 @@ def match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
             "init returned, of a transformation with momentum above 0. What is carried over is "
             f"of {listed(theirs)}."
         )
+    if ours and not theirs:
+        raise ValueError(
+            "there is no velocity in what is carried over, but in the state are those of "
+            f"{listed(ours)}. Give the state of an optimizer with momentum."
+        )
     if ours.keys() != theirs.keys():
         raise ValueError(
             "the velocities and what is carried over must be of the same params, but "
@@ -238,18 +243,26 @@ def to_numpy(name: str, array: Any) -> np.ndarray:
             "torch.load(path, map_location='cpu')."
         ) from error
     if not jnp.issubdtype(array.dtype, jnp.inexact):
-        raise TypeError(f"{name} is {array.dtype}, but must hold floating-point numbers.")
+        raise TypeError(
+            f"{name} is {array.dtype}, but must hold floating-point numbers. If it is the right "
+            "array, convert it to float32."
+        )
     return array.astype(np.result_type(array.dtype, np.float32), copy=False)
 
 
 def check_names(names: Iterable[str]) -> list[str]:
     """Names are text, and no two are equal."""
+    if isinstance(names, str):
+        raise TypeError(f"names={names!r} must be a list of names, here [{names!r}].")
     names = list(names)
     if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names must be text, but are {names[:5]}.")
+        raise TypeError(f"names must be text, one a weight, but are {names[:5]}.")
     if len(set(names)) != len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"names must differ from one another, but these repeat: {repeated}.")
+        raise ValueError(
+            f"names must differ from one another, but these repeat: {repeated}. A weight that is "
+            "used twice is one param of the optimizer: name it once."
+        )
     return names
 
 

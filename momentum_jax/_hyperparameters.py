@@ -56,19 +56,32 @@ def require(name: str, value: Any, fits: Any, rule: str) -> None:
         raise ValueError(f"{name}={value!r} must be {rule}.")
 
 
-def check(name: str, given: Any) -> Any:
-    """A factory's argument: a schedule passes, a value is checked."""
-    return given if callable(given) else check_value(name, given)
+def check(name: str, given: Any, *, called: str = "") -> Any:
+    """A factory's argument: a schedule passes, a value is checked.
+
+    `called` is the user's word for it, where it is not the name whose rule holds.
+    """
+    return given if callable(given) else check_value(name, given, called=called)
 
 
-def resolve(name: str, given: Any, override: Any, count: Any) -> Any:
+def resolve(name: str, given: Any, override: Any, count: Any, *, called: str = "") -> Any:
     """The value for this step: the override if there is one, else what the factory was given."""
     if override is not None:
-        return check_value(name, override)
+        return check_value(name, override, called=called)
     if callable(given):
         # Reading an array that depends on count would wait for the step in flight.
-        return check_value(name, given(count), read_arrays=False)
+        called = f"the schedule's {called or name}"
+        return check_value(name, given(count), called=called, read_arrays=False)
     return given
+
+
+def check_inner(inner: Any) -> None:
+    """Raises a TypeError unless it is an Optax transformation, for what goes around one."""
+    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+        raise TypeError(
+            f"inner={inner!r} must be an Optax transformation, for example "
+            "momentum_jax.momentum(0.1)."
+        )
 
 
 def is_zero(value: Any) -> bool:
@@ -77,26 +90,27 @@ def is_zero(value: Any) -> bool:
     return known and float(value) == 0
 
 
-def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
+def check_value(name: str, value: Any, *, called: str = "", read_arrays: bool = True) -> Any:
     """Returns a Python float or a scalar JAX array; raises on what no step can use.
 
     Of a traced value only the dtype and the shape are checked.
     """
+    called = called or name
     if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
         raise TypeError(
-            f"{name}={value!r} must be a real number, a scalar array or (when the transform is "
+            f"{called}={value!r} must be a real number, a scalar array or (when the transform is "
             "made) a schedule: a function of the step's count."
         )
     dtype = getattr(value, "dtype", None) or np.dtype(type(value))
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(
-            f"{name}={value} is {dtype}, but must be a real number. Give a float: "
+            f"{called}={value} is {dtype}, but must be a real number. Give a float: "
             f"{_RULES[name][2]}."
         )
     if np.shape(value) != ():
         raise ValueError(
-            f"{name} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a sweep, "
-            "optax.partition for groups of params with their own values."
+            f"{called} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a "
+            "sweep, optax.partition for groups of params with their own values."
         )
     if isinstance(value, jax.Array) and not (read_arrays and _can_be_read(value)):
         return value
@@ -106,7 +120,7 @@ def check_value(name: str, value: Any, *, read_arrays: bool = True) -> Any:
         number = math.inf if int(value) > 0 else -math.inf
     fits, rule, remedy = _RULES[name]
     if not fits(number):
-        raise ValueError(f"{name}={number} {rule}. {remedy}.")
+        raise ValueError(f"{called}={number} {rule}. {remedy}.")
     return value if isinstance(value, jax.Array) else number
 
 

@@ -119,11 +119,14 @@ def aggmo(
 
     def step(grads, state, overrides):
         if not isinstance(state.velocity, tuple) or len(state.velocity) != len(mus):
+            held = len(state.velocity) if isinstance(state.velocity, tuple) else 1
             raise ValueError(
-                f"the state must have a velocity for each of the {len(mus)} mus. Give the state "
-                "that this transformation's init returned."
+                f"the state must have a velocity for each of the {len(mus)} mus, but has {held}. "
+                "Give the state that this transformation's init returned."
             )
         given = overrides.get("mus")
+        if given is not None:
+            _check_sequence(given)
         if given is not None and len(given) != len(mus):
             raise ValueError(
                 f"mus has {len(given)} values, but the state has {len(mus)} velocities. "
@@ -131,8 +134,8 @@ def aggmo(
             )
         rate = resolve("learning_rate", learning_rate, overrides.get("learning_rate"), state.count)
         each = [
-            (rate, resolve("mu", mu, override, state.count))
-            for mu, override in zip(mus, given or [None] * len(mus), strict=True)
+            (rate, resolve("mu", mu, override, state.count, called=f"mus[{i}]"))
+            for i, (mu, override) in enumerate(zip(mus, given or [None] * len(mus), strict=True))
         ]
         return _update(grads, state, each)
 
@@ -140,12 +143,16 @@ def aggmo(
 
 
 def _check_mus(mus):
+    _check_sequence(mus)
+    return tuple(check("mu", mu, called=f"mus[{i}]") for i, mu in enumerate(mus))
+
+
+def _check_sequence(mus):
     if isinstance(mus, (int, float)) or not isinstance(mus, Sequence) or len(mus) == 0:
         raise ValueError(
             f"mus={mus!r} must be a tuple of one or more momentum coefficients, for example "
             "(0.0, 0.9, 0.99)."
         )
-    return tuple(check("mu", mu) for mu in mus)
 
 
 @functools.partial(_velocity.inlined_jit, static_argnums=(1, 2))

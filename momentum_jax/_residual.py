@@ -9,6 +9,7 @@ import optax
 from jax import export, lax
 
 from momentum_jax import _velocity
+from momentum_jax._hyperparameters import check_inner
 
 PyTree = Any
 
@@ -77,6 +78,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
       Kahan (1965), Further remarks on reducing truncation errors; Zamirai, Zhang, Aberger and
       De Sa (2020), Revisiting BFloat16 training, algorithm 3.
     """
+    check_inner(inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ResidualState:

@@ -9,7 +9,7 @@ import optax
 from jax import export
 
 from momentum_jax import _velocity
-from momentum_jax._hyperparameters import check_value
+from momentum_jax._hyperparameters import check_inner, check_value
 from momentum_jax._reading import has_velocity, velocities
 
 PyTree = Any
@@ -79,6 +79,7 @@ def adaptive_restart(
       O'Donoghue and Candes (2015), Adaptive restart for accelerated gradient schemes,
       section 3.2, the gradient scheme.
     """
+    check_inner(inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AdaptiveRestartState:
@@ -162,7 +163,8 @@ def _masks(where, velocity):
     except ValueError as error:
         raise ValueError(
             f"where must be a prefix of the velocity, but is {jax.tree.structure(where)}, and "
-            f"the velocity is {jax.tree.structure(velocity)}."
+            f"the velocity is {jax.tree.structure(velocity)}. Give None for all, a tree of "
+            "booleans like the params, or a function of a leaf's path that says whether."
         ) from error
     return [
         _check_mask(path, leaf, mask)
@@ -172,7 +174,10 @@ def _masks(where, velocity):
 
 def _check_mask(path, leaf, mask):
     if not isinstance(mask, bool) and getattr(mask, "dtype", None) != np.bool_:
-        raise TypeError(f"where {_velocity.at(path)} is {mask!r}, but must be boolean.")
+        raise TypeError(
+            f"where {_velocity.at(path)} is {mask!r}, but must be boolean: True scales, False "
+            "keeps."
+        )
     shape = _velocity.shape_of(leaf)
     if np.shape(mask) not in ((), shape):
         raise ValueError(

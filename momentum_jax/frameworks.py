@@ -261,7 +261,7 @@ def optax_sgd(
     step = _scale(check("learning_rate", learning_rate))
     if momentum is None:
         return _chain(step)
-    mu = check("mu", momentum)
+    mu = check("mu", momentum, called="momentum")
     return _chain(trace(mu, nesterov=nesterov and not _is_off(mu)), step)
 
 
@@ -293,7 +293,9 @@ def torch_hyperparameters(
     groups = [_torch_settings(found) for found in _torch_groups(state_dict)]
     if group is not None:
         if not 0 <= group < len(groups):
-            raise ValueError(f"group={group} must be below {len(groups)}, the number of groups.")
+            raise ValueError(
+                f"group={group} must be at least 0 and below {len(groups)}, the number of groups."
+            )
         return groups[group]
     differing = [name for name in groups[0] if any(g[name] != groups[0][name] for g in groups)]
     if differing:
@@ -473,6 +475,12 @@ def dump_torch(
     """
     job = _TorchJob(state_dict, names)
     named = _leaving(opt_state, job.shapes(), to_params)
+    momentums = [group["momentum"] for group in job.groups if group["momentum"]]
+    if momentums and not _carry.parts(opt_state, MomentumState):
+        raise ValueError(
+            f"the state has no velocity, but the optimizer that goes on has momentum="
+            f"{momentums[0]}. Give the state of torch_sgd, or of any transformation with a trace."
+        )
     if not _carry.taken_count(opt_state):
         named = {}
     return {
@@ -818,7 +826,7 @@ class _TorchJob(_Job):
         if known and known != self.names:
             raise ValueError(
                 f"the optimizer's own names are {', '.join(known)}, but names has "
-                f"{', '.join(self.names)}. They must be equal, in one order."
+                f"{', '.join(self.names)}. They must be equal, in one order: give the optimizer's."
             )
         self.number_of = dict(zip(self.names, numbers, strict=True))
         name_of = {number: name for name, number in self.number_of.items()}
@@ -827,7 +835,10 @@ class _TorchJob(_Job):
         }
         strange = [number for number in state_dict["state"] if number not in name_of]
         if strange:
-            raise ValueError(f"the state has params {strange} that no parameter group has.")
+            raise ValueError(
+                f"the state has params {strange} that no parameter group has. Give the whole of "
+                "what optimizer.state_dict() returned."
+            )
         for number, held in state_dict["state"].items():
             if held.get("momentum_buffer") is not None:
                 name = name_of[number]
@@ -846,17 +857,17 @@ class _KerasJob(_Job):
 
     def __init__(self, variables: Iterable[Any] | Mapping[str, Any], names: Names) -> None:
         super().__init__(names)
-        if not isinstance(variables, Iterable):
-            raise TypeError(
-                f"variables is {type(variables).__name__}: give optimizer.variables, or of a "
-                "LossScaleOptimizer optimizer.inner_optimizer.variables."
-            )
-        pairs = (
-            variables.items()
-            if isinstance(variables, Mapping)
-            else ((variable.path, variable) for variable in variables)
-        )
-        self.variables = {path: np.asarray(variable) for path, variable in pairs}
+        if not isinstance(variables, Mapping):
+            each = list(variables) if isinstance(variables, Iterable) else [variables]
+            for variable in each:
+                if not hasattr(variable, "path"):
+                    raise TypeError(
+                        f"variables has {type(variable).__name__}, which has no path: give "
+                        "optimizer.variables, or of a LossScaleOptimizer "
+                        "optimizer.inner_optimizer.variables, or a dict of arrays by their paths."
+                    )
+            variables = {variable.path: variable for variable in each}
+        self.variables = {path: np.asarray(variable) for path, variable in variables.items()}
         # Keras calls the momentum of "dense/kernel" "sgd/dense_kernel_momentum".
         wanted = {f"{name.replace('/', '_')}_momentum": name for name in self.names}
         if len(wanted) < len(self.names):
@@ -904,7 +915,8 @@ def _torch_groups(state_dict):
         if missing:
             raise ValueError(
                 f"a parameter group has no {', '.join(missing)}, so that it is not of "
-                f"torch.optim.SGD: it has {', '.join(group)}."
+                f"torch.optim.SGD: it has {', '.join(group)}. Of other optimizers nothing can be "
+                "carried over: begin with the state that init returned."
             )
     return list(state_dict["param_groups"])
 

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from momentum_jax import _velocity
+from momentum_jax._hyperparameters import check_inner
 from momentum_jax._shard_alike import reshard_alike, shard_alike
 
 PyTree = Any
@@ -85,6 +86,7 @@ def zero1(
       weight update in data-parallel training.
     """
     _check(mesh, axis)
+    check_inner(inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:

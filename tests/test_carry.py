@@ -668,7 +668,7 @@ def test_groups_that_differ_are_told_how():
     updates, _ = scope["tx"].update(jax.tree.map(jnp.zeros_like, FC), state, FC)
     np.testing.assert_array_equal(updates["kernel"], -0.5 * 0.5 * BUFFERS[0].T)
     np.testing.assert_array_equal(updates["bias"], -0.5 * 0.25 * BUFFERS[1])
-    with pytest.raises(ValueError, match="group=2 must be below 2"):
+    with pytest.raises(ValueError, match="group=2 must be at least 0 and below 2"):
         torch_hyperparameters(state_dict, group=2)
 
 
@@ -833,3 +833,29 @@ def test_an_optax_state_of_other_params_is_refused():
     state = optax.sgd(0.5, 0.5).init({"x": jnp.ones(1)})
     with pytest.raises(ValueError, match=r"only in the state: \['a'\], \['b'\]; only in .*\['x'\]"):
         load_optax(optax_sgd(0.5, 0.5).init(PARAMS), state)
+
+
+def test_a_state_without_velocity_is_no_job_of_pytorch():
+    """Else PyTorch would go on from rest, and nobody would know."""
+    with pytest.raises(ValueError, match=r"no velocity, but the optimizer .* has momentum=0\.5"):
+        dump_torch(optax.adam(0.1).init(FC), a_state_dict(), names=WEIGHTS, to_params=fc)
+
+
+def test_an_optax_state_without_velocity_is_refused():
+    """With the params that have one here."""
+    state = optax_sgd(0.1, 0.9).init(FC)
+    with pytest.raises(ValueError, match="no velocity in what is carried over, but in the state"):
+        load_optax(state, optax.adam(0.1).init(FC))
+
+
+def test_one_name_is_no_list_of_names(as_shipped):
+    """Or its letters would be names."""
+    with pytest.raises(TypeError, match=r"names='fc' must be a list of names, here \['fc'\]"):
+        load_torch(torch_sgd(0.1, 0.9).init(FC), a_state_dict(), names="fc", to_params=fc)
+
+
+@pytest.mark.parametrize("variables", ["x", [np.ones(2)]])
+def test_variables_without_paths_are_refused(as_shipped, variables):
+    """With what to give."""
+    with pytest.raises(TypeError, match=r"has no path: give optimizer\.variables"):
+        load_keras(keras_sgd().init(FC), variables, names=[], to_params=fc)

@@ -187,7 +187,7 @@ def test_defaults_are_theirs():
         (lambda: torch_sgd(weight_decay=-0.1), "weight_decay=-0.1 must be finite and not neg"),
         (lambda: keras_sgd(momentum=1.1), r"momentum=1.1 must be in \[0, 1\]"),
         (lambda: caffe_sgd(base_lr=float("nan")), "base_lr=nan must be finite"),
-        (lambda: optax_sgd(0.1, momentum=-1.0), r"mu=-1.0 must be in \(-1, 1\]"),
+        (lambda: optax_sgd(0.1, momentum=-1.0), r"momentum=-1.0 must be in \(-1, 1\]"),
     ],
 )
 def test_refusals_name_the_framework_s_argument(make, name):

@@ -253,15 +253,27 @@ def test_lowers_everywhere():
 BAD = {
     "no mus": (lambda: mj.aggmo(0.5, ()), "mus=() must be a tuple of one or more"),
     "one number": (lambda: mj.aggmo(0.5, 0.9), "mus=0.9 must be a tuple of one or more"),
-    "mu out of range": (lambda: mj.aggmo(0.5, (0.0, 1.5)), "mu=1.5 must be in (-1, 1]"),
+    "mu out of range": (lambda: mj.aggmo(0.5, (0.0, 1.5)), "mus[1]=1.5 must be in (-1, 1]"),
     "nu": (lambda: mj.qhm(0.5, 0.9, float("nan")), "nu=nan must be finite"),
     "overrides": (
         lambda: mj.aggmo(0.5).update(jnp.ones(1), mj.aggmo(0.5).init(jnp.ones(1)), mus=(0.5,)),
         "mus has 1 values, but the state has 3 velocities",
     ),
+    "an override that is one number": (
+        lambda: mj.aggmo(0.5).update(jnp.ones(1), mj.aggmo(0.5).init(jnp.ones(1)), mus=0.5),
+        "mus=0.5 must be a tuple of one or more",
+    ),
+    "an override out of range": (
+        lambda: mj.aggmo(0.5).update(jnp.ones(1), mj.aggmo(0.5).init(jnp.ones(1)), mus=(0, 0, 2)),
+        "mus[2]=2.0 must be in (-1, 1]",
+    ),
+    "what a schedule returns": (
+        lambda: (tx := mj.qhm(lambda count: -0.5)).update(jnp.ones(1), tx.init(jnp.ones(1))),
+        "the schedule's learning_rate=-0.5 must be finite and not negative",
+    ),
     "a state of momentum": (
         lambda: mj.aggmo(0.5).update(jnp.ones(1), mj.momentum(0.5).init(jnp.ones(1))),
-        "the state must have a velocity for each of the 3 mus",
+        "the state must have a velocity for each of the 3 mus, but has 1",
     ),
 }
 

@@ -291,3 +291,19 @@ def test_bad_input_is_refused(case):
     call, message = BAD[case]
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        mj.adaptive_restart,
+        mj.keep_residual,
+        lambda inner: mj.sharding.zero1(inner, jax.make_mesh((8,), ("data",))),
+    ],
+    ids=["adaptive_restart", "keep_residual", "zero1"],
+)
+@pytest.mark.parametrize("inner", [0.1, mj.momentum], ids=["a number", "a factory"])
+def test_what_is_no_transformation_is_refused(as_shipped, wrap, inner):
+    """When it is made, and not when its init is missed."""
+    with pytest.raises(TypeError, match="must be an Optax transformation, for example"):
+        wrap(inner)
