@@ -28,7 +28,8 @@ def usual_loop(problem: problems.Problem) -> Any:
         updates, state = tx.update(jax.grad(problem.loss)(params, batch), state, params)
         return optax.apply_updates(params, updates), state
 
-    init, loss, metric = (jax.jit(f) for f in (problem.init, problem.loss, problem.metric))
+    functions: Any = (problem.init, problem.loss, problem.metric)
+    init, loss, metric = map(jax.jit, functions)
     examples = len(problem.data["y"])
 
     def run(seed: int) -> np.ndarray:

@@ -296,7 +296,8 @@ def share(scores: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"]) -> Estimate:
         if variance == 0:
             return Estimate(value)
         n *= value * (1 - value) / variance
-    low, high = proportion_confint(value * n, n, alpha=1 - CONFIDENCE, method="wilson")
+    bounds: Any = proportion_confint(value * n, n, alpha=1 - CONFIDENCE, method="wilson")
+    low, high = bounds
     # At 0 and at 1 the bound is the share itself, which rounding misses by a little.
     return Estimate(value, float(low) if value > 0 else 0.0, float(high) if value < 1 else 1.0)
 
