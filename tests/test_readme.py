@@ -53,7 +53,7 @@ def test_a_problem_of_ones_own_is_studied_as_a_command_and_in_python(tmp_path, m
     program, *arguments = SHELL[2].split()
     assert program == ".venv/bin/python"
     # Fewer runs than the README's, which are the same otherwise.
-    few = ["--seeds", "6", "--steps", "20", "--no-controls", "--out", "results"]
+    few = ["--seeds", "6", "--steps", "20", "--quick", "--init-scale", "1", "--out", "results"]
     subprocess.run([sys.executable, *arguments, *few], check=True, capture_output=True)
     assert (tmp_path / "results" / "report.html").exists()
 

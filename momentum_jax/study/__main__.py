@@ -148,6 +148,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     options.error = parser.error
+    if options.distributed is not None:
+        _join(options)  # Before anything asks for devices, a look at the problem among it.
     if options.resume is not None:
         return _resumed(options)
     return _completed(options)
@@ -219,8 +221,6 @@ def _completed(options):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the study as the command line says."""
     options = parse(arguments)
-    if options.distributed is not None:
-        _join(options)
     first = jax.process_index() == 0
     if first:
         _open_folder(options)
@@ -332,7 +332,7 @@ def _train(options, first):
 def _join(options):
     """Makes this process one of many."""
     given = options.distributed
-    if options.out is None:
+    if options.out is None and options.resume is None:
         options.error("--distributed needs --out: a folder that all processes see")
     if len(given) not in (0, 3):
         options.error(

@@ -302,7 +302,7 @@ def bytes_needed(problem: Problem, runs: int, steps: int) -> int:
     Example:
       >>> from momentum_jax.study.problems import digits
       >>> bytes_needed(digits(), runs=1000, steps=200)
-      840000
+      504000
     """
     moments = min(steps, _evaluations(problem)) + 1
     return 2 * runs * moments * 4 * (5 if problem.data is None else 3)
