@@ -86,6 +86,8 @@ def test_the_verdict_is_that_of_the_spread(spread, verdict):
     assert "as a multiple of the plain arm's" in said
     assert re.search(r"lower loss in \d+% of pairs", said)
     assert f"mu 0.9, same effective rate: **{float(f'{spread:.3g}'):#.3g} [" in said
+    ratio = f"{float(f'{spread:.3g}'):#.3g}"
+    assert re.search(rf"the final loss spreads {re.escape(ratio)} \[.*\] times as much", said)
     clear = (2 if spread < 1 else 0), (2 if spread > 1 else 0)
     assert f"clearly narrower in {clear[0]} and clearly wider in {clear[1]} of 2" in said
     assert "noise" not in said  # A control is no momentum.

@@ -76,7 +76,7 @@ def test_it_says_what_it_does_and_where_the_results_are(finished):
         "double well: 132 runs of 40 steps (11 arms, 2 initial scales, 6 initial weights), "
         "after 32 runs to tune learning rates, on 2 x cpu" in done.stdout
     )
-    for bar in ("tuning: 100%", "training: 100%", "loss="):
+    for bar in ("tuning: 100%", "training: 100%", "loss=", "statistics: 100%", "pictures: 100%"):
         assert bar in done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr

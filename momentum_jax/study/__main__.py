@@ -247,9 +247,8 @@ def _report(options, results, seconds):
     command = shlex.join([*PROGRAM.split(), *_without_places(options.arguments)])
     provenance |= {"command": command, "seconds": round(seconds, 1)}
     results.attrs["provenance"] = json.dumps(provenance)
-    print("computing the statistics and drawing the pictures ...", flush=True)
-    summary = summarize(results)
-    paths = write(results, summary, options.out)
+    summary = summarize(results, progress="statistics")
+    paths = write(results, summary, options.out, progress="pictures")
     shutil.rmtree(options.out / UNFINISHED)
     print(f"\n{text(results, summary)}\n")
     for path in paths:

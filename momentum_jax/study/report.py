@@ -19,6 +19,7 @@ import xarray as xr
 from markdown_it import MarkdownIt
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from momentum_jax.diagnostics import Measurement
 from momentum_jax.study import plots
@@ -79,18 +80,22 @@ def report(dataset: xr.Dataset, folder: str | Path) -> list[Path]:
     return write(dataset, summarize(dataset), Path(folder))
 
 
-def write(dataset: xr.Dataset, summary: Summary, folder: Path) -> list[Path]:
+def write(
+    dataset: xr.Dataset, summary: Summary, folder: Path, progress: str | None = None
+) -> list[Path]:
     """Writes what `report` does, with a summary that is there already."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(dataset)
     document = _document(dataset, summary, pictures)
+    pngs, svgs = {}, {}
+    bar = tqdm(pictures.items(), desc=progress, unit="picture", disable=progress is None)
     with rc_context(STYLE):
-        figures = {name: _figure(picture) for name, picture in pictures.items()}
-        page = _page(document, figures)
-        drawn = {name: _png(figure) for name, figure in figures.items()}
+        for name, picture in bar:
+            figure = _figure(picture)
+            pngs[name], svgs[name] = _png(figure), _svg(figure)
     paths = {name: folder / name for name in ("report.html", "report.md", "results.nc")}
     paths["report.md"].write_text(document)
-    paths["report.html"].write_text(page)
+    paths["report.html"].write_text(_page(document, svgs))
     dataset.to_netcdf(paths["results.nc"], engine="scipy")
     numbers = {
         "problem": dataset.attrs["problem"],
@@ -102,7 +107,7 @@ def write(dataset: xr.Dataset, summary: Summary, folder: Path) -> list[Path]:
     }
     paths["summary.json"] = folder / "summary.json"
     paths["summary.json"].write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
-    for name, png in drawn.items():
+    for name, png in pngs.items():
         paths[name] = folder / f"{name}.png"
         paths[name].write_bytes(png)
     return list(paths.values())
@@ -119,6 +124,7 @@ def answer(dataset: xr.Dataset, summary: Summary) -> str:
         return "**There is one arm, and nothing to compare it with.**"
     fairest = contrasts[-1].name.split(", ")[0]
     better = worse = 0
+    spoken: list[str] = []
     lines = []
     for contrast in reversed(contrasts):
         rows, pooled = (
@@ -143,6 +149,12 @@ def answer(dataset: xr.Dataset, summary: Summary) -> str:
             pooled_narrower, pooled_wider = _clear(pooled)
             better += narrower + pooled_narrower
             worse += wider + pooled_wider
+            spoken += [
+                f"{_kind(contrast.name)}, the final loss spreads {row.spread.ratio} times as much "
+                f"over the initial weights with {row.arm} as with {row.plain}."
+                for row in pooled[:1]
+                if row.spread.ratio.value is not None
+            ]
     verdict = {
         (False, False): "It cannot be told from these runs.",
         (True, False): "It did: where the spread clearly differs, momentum narrowed it.",
@@ -154,7 +166,9 @@ def answer(dataset: xr.Dataset, summary: Summary) -> str:
         "The spread of the final loss over all initial weights, as a multiple of the plain "
         "arm's with its 95% interval; below 1, it is narrower:"
     )
-    return "\n".join([f"**{verdict}** ({_kind(fairest)}.)", "", meaning, "", *lines])
+    # Of several contrasts of a kind none can speak for the others.
+    number = spoken[0] if len(spoken) == 1 else f"({_kind(fairest)}.)"
+    return "\n".join([f"**{verdict}** {number}", "", meaning, "", *lines])
 
 
 def _clear(rows):
@@ -652,13 +666,13 @@ pre {{ overflow-x: auto; padding: 0.8rem; background: var(--wash); border-radius
 """
 
 
-def _page(document: str, figures: Mapping[str, Figure]) -> str:
+def _page(document: str, svgs: Mapping[str, str]) -> str:
     """The document as one HTML file, its pictures in it."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def image(renderer, tokens, index, options, env):
         name = tokens[index].attrs["src"].removesuffix(".png")
-        encoded = base64.b64encode(_svg(figures[name]).encode()).decode()
+        encoded = base64.b64encode(svgs[name].encode()).decode()
         says = html.escape(tokens[index].content)
         return f'<img src="data:image/svg+xml;base64,{encoded}" alt="{says}">'
 

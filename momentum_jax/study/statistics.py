@@ -19,6 +19,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+from tqdm import tqdm
 
 CONFIDENCE = 0.95
 
@@ -458,7 +459,9 @@ def final(dataset: xr.Dataset) -> xr.Dataset:
     return xr.Dataset({**ends, "diverged": diverged})
 
 
-def summarize(dataset: xr.Dataset, *, resamples: int = RESAMPLES) -> Summary:
+def summarize(
+    dataset: xr.Dataset, *, resamples: int = RESAMPLES, progress: str | None = None
+) -> Summary:
     """Estimates of every arm, and comparisons of the pairs that its `contrasts` name.
 
     Deterministic: the same dataset gives the same numbers.
@@ -466,6 +469,7 @@ def summarize(dataset: xr.Dataset, *, resamples: int = RESAMPLES) -> Summary:
     Args:
       dataset: what `run` returned.
       resamples: how often to resample, or to permute.
+      progress: what to call the work in a progress bar; None shows none.
 
     Returns:
       Cells and comparisons, which `json.dumps(summary, default=dataclasses.asdict)` writes.
@@ -496,14 +500,25 @@ def summarize(dataset: xr.Dataset, *, resamples: int = RESAMPLES) -> Summary:
         chosen = slice(None) if scale is None else [scales.index(scale)]
         return {name: variable.values[arms[arm]][:, chosen] for name, variable in ends.items()}
 
+    rounds = len(scales) + (len(scales) > 1)
+    work = rounds * (len(arms) + len({(arm, plain) for _, arm, plain in asked}))
+    bar = tqdm(total=work, desc=progress, unit="estimate", disable=progress is None)
+
+    def told(estimate):
+        bar.update()
+        return estimate
+
     def cells(scales):
-        return [_cell(arm, scale, runs(arm, scale), resamples) for arm in arms for scale in scales]
+        return [
+            told(_cell(arm, scale, runs(arm, scale), resamples)) for arm in arms for scale in scales
+        ]
 
     def comparisons(scales):
         # Contrasts may share a pair of arms: what both ask is asked once.
         pairs = dict.fromkeys((arm, plain, scale) for _, arm, plain in asked for scale in scales)
         compared = [
-            _compare(runs(arm, scale), runs(plain, scale), resamples) for arm, plain, scale in pairs
+            told(_compare(runs(arm, scale), runs(plain, scale), resamples))
+            for arm, plain, scale in pairs
         ]
         answers = dict(zip(pairs, _holm(compared), strict=True))
         return [
@@ -512,9 +527,10 @@ def summarize(dataset: xr.Dataset, *, resamples: int = RESAMPLES) -> Summary:
             for scale in scales
         ]
 
-    single, compared = cells(scales), comparisons(scales)
-    if len(scales) > 1:
-        return Summary(single, compared, cells([None]), comparisons([None]))
+    with bar:
+        single, compared = cells(scales), comparisons(scales)
+        if len(scales) > 1:
+            return Summary(single, compared, cells([None]), comparisons([None]))
     return Summary(
         single,
         compared,
