@@ -42,6 +42,9 @@ def bits(tree):
     return treedef, [(x.shape, x.dtype, np.asarray(x).tobytes()) for x in leaves]
 
 
+OLD_JAX = jax.__version_info__ < (0, 8)
+
+
 def types(tree):
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(x.shape, x.dtype, x.weak_type) for x in leaves]
@@ -215,6 +218,8 @@ def on_one_device(velocity_dtype):
 @pytest.mark.parametrize("velocity_dtype", ["bfloat16", "int8"])
 def test_c2_c7_bits_and_shardings_on_eight_devices(velocity_dtype, axis_type, wrap):
     """Those of one device; codes in the param's sharding, and all where it was at init."""
+    if velocity_dtype == "int8" and axis_type == AxisType.Explicit and OLD_JAX:
+        pytest.skip("JAX 0.7 does not split an axis of Explicit sharding, and says so at init")
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
     tx = make(velocity_dtype)
     params = {
@@ -368,9 +373,11 @@ PARAMS = {"w": numbers(), "half": numbers(seed=1).astype("bfloat16"), "b": 1.0, 
 def test_c2_types_are_those_of_init(name):
     """Eager, jitted, donated and scanned, with one trace; updates in the gradients' dtypes."""
     tx = TRANSFORMS[name]("int8")
-    state = start = tx.init(PARAMS)
+    # Before 0.2.6 the accumulator of Optax's own MultiSteps drifts with a Python number.
+    params = PARAMS | {"b": jnp.ones(())} if name == "MultiSteps" else PARAMS
+    state = start = tx.init(params)
     updates = {}
-    assert types(jax.eval_shape(tx.init, PARAMS)) == types(start)
+    assert types(jax.eval_shape(tx.init, params)) == types(start)
     traces = []
 
     def step(params, state):
@@ -380,7 +387,7 @@ def test_c2_types_are_those_of_init(name):
 
     jitted = jax.jit(step, donate_argnums=1)
     for _ in range(3):
-        updates, state = jitted(PARAMS, jax.tree.map(jnp.copy, state))
+        updates, state = jitted(params, jax.tree.map(jnp.copy, state))
         assert types(state) == types(start)
         leaves = [x for x in jax.tree.leaves((updates, state)) if x.size]
         addresses = [s.data.unsafe_buffer_pointer() for x in leaves for s in x.addressable_shards]

@@ -130,7 +130,7 @@ def noisy_descent(learning_rate: Any, noise: Any) -> optax.GradientTransformatio
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         key = extra_args["key"]
-        size = optax.tree.size(updates)
+        size = sum(leaf.size for leaf in jax.tree.leaves(updates))
         length = noise * jnp.asarray(optax.tree.norm(updates)) / jnp.sqrt(size)
         shaken = optax.tree.random_like(key, updates)
         return jax.tree.map(lambda g, z: -learning_rate * (g + length * z), updates, shaken), state
