@@ -33,9 +33,10 @@ class Scheme:
 
     `curve` is "linear"; "softsign", 2x / (1 + |x|), as FlashOptim (2026) has it; or a number c:
     a value is c a + (1 - c) a^2 of its block's scale, a being the code over the largest code.
-    `scale` is "float16", "bfloat16", "float32" or "uint16": a float32's bits 1 to 16, without the
-    sign. `rounding` is "nearest", "stochastic" or "dithered": the noise that decides is added
-    before rounding and taken off on reading.
+    `scale` is "float16", "float32"; "uint16": a float32's bits 1 to 16, without the sign; or
+    "quarters": 32 bits, of which 8 are an exponent and 6 the scale of each quarter of the block.
+    `rounding` is "nearest", "stochastic" or "dithered": the noise that decides is added before
+    rounding and taken off on reading.
     """
 
     curve: Any
@@ -47,38 +48,43 @@ class Scheme:
     @property
     def bytes(self) -> float:
         """Bytes a value."""
-        return 1 + {"float32": 4}.get(self.scale, 2) / self.block
+        return 1 + {"float16": 2, "uint16": 2}.get(self.scale, 4) / self.block
 
 
 SCHEMES = {
     "flashoptim": Scheme("softsign", 32, "float16", "nearest"),
     "linear, nearest": Scheme("linear", 32, "uint16", "nearest"),
-    "curve 0.4, nearest": Scheme(0.4, 32, "uint16", "nearest"),
-    "softsign, dithered, exact": Scheme("softsign", 32, "uint16", "dithered", exact=True),
     "linear, stochastic": Scheme("linear", 32, "uint16", "stochastic"),
+    "linear, dithered": Scheme("linear", 32, "uint16", "dithered"),
+    "softsign, dithered, exact": Scheme("softsign", 32, "uint16", "dithered", exact=True),
+    "curve 0.4, nearest": Scheme(0.4, 32, "uint16", "nearest"),
     "curve 0.4, stochastic": Scheme(0.4, 32, "uint16", "stochastic"),
     "curve 0.4, stochastic, float32 64": Scheme(0.4, 64, "float32", "stochastic"),
-    "linear, dithered": Scheme("linear", 32, "uint16", "dithered"),
     "curve 0.4, dithered": Scheme(0.4, 32, "uint16", "dithered"),
-    "curve 0.4, dithered, exact, bfloat16": Scheme(0.4, 32, "bfloat16", "dithered", exact=True),
-    "curve 0.3, dithered, exact": Scheme(0.3, 32, "uint16", "dithered", exact=True),
-    "curve 0.5, dithered, exact": Scheme(0.5, 32, "uint16", "dithered", exact=True),
-    "curve 0.4, dithered, exact, 64": Scheme(0.4, 64, "uint16", "dithered", exact=True),
     "curve 0.4, dithered, exact": Scheme(0.4, 32, "uint16", "dithered", exact=True),
+    "curve 0.5, dithered, exact": Scheme(0.5, 32, "uint16", "dithered", exact=True),
+    "curve 0.4, dithered, quarters": Scheme(0.4, 64, "quarters", "dithered"),
+    "curve 0.5, dithered, quarters": Scheme(0.5, 64, "quarters", "dithered"),
+    "curve 0.6, dithered, quarters": Scheme(0.6, 64, "quarters", "dithered"),
+    "softsign, dithered, quarters": Scheme("softsign", 64, "quarters", "dithered"),
 }
 # What the package does, to be found by its name in the table.
-CHOSEN = "curve 0.4, dithered, exact"
+CHOSEN = "curve 0.5, dithered, quarters"
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def store(scheme: Scheme, values: jax.Array, key: jax.Array) -> jax.Array:
     """What reading gives back after storing values of shape (blocks, block)."""
-    largest_code = 126 if scheme.exact else 127
+    # Noise must not go beyond the last code.
+    largest_code = 126 if scheme.exact else 126.5 if scheme.scale == "quarters" else 127
     expand, compress, excess = _curve(scheme.curve, largest_code)
     size = jnp.abs(values)
     largest = size.max(-1, keepdims=True)
     key, key_of_scale = jax.random.split(key)
-    scale = _scale(scheme, largest, key_of_scale)
+    if scheme.scale == "quarters":
+        scale = _scales_of_quarters(size)
+    else:
+        scale = _scale(scheme, largest, key_of_scale)
     # FlashOptim divides by the scale before it is rounded.
     by = largest if scheme.scale == "float16" else scale
     share = jnp.minimum(size / jnp.where(by > 0, by, 1), 1)
@@ -92,7 +98,8 @@ def store(scheme: Scheme, values: jax.Array, key: jax.Array) -> jax.Array:
         read = jnp.where(noise < (share - below) / (above - below), above, below)
     else:
         u = noise - 0.5
-        a = (jnp.clip(jnp.floor(code + u + 0.5), -largest_code, largest_code) - u) / largest_code
+        last = int(largest_code + 0.5)
+        a = (jnp.clip(jnp.floor(code + u + 0.5), -last, last) - u) / largest_code
         read = jnp.sign(a) * (expand(jnp.abs(a)) - excess)
     if scheme.exact:
         read = jnp.where(size == largest, 1.0, jnp.where(size == 0, 0.0, read))
@@ -118,13 +125,21 @@ def _scale(scheme, largest, key):
         return largest
     if scheme.scale == "float16":
         return largest.astype(jnp.float16).astype(jnp.float32)
-    dropped = 15 if scheme.scale == "uint16" else 16
+    dropped = 15
     # An exact largest value must be right on average; otherwise all must fit below the scale.
     noise = jax.random.bits(key, largest.shape) >> (32 - dropped) if scheme.exact else 0
     if not scheme.exact:
         noise = jnp.uint32(2**dropped - 1)
     bits = jax.lax.bitcast_convert_type(largest, jnp.uint32) + noise
     return jax.lax.bitcast_convert_type(bits >> dropped << dropped, jnp.float32)
+
+
+def _scales_of_quarters(size):
+    largest = size.reshape(-1, 4, size.shape[-1] // 4).max(-1)
+    _, exponent = jnp.frexp(largest.max(-1, keepdims=True))
+    unit = jnp.ldexp(jnp.float32(1), exponent - 6)
+    scales = jnp.minimum(jnp.floor(largest / unit) + 1, 64) * unit
+    return jnp.repeat(scales, size.shape[-1] // 4, axis=-1)
 
 
 def velocities() -> dict[str, Array]:

@@ -151,7 +151,25 @@ def comparison(title: str, other: str, pairs: list[tuple[str, dict, str]]) -> li
     return [*lines, ""]
 
 
-GENERATED = {"contract_tests": contract_tests, "benchmarks": benchmark_tables}
+def quantization_table() -> tuple[str, list[Path]]:
+    """What storing a velocity in 8 bits costs by each scheme, and whether it stalls."""
+    path = ROOT / "benchmarks" / "results" / "quantization.json"
+    results = json.loads(path.read_text())
+    lines = ["| scheme | bytes a value | error: normal | uniform | heavy-tailed | risen |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for name, of in results["schemes"].items():
+        errors = [f"{1e3 * of['errors'][key]:.2f}" for key in ("normal", "uniform", "heavy-tailed")]
+        cells = [f"{of['bytes']:.4f}", *errors, f"{of['stall']['0.999']['risen']:.1%}"]
+        label = f"**{name}**, here" if name == results["chosen"] else name
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""]), [path]
+
+
+GENERATED = {
+    "benchmarks": benchmark_tables,
+    "contract_tests": contract_tests,
+    "fewer_bits": quantization_table,
+}
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example|Source):$")
 

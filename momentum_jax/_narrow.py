@@ -16,21 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from momentum_jax._shard_alike import reshard_alike, shard_alike, whole_from
+from momentum_jax._shard_alike import reshape, reshard_alike, shard_alike, whole_blocks
 
-# Values a block, unless the last axes have another number: 1 + 2 / 32 bytes a value.
-BLOCK = 32
+# Values a block, unless the last axes have another number: 1 + 4 / 64 bytes a value.
+BLOCK = 64
+# Of each quarter of a block the scale takes 6 bits, and the exponent of all of them 8.
+QUARTERS = 4
 # Below this many values a leaf stays wide: it weighs nothing, and biases and norms are small.
 SMALLEST = 4096
 
-# Codes up to LARGEST, in either direction, stand for f(|code| / LARGEST) of the block's scale,
-# f(a) = LINEAR * a + (1 - LINEAR) * a^2: four times as dense around 0, where most values are, as
-# at the scale. The two codes beyond are for what has no error: the largest value of a block, so
-# that it is not shrunk or grown by being stored, and 0, so that what does not move stays put.
-LARGEST = 126
-EXTREME = 127
+# Codes, in either direction, stand for f(|code| / LARGEST) of the scale, f(a) = (a + a^2) / 2:
+# three times as dense around 0, where most values are, as at the scale. The code beyond is for 0,
+# so that what does not move stays put.
+LARGEST = 126.5
 ZERO = -128
-LINEAR = 0.4
 # What squaring a uniform error of one code adds on average, to be taken off again.
 _EXCESS = 1 / (12 * LARGEST**2)
 
@@ -39,26 +38,29 @@ _DROPPED = {np.dtype(jnp.bfloat16): 16, np.dtype(jnp.float16): 13}
 
 
 class Quantized(NamedTuple):
-    """A velocity in 8 bits a value, and 16 bits a block of about 32 values.
+    """A velocity in 8 bits a value, and 32 bits a block of about 64 values.
 
-        value = scale * sign(a) * f(|a|)    with a = (code - u) / 126, f(a) = 0.4 a + 0.6 a^2 - 3e-6
+        value = scale * sign(a) * f(|a|)    with a = (code - u) / 126.5, f(a) = (a + a^2) / 2 - 3e-6
 
     u is uniform in [-0.5, 0.5): a hash of the seed and of the value's position. It was added
     before the code was rounded, so that the error is independent of the value and 0 on average
-    (subtractive dither), and no larger than with the nearest code. The codes 127 and -127 are
-    the block's largest value, to the bit of the scale, and -128 is 0.
+    (subtractive dither), and no larger than with the nearest code. The code -128 is 0. Each
+    quarter of a block has a scale, above its largest value: one of 64 multiples of what the
+    block's exponent stands for.
 
     Attributes:
       codes: int8, of the param's shape and in its sharding.
-      scales: uint16, the bits of a float32 after its sign, cut off after 16; one a block along
-        the last axis, or along as many of the last axes as it takes to have 32 values.
+      scales: uint32, one a block along the last axis, or along as many of the last axes as it
+        takes to have 64 values. The upper 8 bits, e, are the exponent of the block's largest
+        value as float32 has it; then come 6 bits, q, for each quarter, the scale of which is
+        (q + 1) / 64 * 2^(e - 126).
       seed: uint32 scalar, of the step that wrote them.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
       >>> state = mj.momentum(0.1, velocity_dtype=jnp.int8).init(jnp.zeros((64, 128)))
       >>> print(state.velocity.codes.shape, state.velocity.scales.shape)
-      (64, 128) (64, 4)
+      (64, 128) (64, 2)
 
     Source:
       Dettmers, Lewis, Shleifer and Zettlemoyer (2022), 8-bit optimizers via block-wise
@@ -102,11 +104,9 @@ def read(held: Any) -> jax.Array:
     if not is_quantized(held):
         return jnp.asarray(held)
     codes, scales = (jnp.asarray(x) for x in (held.codes, held.scales))
-    code = codes.astype(np.float32)
-    a = (code - _dither(held.seed, codes)) / LARGEST
-    share = jnp.where(jnp.abs(code) == EXTREME, np.float32(1), _expand(jnp.abs(a)))
-    share = jnp.where(code == ZERO, np.float32(0), share)
-    return _spread(_float(scales), codes) * jnp.sign(a) * share
+    a = (codes.astype(np.float32) - _dither(held.seed, codes)) / np.float32(LARGEST)
+    share = jnp.where(codes == ZERO, np.float32(0), jnp.sign(a) * _expand(jnp.abs(a)))
+    return _spread(_of_quarters(scales), codes) * share
 
 
 def store(value: jax.Array, held: Any, seed: jax.Array | None) -> Any:
@@ -129,24 +129,27 @@ def quantize(value: jax.Array, shape: tuple[int, ...], seed: Any) -> Quantized:
     seed = jnp.asarray(seed, np.uint32)
     # Not every backend's maximum lets a NaN through.
     size = jnp.where(jnp.isfinite(value), jnp.abs(value), np.float32(np.inf))
-    maxima = block_maxima(size, shape)
-    bits = lax.bitcast_convert_type(maxima, np.uint32)
-    noise = jnp.where(jnp.isfinite(maxima), _noise(seed, maxima) >> 17, np.uint32(0))
-    scales = ((bits + noise) >> 15).astype(np.uint16)
-
-    spread = _spread(_float(scales), value)
-    share = size / jnp.where(spread > 0, spread, np.float32(1))
-    code = LARGEST * jnp.sign(value) * _compress(share)
-    code = jnp.clip(jnp.floor(code + _dither(seed, value) + 0.5), -LARGEST, LARGEST)
-    code = jnp.where(size == _spread(maxima, value), EXTREME * jnp.sign(value), code)
+    scales = _scales(size, shape)
+    scale = _spread(_of_quarters(scales), value)
+    share = size / jnp.where(scale > 0, scale, np.float32(1))
+    code = jnp.sign(value) * LARGEST * _compress(share)
+    code = jnp.clip(jnp.floor(code + _dither(seed, value) + 0.5), -127, 127)
     code = jnp.where(size == 0, np.float32(ZERO), code)
-    code = jnp.where(jnp.isfinite(value), code, np.float32(EXTREME))
+    code = jnp.where(jnp.isfinite(value), code, np.float32(127))
     return Quantized(code.astype(np.int8), scales, seed)
 
 
-def block_maxima(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The largest value of each block, or 0; of the shape that the scales have."""
-    return jnp.max(_blocks(value, shape), axis=-1)
+def blocks(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """By block, quarter and place there, after the axes that scales of this shape have before.
+
+    The last ones are filled up with zeros.
+    """
+    length = math.prod(value.shape[len(shape) - 1 :])
+    quarter = _quarter(length, shape)
+    value = whole_blocks(value, len(shape) - 1, BLOCK)
+    value = reshape(value, (*shape[:-1], length))
+    padding = [(0, 0)] * (len(shape) - 1) + [(0, QUARTERS * quarter * shape[-1] - length)]
+    return reshape(jnp.pad(value, padding), (*shape, QUARTERS, quarter))
 
 
 def scale(held: Quantized, factor: jax.Array, mask: jax.Array) -> Quantized:
@@ -156,9 +159,9 @@ def scale(held: Quantized, factor: jax.Array, mask: jax.Array) -> Quantized:
     scaled = jnp.where(factor == 0, np.float32(0), factor * value)
     mask = reshard_alike(jnp.broadcast_to(mask, value.shape), value)
     stored = store(jnp.where(mask, scaled, value), held, held.seed)
-    changed = jnp.any(_blocks(mask, held.scales.shape), axis=-1)
+    changed = jnp.any(blocks(mask, held.scales.shape), axis=(-2, -1))
     return Quantized(
-        jnp.where(_spread(changed, held.codes), stored.codes, held.codes),
+        jnp.where(_spread(changed[..., None], held.codes), stored.codes, held.codes),
         jnp.where(changed, stored.scales, held.scales),
         held.seed,
     )
@@ -214,34 +217,55 @@ def _dither(seed, like):
 
 
 def _expand(a):
-    return LINEAR * a + (1 - LINEAR) * (a * a - _EXCESS)
+    return (a + (a * a - np.float32(_EXCESS))) / 2
 
 
 def _compress(x):
     """The inverse of `_expand` before the excess is taken off."""
-    root = jnp.sqrt(LINEAR**2 + 4 * (1 - LINEAR) * x)
-    return (root - LINEAR) / (2 * (1 - LINEAR))
+    return jnp.sqrt(np.float32(0.25) + 2 * x) - np.float32(0.5)
 
 
-def _float(scales):
-    return lax.bitcast_convert_type(scales.astype(np.uint32) << 15, np.float32)
+def _scales(size, shape):
+    """The least for each quarter that are above all its values."""
+    maxima = jnp.max(blocks(size, shape), axis=-1)
+    exponent = lax.bitcast_convert_type(jnp.max(maxima, axis=-1), np.uint32) >> 23
+    unit = _unit(exponent)[..., None]
+    # Of what is not finite, NaN, for which a conversion to integers has no rule.
+    multiple = jnp.where(unit < np.inf, maxima / jnp.where(unit > 0, unit, np.float32(1)), 0)
+    multiple = jnp.minimum(multiple.astype(np.uint32), np.uint32(63))
+    return (exponent << 24) + jnp.sum(multiple << _shifts(shape), axis=-1, dtype=np.uint32)
 
 
-def _blocks(value, shape):
-    """With an axis of its own for the values of a block, the last ones filled up with zeros."""
-    length = math.prod(value.shape[len(shape) - 1 :])
-    block = -(-length // shape[-1])
-    if length % BLOCK:  # Blocks do not end where devices' parts do.
-        value = whole_from(value, len(shape) - 1)
-    value = value.reshape((*shape[:-1], length))
-    padding = [(0, 0)] * (len(shape) - 1) + [(0, block * shape[-1] - length)]
-    return jnp.pad(value, padding).reshape((*shape, block))
+def _of_quarters(scales):
+    multiple = (scales[..., None] >> _shifts(scales.shape)) & np.uint32(63)
+    return _unit(scales >> 24)[..., None] * (multiple + np.uint32(1)).astype(np.float32)
 
 
-def _spread(scales, like):
-    """To each value what its block has."""
-    length = math.prod(like.shape[scales.ndim - 1 :])
-    block = -(-length // scales.shape[-1])
-    spread = jnp.broadcast_to(scales[..., None], (*scales.shape, block))
-    spread = spread.reshape((*scales.shape[:-1], -1))[..., :length].reshape(like.shape)
-    return reshard_alike(spread, like)
+def _shifts(shape):
+    """Where in 32 bits each quarter has its 6."""
+    quarter = lax.broadcasted_iota(np.uint32, (*shape, QUARTERS), len(shape))
+    return np.uint32(18) - np.uint32(6) * quarter
+
+
+def _unit(exponent):
+    """2^-5 of the power of two that float32 has this exponent for, and so above all by 2^-6.
+
+    0 where that would be no normal number, which backends do not agree on.
+    """
+    bits = jnp.where(exponent > 5, exponent - np.uint32(5), np.uint32(0)) << 23
+    return lax.bitcast_convert_type(
+        jnp.where(exponent == 255, np.uint32(0xFF << 23), bits), np.float32
+    )
+
+
+def _quarter(length, shape):
+    return -(-length // (QUARTERS * shape[-1]))
+
+
+def _spread(each, like):
+    """To each value what its quarter has, or its block, if there is one for all four."""
+    length = math.prod(like.shape[each.ndim - 2 :])
+    quarter = _quarter(length, each.shape[:-1])
+    spread = jnp.broadcast_to(each[..., None], (*each.shape[:-1], QUARTERS, quarter))
+    spread = reshape(spread, (*each.shape[:-2], math.prod(spread.shape[-3:])))
+    return reshard_alike(reshape(spread[..., :length], like.shape), like)

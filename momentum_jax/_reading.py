@@ -32,7 +32,7 @@ def read_velocity(state: optax.OptState) -> Any:
       >>> tx = mj.momentum(0.5, velocity_dtype=jnp.int8)
       >>> grads = {"w": jnp.ones((64, 128))}
       >>> _, state = tx.update(grads, tx.init(grads))
-      >>> print(state.velocity["w"].codes.dtype, mj.read_velocity(state)["w"][0, :3])
+      >>> print(state.velocity["w"].codes.dtype, mj.read_velocity(state)["w"][0, :3].round(2))
       int8 [-0.5 -0.5 -0.5]
     """
     return _read(velocities(state))

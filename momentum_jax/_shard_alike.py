@@ -5,10 +5,12 @@ that it stood for is still there, and this is its primitive.
 """
 
 import itertools
+import math
 import weakref
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
@@ -39,12 +41,33 @@ def reshard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(value, held)
 
 
-def whole_from(value: jax.Array, axis: int) -> jax.Array:
-    """`value`, split along no axis from this one on: of Explicit axes, the others find a way."""
+def whole_blocks(value: jax.Array, axis: int, block: int) -> jax.Array:
+    """`value`, split so that all from this axis on, in a row, is cut between blocks, or not at all.
+
+    On Explicit axes alone; of others the partitioner finds a way.
+    """
     held = jax.typeof(value).sharding
-    if held.mesh.empty or AxisType.Explicit not in held.mesh.axis_types:
+    if not _is_explicit(held):
+        return value
+    names = held.spec[axis] or ()
+    parts = math.prod(held.mesh.shape[name] for name in np.atleast_1d(names).tolist())
+    if math.prod(value.shape[axis:]) % (parts * block) == 0 and not any(held.spec[axis + 1 :]):
         return value
     return jax.sharding.reshard(value, NamedSharding(held.mesh, P(*held.spec[:axis])))
+
+
+def reshape(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What is split along an axis goes on to be, by place: axes after it are split or joined."""
+    held = jax.typeof(value).sharding
+    if not _is_explicit(held):
+        return value.reshape(shape)
+    return jnp.reshape(
+        value, shape, out_sharding=NamedSharding(held.mesh, P(*held.spec[: len(shape)]))
+    )
+
+
+def _is_explicit(sharding):
+    return not sharding.mesh.empty and AxisType.Explicit in sharding.mesh.axis_types
 
 
 _shard_alike_p = Primitive("momentum_jax_shard_alike")

@@ -125,10 +125,10 @@ def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
         param = jnp.asarray(param)
         dtype = _held_dtype(path, param, velocity_dtype)
         if dtype == np.int8 and jnp.issubdtype(param.dtype, jnp.inexact):
-            maxima = _narrow.block_maxima(param, _narrow.scales_shape(param.shape))
+            blocks = _narrow.blocks(param, _narrow.scales_shape(param.shape))
             return _narrow.Quantized(
                 zeros_like(param, dtype),
-                zeros_like(maxima, np.dtype(np.uint16)),
+                zeros_like(jnp.max(blocks, axis=(-2, -1)), np.dtype(np.uint32)),
                 jnp.zeros([], np.uint32),
             )
         return zeros_like(param, dtype)

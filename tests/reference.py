@@ -93,29 +93,25 @@ def rounded_by_chance(values, dtype, bits):
     return np.copysign((whole + up) * 2.0**exponent, values)
 
 
-def quantized(values, block, seed_path, count):
-    """What 8 bits a value leave of it, along the last axis, and the codes."""
+def quantized(values, seed_path, count):
+    """What 8 bits a value leave of it, in blocks of 64 along the last axis, and the codes."""
     values = np.asarray(values, np.float64)
-    blocks = values.reshape(*values.shape[:-1], -1, block)
+    quarters = values.reshape(*values.shape[:-1], -1, 4, 16)
     u = (noise(seed_path, count, values.shape) >> np.uint64(8)) / 2.0**24 - 0.5
-    u = u.reshape(blocks.shape)
-    largest = np.abs(blocks).max(-1)
-    # The scale has 8 bits after the point, and is itself rounded by chance.
-    exponent = 2.0 ** (np.frexp(largest)[1] - 1 - 8)
-    whole, rest = np.divmod(largest, exponent)
-    bits = noise(seed_path, count, largest.shape) >> np.uint64(17)
-    scale = (whole + (rest / exponent + bits / 2.0**15 >= 1)) * exponent
-    scale, largest = scale[..., None], largest[..., None]
+    u = u.reshape(quarters.shape)
+    largest = np.abs(quarters).max(-1)
+    # Each quarter's scale is a 64th of a power of 2 that is above all in the block, as many times
+    # as it takes to be above all in the quarter.
+    unit = 2.0 ** np.frexp(largest.max(-1, keepdims=True))[1] / 64
+    scale = ((np.floor(largest / unit) + 1) * unit)[..., None]
 
-    share = np.divide(np.abs(blocks), scale, where=scale > 0, out=np.zeros_like(blocks))
-    a = np.sign(blocks) * (np.sqrt(0.16 + 2.4 * share) - 0.4) / 1.2
-    codes = np.clip(np.floor(126 * a + u + 0.5), -126, 126)
-    a = (codes - u) / 126
-    read = scale * np.sign(a) * (0.4 * np.abs(a) + 0.6 * (a**2 - 1 / (12 * 126**2)))
-    extreme = np.abs(blocks) == largest
-    codes = np.where(extreme, np.sign(blocks) * 127, codes)
-    codes = np.where(blocks == 0, -128, codes)
-    read = np.where(extreme, np.sign(blocks) * scale, read) * (blocks != 0)
+    x = np.abs(quarters) / scale
+    a = np.sign(quarters) * (np.sqrt(1 / 4 + 2 * x) - 1 / 2)
+    codes = np.floor(126.5 * a + u + 0.5)
+    a = (codes - u) / 126.5
+    read = scale * np.sign(a) * (np.abs(a) + a**2 - 1 / (12 * 126.5**2)) / 2
+    codes = np.where(quarters == 0, -128, codes)
+    read = np.where(quarters == 0, 0, read)
     return read.reshape(values.shape), codes.reshape(values.shape)
 
 

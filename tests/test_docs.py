@@ -33,7 +33,7 @@ def said(program):
 def test_the_programs_of_each_page_are_run():
     """Here, and those of docs/devices.md in test_readme.py."""
     pages = {path.name for path in DOCS.glob("*.md") if programs(path.name)}
-    assert pages == {"index.md", "conventions.md", "from_others.md", "devices.md"}
+    assert pages == {"index.md", "conventions.md", "from_others.md", "fewer_bits.md", "devices.md"}
 
 
 def test_the_first_program(capsys):
@@ -47,6 +47,13 @@ def test_the_page_on_conventions_prints_what_its_comments_say(capsys):
     run(program)
     assert capsys.readouterr().out.splitlines() == said(program)
     assert len(said(program)) == 3
+
+
+def test_the_page_on_fewer_bits_prints_what_its_comments_say(capsys):
+    program = "\n".join(programs("fewer_bits.md"))
+    run(program)
+    assert capsys.readouterr().out.splitlines() == said(program)
+    assert len(said(program)) == 5
 
 
 PAIRS = {"optax": (0, 1), "torch": (2, 3), "keras": (4, 5)}

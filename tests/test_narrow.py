@@ -42,9 +42,6 @@ def bits(tree):
     return treedef, [(x.shape, x.dtype, np.asarray(x).tobytes()) for x in leaves]
 
 
-OLD_JAX = jax.__version_info__ < (0, 8)
-
-
 def types(tree):
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(x.shape, x.dtype, x.weak_type) for x in leaves]
@@ -121,8 +118,8 @@ def test_codes_are_the_references():
     """Codes and values, up to ties between float32 and float64."""
     value = normal() * jnp.asarray([1.0, 1e-12, 0.0, 1e30]).repeat(16)[:, None]
     seed = _narrow.make_seed((), jnp.int32(5))
-    held = jax.jit(_narrow.quantize, static_argnums=1)(value, (64, 4), seed)
-    expected, codes = reference.quantized(value, 32, "", 5)
+    held = jax.jit(_narrow.quantize, static_argnums=1)(value, (64, 2), seed)
+    expected, codes = reference.quantized(value, "", 5)
     found = np.asarray(held.codes, int)
     assert np.abs(found - codes).max() <= 1
     assert (found != codes).mean() < 1e-3
@@ -145,9 +142,9 @@ def test_stored_velocities_are_right_on_average(velocity_dtype):
     steps = 4000
     run = jax.jit(lambda: jax.lax.scan(step, jnp.zeros_like(value), jnp.arange(steps))[0])
     mean = np.asarray(run()) / steps
-    # A step of the coarsest dtype here, in units of the largest value of its block.
-    largest = np.abs(0.375 * value).reshape(32, 4, 32).max(-1).repeat(32, -1)
-    width = {"bfloat16": 2**-7, "float16": 2**-10, "int8": 1.6 / 126}[velocity_dtype]
+    # The widest step of each dtype, in units of the largest value around.
+    largest = np.abs(0.375 * value).reshape(32, 2, 64).max(-1).repeat(64, -1)
+    width = {"bfloat16": 2**-7, "float16": 2**-10, "int8": 1.5 / 126.5}[velocity_dtype]
     assert np.abs(mean / largest).max() < 5 * 0.5 * width / np.sqrt(steps)
 
 
@@ -218,8 +215,6 @@ def on_one_device(velocity_dtype):
 @pytest.mark.parametrize("velocity_dtype", ["bfloat16", "int8"])
 def test_c2_c7_bits_and_shardings_on_eight_devices(velocity_dtype, axis_type, wrap):
     """Those of one device; codes in the param's sharding, and all where it was at init."""
-    if velocity_dtype == "int8" and axis_type == AxisType.Explicit and OLD_JAX:
-        pytest.skip("JAX 0.7 does not split an axis of Explicit sharding, and says so at init")
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
     tx = make(velocity_dtype)
     params = {
@@ -291,10 +286,10 @@ def test_streams_go_by_path():
 def test_blocks_of_any_shape():
     """At most 1.07 bytes a param; values come back to within a code."""
     scales = {
-        (4096,): (128,),
-        (64, 100): (64, 3),
-        (1000, 31): (968,),
-        (32, 16, 3, 3): (32, 4),
+        (4096,): (64,),
+        (64, 150): (64, 2),
+        (1000, 31): (484,),
+        (32, 16, 3, 3): (32, 2),
     }
     values = {str(shape): normal(shape) for shape in scales}
     state = moving(mj.trace(0.0, velocity_dtype="int8"), values, steps=1)
@@ -302,10 +297,10 @@ def test_blocks_of_any_shape():
     for shape, of_scales in scales.items():
         held, value = state.velocity[str(shape)], values[str(shape)]
         assert (held.codes.shape, held.codes.dtype) == (shape, jnp.int8)
-        assert (held.scales.shape, held.scales.dtype) == (of_scales, jnp.uint16)
+        assert (held.scales.shape, held.scales.dtype) == (of_scales, jnp.uint32)
         assert sum(x.nbytes for x in held) <= 1.07 * value.size
         error = np.abs(read[str(shape)] - value)
-        assert error.max() < 1.6 / 126 * np.abs(value).max()
+        assert error.max() < 1.5 / 126.5 * np.abs(value).max()
 
 
 def test_small_leaves_stay_wide():
@@ -324,14 +319,12 @@ def test_complex_params_are_refused():
         make("int8").init(jnp.ones(5000, "complex64"))
 
 
-def test_zeros_and_the_largest_of_a_block_are_exact():
-    """A value that has never moved does not begin to; one that is a power of 2 stays itself."""
-    value = normal() / 8 * (numbers(seed=3) > 0)
-    value = value.at[:, ::32].set(2.0).at[0].set(0.0)
+def test_zeros_are_exact():
+    """A value that has never moved does not begin to."""
+    value = (normal() * (numbers(seed=3) > 0)).at[0].set(0.0)
     state = moving(mj.trace(0.0, velocity_dtype="int8"), value)
     read = np.asarray(mj.read_velocity(state))
     np.testing.assert_array_equal(read == 0, value == 0)
-    np.testing.assert_array_equal(read[1:, ::32], 2.0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -342,9 +335,9 @@ def test_what_is_not_finite_is_seen(velocity_dtype, bad):
     state = moving(mj.trace(0.5, velocity_dtype=velocity_dtype), value)
     finite = np.isfinite(np.asarray(mj.read_velocity(state), np.float32))
     expected = np.ones(SHAPE, bool)
-    expected[3, 32 : 64 if velocity_dtype == "int8" else 41] = False
+    expected[3, : 64 if velocity_dtype == "int8" else 41] = False
     if velocity_dtype != "int8":
-        expected[3, 32:40] = True
+        expected[3, :40] = True
     np.testing.assert_array_equal(finite, expected)
     assert not np.any(np.asarray(mj.read_velocity(mj.reset_velocity(state)), np.float32))
 
@@ -355,7 +348,7 @@ def test_codes_for_any_size(size):
     value = normal() * size
     read = mj.read_velocity(moving(mj.trace(0.0, velocity_dtype="int8"), value, steps=1))
     error = np.asarray(read, np.float64) - np.asarray(value, np.float64)
-    assert 0.004 < np.linalg.norm(error) / np.linalg.norm(np.asarray(value, np.float64)) < 0.006
+    assert 0.0045 < np.linalg.norm(error) / np.linalg.norm(np.asarray(value, np.float64)) < 0.0052
 
 
 TRANSFORMS: dict[str, Any] = {
@@ -498,7 +491,7 @@ def test_reset_of_8_bits():
     read = np.asarray(mj.read_velocity(after)["w"])
     assert read[5, 3] == 0
     elsewhere = np.ones(SHAPE, bool)
-    elsewhere[5, :32] = False
+    elsewhere[5, :64] = False
     np.testing.assert_array_equal(read[elsewhere], before["w"][elsewhere])
     assert types(after) == types(state)
     with pytest.raises(ValueError, match=r"where at \['v'\] has shape \(3,\)"):

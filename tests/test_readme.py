@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from processes import run_job
 
@@ -23,8 +22,7 @@ SHELL = [code for language, code in BLOCKS if language == "bash"]
 
 def test_every_block_is_of_a_kind_that_is_checked():
     assert {language for language, _ in BLOCKS} <= {"python", "bash", "text", "bibtex"}
-    assert len(PYTHON) == 5
-    assert len(SHELL) == 3
+    assert len(PYTHON) == len(SHELL) == 2
 
 
 def test_the_example_reaches_the_minimum(capsys):
@@ -39,33 +37,38 @@ def test_inside_and_outside_print_the_worked_numbers(capsys):
     assert capsys.readouterr().out == "inside: -0.91\noutside: -0.10\n"
 
 
-def test_the_job_of_pytorch_goes_on():
-    names = {}
-    exec(PYTHON[2], names)
-    np.testing.assert_array_equal(names["state"][0].velocity["kernel"], np.ones((2, 3)))
+def test_what_it_links_to_is_there():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_it_fits_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
 
 
 def test_a_problem_of_ones_own_is_studied_as_a_command_and_in_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    name = re.match(r"# (\w+\.py)\n", PYTHON[3])
+    (_, problem), (_, command), (_, program) = blocks("docs/study/own.md")
+    name = re.match(r"# (\w+\.py)\n", problem)
     assert name
-    Path(name[1]).write_text(PYTHON[3])
-    program, *arguments = SHELL[2].split()
-    assert program == ".venv/bin/python"
-    # Fewer runs than the README's, which are the same otherwise.
+    Path(name[1]).write_text(problem)
+    interpreter, *arguments = command.split()
+    assert interpreter == ".venv/bin/python"
+    # Fewer runs than the page's, which are the same otherwise.
     few = ["--seeds", "6", "--steps", "20", "--quick", "--init-scale", "1", "--out", "results"]
     subprocess.run([sys.executable, *arguments, *few], check=True, capture_output=True)
     assert (tmp_path / "results" / "report.html").exists()
 
     names = {}
-    exec(PYTHON[3], names)
-    exec(PYTHON[4], names)
+    exec(problem, names)
+    exec(program, names)
     assert (tmp_path / "study-results" / "ravine" / "report.html").exists()
     assert dict(names["dataset"].sizes)["arm"] == 3
     assert re.search(r"^momentum +\d", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", SHELL[:2])
+@pytest.mark.parametrize("command", SHELL)
 def test_a_command_is_one_line_that_installs_and_runs(command):
     """The installs run in continuous integration, the modules that they call are here."""
     steps = command.strip().split(" && ")

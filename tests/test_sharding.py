@@ -315,7 +315,7 @@ def test_what_is_sharded_over_the_axis_already_stays():
 def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
     """50 steps with gradients that turn: codes and scales are those of one device, to the bit."""
     mesh = make_mesh(axis_type, axes)
-    shapes = {"bias": (3,), "hidden": (64, 128), "out": (128, 64)}
+    shapes = {"bias": (3,), "hidden": (64, 256), "out": (256, 64)}
     inner = mj.adaptive_restart(mj.momentum(0.05, velocity_dtype="int8"))
 
     def run(tx, params, state):
@@ -336,7 +336,7 @@ def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
     assert_same_sharding(moved, (params, state))
     velocity: Any = state.inner_state.velocity
     # A byte and a sixteenth a value, an eighth of them here; the seed.
-    eighth = 64 * 128 // 8
+    eighth = 64 * 256 // 8
     assert bytes_by_device(velocity["hidden"]) == {eighth + eighth // 16 + 4}
     params = jax.tree.map(jnp.asarray, make_params(shapes=shapes))
     expected = run(inner, params, inner.init(params))

@@ -23,12 +23,6 @@ summarize: Any = statistics.summarize
 DIMENSIONS = ("arm", "init_scale", "seed", "step")
 
 
-@pytest.fixture(autouse=True)
-def _no_collection(monkeypatch):
-    """Statsmodels' multipletests collects garbage each time: longer than all the rest takes."""
-    monkeypatch.setattr("gc.collect", lambda: 0)
-
-
 def study(loss, metric=None, start: Any = 1.0, contrasts=None, **limits):
     """A dataset of (arm, init_scale, seed) final values; every arm against the first."""
     loss = np.asarray(loss, np.float32)
@@ -473,10 +467,7 @@ def test_holm_adjusts_over_all_comparisons_that_ask_the_same():
         for question in ("escape", "improvement", "spread"):
             answers = [getattr(row, question) for row in rows]
             ps = np.array([answer.p for answer in answers])
-            order = np.argsort(ps)
-            stepped = np.maximum.accumulate(ps[order] * np.arange(len(ps), 0, -1)).clip(max=1)
             adjusted = np.array([answer.p_holm for answer in answers])
-            np.testing.assert_allclose(adjusted[order], stepped)
             np.testing.assert_allclose(adjusted, np.asarray(multipletests(ps, method="holm")[1]))
 
 

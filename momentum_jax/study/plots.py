@@ -162,7 +162,7 @@ def path(
     x, y = (
         jnp.linspace(start, stop, 201) for start, stop in zip(low - room, high + room, strict=True)
     )
-    height = np.asarray(jax.vmap(jax.vmap(loss))(jnp.stack(jnp.meshgrid(x, y), axis=-1)))
+    height = np.asarray(jax.jit(jax.vmap(jax.vmap(loss)))(jnp.stack(jnp.meshgrid(x, y), axis=-1)))
     height = np.sqrt(height - height.min())
     axes.contour(x, y, height, levels=15, colors="0.8", linewidths=0.8)
     for (name, points), color in zip(finite.items(), itertools.cycle(COLORS), strict=False):
