@@ -41,6 +41,7 @@ def qhm(
 
     Args:
       learning_rate: as for `momentum`, but larger by 1 / (1 - mu): the velocity is an average.
+        A part of (1 - nu) of it meets each gradient at once, and must be stable on its own.
       mu: as for `momentum`.
       nu: how much of the update is the velocity's, given in the same ways; finite.
       velocity_dtype: as for `momentum`.

@@ -46,7 +46,8 @@ class Quantized(NamedTuple):
     before the code was rounded, so that the error is independent of the value and 0 on average
     (subtractive dither), and no larger than with the nearest code. The code -128 is 0. Each
     quarter of a block has a scale, above its largest value: one of 64 multiples of what the
-    block's exponent stands for.
+    block's exponent stands for. On a mesh of Explicit axes a last axis that is not split into
+    multiples of 64 values has its scales whole on every device of that axis.
 
     Attributes:
       codes: int8, of the param's shape and in its sharding.

@@ -136,7 +136,7 @@ def unsplit(params: PyTree, mesh: Mesh, axis: str = "data") -> dict[str, tuple[i
     """The params whose state `zero1` leaves whole on every device: no dimension can be split.
 
     Args:
-      params: a tree of arrays, or of `jax.ShapeDtypeStruct`.
+      params: a tree of arrays on the mesh, or of `jax.ShapeDtypeStruct`.
       mesh: as for `zero1`.
       axis: as for `zero1`.
 
