@@ -125,20 +125,17 @@ def _scale(scheme, largest, key):
         return largest
     if scheme.scale == "float16":
         return largest.astype(jnp.float16).astype(jnp.float32)
-    dropped = 15
     # An exact largest value must be right on average; otherwise all must fit below the scale.
-    noise = jax.random.bits(key, largest.shape) >> (32 - dropped) if scheme.exact else 0
-    if not scheme.exact:
-        noise = jnp.uint32(2**dropped - 1)
+    noise = jax.random.bits(key, largest.shape) >> 17 if scheme.exact else jnp.uint32(2**15 - 1)
     bits = jax.lax.bitcast_convert_type(largest, jnp.uint32) + noise
-    return jax.lax.bitcast_convert_type(bits >> dropped << dropped, jnp.float32)
+    return jax.lax.bitcast_convert_type(bits >> 15 << 15, jnp.float32)
 
 
 def _scales_of_quarters(size):
     largest = size.reshape(-1, 4, size.shape[-1] // 4).max(-1)
     _, exponent = jnp.frexp(largest.max(-1, keepdims=True))
     unit = jnp.ldexp(jnp.float32(1), exponent - 6)
-    scales = jnp.minimum(jnp.floor(largest / unit) + 1, 64) * unit
+    scales = (jnp.floor(largest / unit) + 1) * unit
     return jnp.repeat(scales, size.shape[-1] // 4, axis=-1)
 
 

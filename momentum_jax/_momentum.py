@@ -90,7 +90,7 @@ def momentum(
       velocity_dtype: the dtype to store the velocities of real params in: float32, float64,
         bfloat16, float16 or int8. None is the param's own, widened to at least float32. Those of
         fewer bits are rounded by chance, so that they are right on average, where with nearest
-        rounding a bfloat16 velocity stops at 22% of its limit at mu 0.999. The chance is a hash
+        rounding a bfloat16 velocity stops at a quarter of its limit at mu 0.999. Chance is a hash
         of the count, the param's path and the position in it: the same bits in each run, on any
         backend and under any sharding (within shard_map the position is the one in the device's
         part), and the runs of a vmap share it. Beyond them compilers differ in the last bit of

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from momentum_jax._shard_alike import reshape, reshard_alike, shard_alike, whole_blocks
+from momentum_jax._shard_alike import along_blocks, reshape, reshard_alike, shard_alike
 
 # Values a block, unless the last axes have another number: 1 + 4 / 64 bytes a value.
 BLOCK = 64
@@ -43,11 +43,14 @@ class Quantized(NamedTuple):
         value = scale * sign(a) * f(|a|)    with a = (code - u) / 126.5, f(a) = (a + a^2) / 2 - 3e-6
 
     u is uniform in [-0.5, 0.5): a hash of the seed and of the value's position. It was added
-    before the code was rounded, so that the error is independent of the value and 0 on average
-    (subtractive dither), and no larger than with the nearest code. The code -128 is 0. Each
-    quarter of a block has a scale, above its largest value: one of 64 multiples of what the
-    block's exponent stands for. On a mesh of Explicit axes a last axis that is not split into
-    multiples of 64 values has its scales whole on every device of that axis.
+    before the code was rounded, so that the code's error does not depend on the code, and the
+    value's is 0 on average, to 1e-6 of the scale (subtractive dither); neither is larger than
+    with the nearest code. The code -128 is 0. Each quarter of a block has a scale, above its
+    largest value: one of 64 multiples of what the block's exponent stands for.
+
+    Parts of a last axis that is split over devices should be multiples of 64 values: others are
+    gathered in each step. What is not finite spoils its block, what is above 3.35e38 its quarter,
+    and a block without a value above 3.8e-37 is 0.
 
     Attributes:
       codes: int8, of the param's shape and in its sharding.
@@ -125,7 +128,7 @@ def store(value: jax.Array, held: Any, seed: jax.Array | None) -> Any:
 
 
 def quantize(value: jax.Array, shape: tuple[int, ...], seed: Any) -> Quantized:
-    """The codes of a velocity, and scales of this shape. What is not finite spoils its block."""
+    """The codes of a velocity, and scales of this shape."""
     value = lax.stop_gradient(value).astype(np.float32)
     seed = jnp.asarray(seed, np.uint32)
     # Not every backend's maximum lets a NaN through.
@@ -147,7 +150,7 @@ def blocks(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     length = math.prod(value.shape[len(shape) - 1 :])
     quarter = _quarter(length, shape)
-    value = whole_blocks(value, len(shape) - 1, BLOCK)
+    value = along_blocks(value, value, len(shape) - 1, BLOCK)
     value = reshape(value, (*shape[:-1], length))
     padding = [(0, 0)] * (len(shape) - 1) + [(0, QUARTERS * quarter * shape[-1] - length)]
     return reshape(jnp.pad(value, padding), (*shape, QUARTERS, quarter))
@@ -161,6 +164,7 @@ def scale(held: Quantized, factor: jax.Array, mask: jax.Array) -> Quantized:
     mask = reshard_alike(jnp.broadcast_to(mask, value.shape), value)
     stored = store(jnp.where(mask, scaled, value), held, held.seed)
     changed = jnp.any(blocks(mask, held.scales.shape), axis=(-2, -1))
+    changed = reshard_alike(changed, held.scales)
     return Quantized(
         jnp.where(_spread(changed[..., None], held.codes), stored.codes, held.codes),
         jnp.where(changed, stored.scales, held.scales),
@@ -233,7 +237,7 @@ def _scales(size, shape):
     unit = _unit(exponent)[..., None]
     # Of what is not finite, NaN, for which a conversion to integers has no rule.
     multiple = jnp.where(unit < np.inf, maxima / jnp.where(unit > 0, unit, np.float32(1)), 0)
-    multiple = jnp.minimum(multiple.astype(np.uint32), np.uint32(63))
+    multiple = multiple.astype(np.uint32)
     return (exponent << 24) + jnp.sum(multiple << _shifts(shape), axis=-1, dtype=np.uint32)
 
 
@@ -267,6 +271,8 @@ def _spread(each, like):
     """To each value what its quarter has, or its block, if there is one for all four."""
     length = math.prod(like.shape[each.ndim - 2 :])
     quarter = _quarter(length, each.shape[:-1])
+    # Scales may be split where values are not, and the other way round.
+    each = along_blocks(each, like, each.ndim - 2, BLOCK)
     spread = jnp.broadcast_to(each[..., None], (*each.shape[:-1], QUARTERS, quarter))
     spread = reshape(spread, (*each.shape[:-2], math.prod(spread.shape[-3:])))
     return reshard_alike(reshape(spread[..., :length], like.shape), like)

@@ -10,7 +10,6 @@ import weakref
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
@@ -41,19 +40,20 @@ def reshard_alike(value: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(value, held)
 
 
-def whole_blocks(value: jax.Array, axis: int, block: int) -> jax.Array:
-    """`value`, split so that all from this axis on, in a row, is cut between blocks, or not at all.
+def along_blocks(value: jax.Array, like: jax.Array, axis: int, block: int) -> jax.Array:
+    """`value`, split as `like` is where that cuts all from this axis on between blocks, or whole.
 
-    On Explicit axes alone; of others the partitioner finds a way.
+    All from the axis on are taken in a row. On Explicit axes alone; of others the partitioner
+    finds a way.
     """
-    held = jax.typeof(value).sharding
+    held = jax.typeof(like).sharding
     if not _is_explicit(held):
         return value
-    names = held.spec[axis] or ()
-    parts = math.prod(held.mesh.shape[name] for name in np.atleast_1d(names).tolist())
-    if math.prod(value.shape[axis:]) % (parts * block) == 0 and not any(held.spec[axis + 1 :]):
-        return value
-    return jax.sharding.reshard(value, NamedSharding(held.mesh, P(*held.spec[:axis])))
+    names = held.spec[axis]
+    parts = math.prod(held.mesh.shape[name] for name in _names(names))
+    if math.prod(like.shape[axis:]) % (parts * block) or any(held.spec[axis + 1 :]):
+        names = None
+    return jax.sharding.reshard(value, NamedSharding(held.mesh, P(*held.spec[:axis], names)))
 
 
 def reshape(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -64,6 +64,10 @@ def reshape(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.reshape(
         value, shape, out_sharding=NamedSharding(held.mesh, P(*held.spec[: len(shape)]))
     )
+
+
+def _names(entry):
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def _is_explicit(sharding):

@@ -157,7 +157,7 @@ def test_stored_velocities_are_right_on_average(velocity_dtype):
     + [("float16", 0.999)],
 )
 def test_velocity_reaches_its_limit(velocity_dtype, mu):
-    """Within 1%, from rest and from the limit of other gradients; nearest stops at 22%."""
+    """Within 1%, from rest and from the limit of other gradients; nearest stops at a quarter."""
     tx = mj.trace(mu, velocity_dtype=velocity_dtype)
     # After 9 times its memory a velocity is within 0.02% of its limit.
     steps = round(9 / (1 - mu))
@@ -175,6 +175,21 @@ def test_velocity_reaches_its_limit(velocity_dtype, mu):
         assert abs(reached - 1) < 0.01
     _, left = settle(state, jnp.zeros_like(first))
     assert np.linalg.norm(left) < 0.01 * np.linalg.norm(velocity)
+
+
+def test_optax_in_bfloat16_stops_at_a_quarter():
+    """As the README says: where a gradient of 1 is half the distance between two numbers.
+
+    It depends on the gradient: the distances double where the velocity does.
+    """
+    tx = optax.trace(0.999, accumulator_dtype=jnp.bfloat16)
+    grads = jnp.ones(())
+
+    @jax.jit
+    def settle(state):
+        return jax.lax.scan(lambda s, _: (tx.update(grads, s)[1], None), state, None, 9000)[0]
+
+    assert settle(tx.init(grads)).trace == 256
 
 
 # The same bits everywhere. ---------------------------------------------------------------
@@ -198,7 +213,12 @@ def test_bits_are_the_same_eager_jitted_scanned_and_vmapped(velocity_dtype):
 
 
 # The last one has blocks that end within a device's part.
-PLACED = [(SHAPE, P("d", "m")), (SHAPE, P(None, ("d", "m"))), ((64, 36, 3), P("d", "m"))]
+PLACED = [
+    (SHAPE, P("d", "m")),
+    (SHAPE, P(None, ("d", "m"))),
+    ((512, 8), P(("d", "m"))),  # Joined, and split between blocks.
+    ((64, 36, 3), P("d", "m")),
+]
 WHOLE = {str(i): numbers(shape, i) for i, (shape, _) in enumerate(PLACED)}
 
 

@@ -60,8 +60,8 @@ def test_a_problem_of_ones_own_is_studied_as_a_command_and_in_python(tmp_path, m
     subprocess.run([sys.executable, *arguments, *few], check=True, capture_output=True)
     assert (tmp_path / "results" / "report.html").exists()
 
+    monkeypatch.syspath_prepend(tmp_path)
     names = {}
-    exec(problem, names)
     exec(program, names)
     assert (tmp_path / "study-results" / "ravine" / "report.html").exists()
     assert dict(names["dataset"].sizes)["arm"] == 3

@@ -257,7 +257,8 @@ def alignment_and_gain(measured: Measurement, axes: Axes) -> Axes:
     if np.all(friction > 0):
         ceiling = 1 / (friction**2 * np.asarray(measured.effective_learning_rate))
         right.plot(_steps(gain), ceiling, color=other, linestyle=":", label="gain 1 / (1 - mu)")
-        right.legend(loc="lower right")
+        # Above, for the lines go everywhere.
+        right.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     # Where the gradient passes through 0, the gain is many times that of the other steps.
     right.set_yscale("log")
     right.yaxis.set_major_formatter("{x:g}")

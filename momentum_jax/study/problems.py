@@ -20,9 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
 
 PyTree = Any
 
@@ -321,6 +318,11 @@ def digits(hidden: int = 32) -> Problem:
       Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits, UCI Machine
       Learning Repository, in the copy that scikit-learn ships.
     """
+    # Imported here: they take a second, and no other problem needs them.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    from sklearn.preprocessing import StandardScaler
+
     images, labels = load_digits(return_X_y=True)
     rows = np.arange(len(labels))
     train, test = train_test_split(rows, test_size=0.2, stratify=labels, random_state=0)
