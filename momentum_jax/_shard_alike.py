@@ -7,13 +7,15 @@ that it stood for is still there, and this is its primitive.
 import itertools
 import math
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -47,10 +49,10 @@ def along_blocks(value: jax.Array, like: jax.Array, axis: int, block: int) -> ja
     finds a way.
     """
     held = jax.typeof(like).sharding
-    if not _is_explicit(held):
+    if not is_explicit(held.mesh):
         return value
     names = held.spec[axis]
-    parts = math.prod(held.mesh.shape[name] for name in _names(names))
+    parts = math.prod(held.mesh.shape[name] for name in axes(names))
     if math.prod(like.shape[axis:]) % (parts * block) or any(held.spec[axis + 1 :]):
         names = None
     return jax.sharding.reshard(value, NamedSharding(held.mesh, P(*held.spec[:axis], names)))
@@ -59,19 +61,25 @@ def along_blocks(value: jax.Array, like: jax.Array, axis: int, block: int) -> ja
 def reshape(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """What is split along an axis goes on to be, by place: axes after it are split or joined."""
     held = jax.typeof(value).sharding
-    if not _is_explicit(held):
+    if not is_explicit(held.mesh):
         return value.reshape(shape)
     return jnp.reshape(
         value, shape, out_sharding=NamedSharding(held.mesh, P(*held.spec[: len(shape)]))
     )
 
 
-def _names(entry):
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether shardings over the mesh are part of types."""
+    return AxisType.Explicit in mesh.axis_types
 
 
-def _is_explicit(sharding):
-    return not sharding.mesh.empty and AxisType.Explicit in sharding.mesh.axis_types
+def axes(*entries: Any) -> Iterator[str]:
+    """The names of the axes in the entries of a PartitionSpec."""
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, tuple):
+            yield from entry
 
 
 _shard_alike_p = Primitive("momentum_jax_shard_alike")

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from momentum_jax import _narrow
 from momentum_jax._narrow import is_quantized as is_quantized
 from momentum_jax._narrow import read as read
+from momentum_jax._shard_alike import is_explicit
 from momentum_jax._shard_alike import reshard_alike as reshard_alike
 from momentum_jax._shard_alike import shard_alike as shard_alike
 
@@ -113,7 +114,7 @@ def _stand_in(path, param):
         return zeros
     # Under jit, `device` alone is no constraint.
     mesh = getattr(param.sharding, "mesh", None)
-    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+    if mesh is not None and is_explicit(mesh):
         return jax.sharding.reshard(zeros, param.sharding)
     return jax.lax.with_sharding_constraint(zeros, param.sharding)
 

@@ -5,7 +5,6 @@ The state itself says how it is split: `init` chooses, and `update` follows what
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_inner
-from momentum_jax._shard_alike import reshard_alike, shard_alike
+from momentum_jax._shard_alike import axes, is_explicit, reshard_alike, shard_alike
 
 PyTree = Any
 Path = tuple[Any, ...]
@@ -157,7 +156,7 @@ def unsplit(params: PyTree, mesh: Mesh, axis: str = "data") -> dict[str, tuple[i
     return {
         jax.tree_util.keystr(path): shape
         for path, (shape, own) in _owners(params, mesh).items()
-        if axis not in _axes(*_split(own, shape, mesh, axis))
+        if axis not in axes(*_split(own, shape, mesh, axis))
     }
 
 
@@ -182,10 +181,6 @@ def _check_context():
         )
 
 
-def _is_explicit(mesh):
-    return AxisType.Explicit in mesh.axis_types
-
-
 def _owners(params: PyTree, mesh: Mesh) -> dict[Path, tuple[tuple[int, ...], Entries]]:
     """Shape and own sharding of each param, by its path."""
     return {
@@ -196,7 +191,7 @@ def _owners(params: PyTree, mesh: Mesh) -> dict[Path, tuple[tuple[int, ...], Ent
 
 def _own(path, param, mesh) -> Entries:
     dimensions = len(np.shape(param))
-    if isinstance(param, Tracer) and not _is_explicit(mesh):
+    if isinstance(param, Tracer) and not is_explicit(mesh):
         return (_HIDDEN,) * dimensions
     sharding = (
         jax.typeof(param).sharding
@@ -214,24 +209,15 @@ def _own(path, param, mesh) -> Entries:
     return (*spec, *[None] * (dimensions - len(spec)))
 
 
-def _axes(*entries) -> Iterator[str]:
-    """The names of the axes in the entries of a PartitionSpec."""
-    for entry in entries:
-        if isinstance(entry, str):
-            yield entry
-        elif isinstance(entry, tuple):
-            yield from entry
-
-
 def _split(own: Entries, shape: tuple[int, ...], mesh: Mesh, axis: str) -> PartitionSpec:
     """The sharding of an array of the state, of which `own` is its param's, with the axis in it."""
     entries = [
-        entry if size % math.prod(mesh.shape[name] for name in _axes(entry)) == 0 else None
+        entry if size % math.prod(mesh.shape[name] for name in axes(entry)) == 0 else None
         for size, entry in zip(shape, (*own, *[None] * len(shape)), strict=False)
     ]
-    if axis not in _axes(*entries):
+    if axis not in axes(*entries):
         for i, (size, entry) in enumerate(zip(shape, entries, strict=True)):
-            names = (*_axes(entry), axis)
+            names = (*axes(entry), axis)
             if size and size % math.prod(mesh.shape[name] for name in names) == 0:
                 entries[i] = names if len(names) > 1 else axis
                 break
@@ -258,7 +244,7 @@ def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
         return NamedSharding(mesh, spec)
 
     def place(path, leaf):
-        put = jax.sharding.reshard if _is_explicit(mesh) else jax.lax.with_sharding_constraint
+        put = jax.sharding.reshard if is_explicit(mesh) else jax.lax.with_sharding_constraint
         return put(leaf, sharding(path, np.shape(leaf)))
 
     def place_like_param(path, leaf):
@@ -291,7 +277,7 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, is_state: bool = 
             replicated = NamedSharding(mesh, PartitionSpec())
             return jax.device_put(x, getattr(like, "sharding", replicated))
         x, like = jnp.asarray(x), jnp.asarray(like)
-        if _is_explicit(mesh):
+        if is_explicit(mesh):
             return reshard_alike(x, like)
         if x.ndim == 0:
             return x

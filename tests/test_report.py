@@ -15,9 +15,6 @@ import xarray as xr
 from momentum_jax.study import statistics
 from momentum_jax.study.report import answer, report, text
 
-# One process has what its first test takes long to write.
-pytestmark = pytest.mark.xdist_group("report")
-
 # Enough to tell what differs by a factor of 4, in a tenth of the time.
 summarize = functools.partial(statistics.summarize, resamples=499)
 

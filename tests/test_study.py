@@ -61,9 +61,6 @@ def own(tmp_path):
     return path
 
 
-one_process = pytest.mark.xdist_group("finished")  # For it takes long to make.
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder and the output of one small study, run as a person runs it."""
@@ -73,7 +70,6 @@ def finished(tmp_path_factory):
     return folder, done
 
 
-@one_process
 def test_it_says_what_it_does_and_where_the_results_are(finished):
     folder, done = finished
     assert (
@@ -91,7 +87,6 @@ def test_it_says_what_it_does_and_where_the_results_are(finished):
     assert not (folder / UNFINISHED).exists()
 
 
-@one_process
 def test_the_answer_and_the_tables_are_in_the_terminal(finished):
     folder, done = finished
     answer = json.loads((folder / "summary.json").read_text())["answer"].replace("**", "")
@@ -102,7 +97,6 @@ def test_the_answer_and_the_tables_are_in_the_terminal(finished):
     assert "a better one may lie beyond it" in done.stdout
 
 
-@one_process
 def test_the_files_hold_the_same_numbers(finished):
     folder, _ = finished
     results = xr.load_dataset(folder / "results.nc", engine="scipy")
