@@ -1,7 +1,8 @@
 """`python docs/picture.py` draws the README's picture: what momentum does, and to luck.
 
 On the left the README's example, with and without momentum; on the right how wide the final test
-loss is spread over the initial weights, from the committed `study/*/summary.json`.
+loss is spread over the initial weights, from the committed `study/*/summary.json`. The picture
+holds the numbers that it was drawn from, by which a test finds one that is out of date.
 """
 
 import json
@@ -15,6 +16,7 @@ import momentum_jax as mj
 from momentum_jax.study import plots
 
 DOCS = Path(__file__).parent
+PICTURE = DOCS / "_static" / "momentum.png"
 CONTRASTS = ("same rate", "same effective rate", "tuned")
 PROBLEMS = {"digits": "digits", "mnist1d": "MNIST-1D"}
 
@@ -49,15 +51,23 @@ def spreads(problem):
     }
 
 
+def numbers():
+    """All that the picture shows: the path without momentum and with it, and the spreads."""
+    return {
+        "paths": {f"mu {mu}": walk(mu).tolist() for mu in (0, 0.9)},
+        "spreads": {problem: spreads(problem) for problem in PROBLEMS},
+    }
+
+
 def main():
     """Both panels."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    paths = {f"mu {mu}": walk(mu) for mu in (0, 0.9)}
-    plots.path(ravine, paths, left).legend()
+    drawn = numbers()
+    plots.path(ravine, {k: jnp.array(v) for k, v in drawn["paths"].items()}, left).legend()
     left.set_title("A ravine, 60 steps at learning rate 0.02", fontsize=10)
 
     for place, (problem, label) in enumerate(PROBLEMS.items()):
-        found = spreads(problem)
+        found = drawn["spreads"][problem]
         low, value, high = zip(*(found[contrast] for contrast in CONTRASTS), strict=True)
         at = [y + 0.12 * (2 * place - 1) for y in range(len(CONTRASTS))]
         right.errorbar(
@@ -83,7 +93,7 @@ def main():
     right.set_xlabel("spread over 100 initial weights, mu 0.9 / mu 0")
     right.set_title("Does it take the luck out of the initial weights?", fontsize=10)
     right.legend()
-    figure.savefig(DOCS / "_static" / "momentum.png", dpi=110)
+    figure.savefig(PICTURE, dpi=110, metadata={"Description": json.dumps(drawn)})
 
 
 if __name__ == "__main__":

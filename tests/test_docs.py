@@ -1,12 +1,15 @@
 """The documentation says what is there: its programs run, the tests that it names exist."""
 
 import ast
+import json
 import re
+import runpy
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import momentum_jax as mj
 
@@ -54,6 +57,25 @@ def test_the_page_on_fewer_bits_prints_what_its_comments_say(capsys):
     run(program)
     assert capsys.readouterr().out.splitlines() == said(program)
     assert len(said(program)) == 5
+
+
+def test_the_picture_of_the_readme_shows_what_is_found_today():
+    """Drawn anew by `python docs/picture.py`; the picture holds what it was drawn from."""
+    picture = runpy.run_path(str(DOCS / "picture.py"))
+    shown = json.loads(Image.open(picture["PICTURE"]).text["Description"])
+    today = picture["numbers"]()
+    assert shown["spreads"] == today["spreads"]
+    assert shown["paths"].keys() == today["paths"].keys()
+    for name, path in shown["paths"].items():
+        np.testing.assert_allclose(path, today["paths"][name], rtol=1e-4, atol=1e-4)
+    # What the README says of it.
+    left = {name: np.linalg.norm(path[-1]) / 4 for name, path in shown["paths"].items()}
+    assert left["mu 0"] == pytest.approx(0.3, abs=0.01)
+    assert left["mu 0.9"] < 0.02
+    for contrasts in shown["spreads"].values():
+        wider, alike, narrower = (contrasts[name] for name in picture["CONTRASTS"])
+        assert wider[0] > 1 > narrower[2]
+        assert alike[0] < 1 < alike[2]
 
 
 PAIRS = {"optax": (0, 1), "torch": (2, 3), "keras": (4, 5)}
