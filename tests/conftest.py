@@ -65,3 +65,37 @@ def pytest_terminal_summary(terminalreporter):
                 "alone and no job was carried over from it: pip install -e '.[oracles]'"
             )
         )
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each-once",
+        action="store_true",
+        help="of each parametrized test, run the fewest cases in which each value occurs",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the cases that `--each-once` does not ask for."""
+    if not config.getoption("--each-once"):
+        return
+    families = {}
+    for item in items:
+        families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {item.nodeid for cases in families.values() for item in each_once(cases)}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
+
+
+def each_once(cases):
+    """Cases of one test, in which each value of each of its parameters occurs."""
+    if not hasattr(cases[0], "callspec"):
+        return cases
+    # A product of parameters shares its values, which are compared by identity.
+    left = {case: {(k, id(v)) for k, v in case.callspec.params.items()} for case in cases}
+    found = []
+    while any(left.values()):
+        found.append(max(left, key=lambda case: len(left[case])))
+        seen = left.pop(found[-1])
+        left = {case: values - seen for case, values in left.items()}
+    return found
