@@ -62,7 +62,8 @@ def test_the_page_on_fewer_bits_prints_what_its_comments_say(capsys):
 def test_the_picture_of_the_readme_shows_what_is_found_today():
     """Drawn anew by `python docs/picture.py`; the picture holds what it was drawn from."""
     picture = runpy.run_path(str(DOCS / "picture.py"))
-    shown = json.loads(Image.open(picture["PICTURE"]).info["Description"])
+    with Image.open(picture["PICTURE"]) as image:
+        shown = json.loads(image.info["Description"])
     today = picture["numbers"]()
     assert shown["spreads"] == today["spreads"]
     assert shown["paths"].keys() == today["paths"].keys()

@@ -199,20 +199,25 @@ def test_two_processes_train_a_study_together(own, tmp_path):
     assert one.attrs["tuning"] == two.attrs["tuning"]
 
 
-def test_stopped_by_hand_it_says_how_to_go_on(own, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("given", ["--problem {}:problem", "--problem={}:problem"])
+def test_stopped_by_hand_it_says_how_to_go_on(given, own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(own.parent)
+
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "run", stop)
         with pytest.raises(SystemExit) as stopped:
-            main(["--problem", f"{own}:problem", "--out", str(tmp_path / "out"), *SMALL])
+            main([*given.format(own.name).split(), "--out", str(tmp_path / "out"), *SMALL])
     assert stopped.value.code == 2
     expected = f"stopped; what has ended is kept: go on with --resume {tmp_path / 'out'}\n"
     assert capsys.readouterr().err.endswith(expected)
     with pytest.raises(SystemExit):
         parse(["--problem", f"{own}:problem", "--resume", str(tmp_path / "out")])
     assert "--resume goes alone" in capsys.readouterr().err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert parse(["--resume", str(tmp_path / "out")]).seeds == 6
 
 
@@ -277,7 +282,10 @@ def test_help_names_every_option_and_default(capsys, monkeypatch):
         (["--learning-rate", "big"], "'big' is not a number above 0"),
         (["--mu", "1"], "'1' is not a number above 0 and below 1, or nesterov- and such"),
         (["--contrast", "fair"], "invalid choice: 'fair'"),
-        (["--problem", "nothing"], "no problem is called 'nothing': there are digits, mnist1d"),
+        (
+            ["--problem", "nothing"],
+            "--problem nothing: no problem is called 'nothing': there are digits, mnist1d",
+        ),
         (["--problem", "no.py:p"], "there is no file 'no.py'"),
         (["--batch-size", "1500"], "--batch-size 1500: digits has 1437 training examples"),
         (["--problem", "quadratic", "--batch-size", "8"], "quadratic has no data to draw batches"),

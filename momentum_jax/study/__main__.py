@@ -172,11 +172,12 @@ def _resumed(options):
 
 
 def _completed(options):
+    name = options.problem
     try:
-        options.problem = problems.find(options.problem)
+        options.problem = problems.find(name)
         problems.check(options.problem)
     except ValueError as error:
-        options.error(f"--problem {error}")
+        options.error(f"--problem {name}: {error}")
     defaults = {
         "learning_rate": 0.1,
         "steps": 200,
@@ -371,11 +372,13 @@ def _open_folder(options):
     began = folder / UNFINISHED / "command.json"
     if not began.exists():
         # From wherever it is resumed, the problem's file is found.
-        kept = [
-            str(Path(argument).absolute()) if ".py:" in argument else argument
-            for argument in _without_places(options.arguments)
-        ]
+        kept = [_from_anywhere(argument) for argument in _without_places(options.arguments)]
         sweep.write_whole(began, json.dumps(kept).encode())
+
+
+def _from_anywhere(argument):
+    option, equals, value = argument.rpartition("=") if argument[:2] == "--" else ("", "", argument)
+    return f"{option}{equals}{Path(value).absolute()}" if ".py:" in value else argument
 
 
 def _check_room(options, runs):

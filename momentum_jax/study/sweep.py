@@ -614,7 +614,7 @@ def _runs_at_once(problem, runs):
 
 
 def _typical(losses):
-    return np.median(np.nan_to_num(losses, nan=np.inf))
+    return np.median(np.where(np.isnan(losses), np.inf, np.float64(losses)))
 
 
 def _check(problem, arms, seeds, init_scales, steps, evaluations):
