@@ -71,7 +71,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--each-once",
         action="store_true",
-        help="of each parametrized test, run the fewest cases in which each value occurs",
+        help="of each parametrized test, run few cases, in which each value occurs",
     )
 
 
@@ -82,13 +82,13 @@ def pytest_collection_modifyitems(config, items):
     families = {}
     for item in items:
         families.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item.nodeid for cases in families.values() for item in each_once(cases)}
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
-    items[:] = [item for item in items if item.nodeid in kept]
+    kept = {item for cases in families.values() for item in each_once(cases)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def each_once(cases):
-    """Cases of one test, in which each value of each of its parameters occurs."""
+    """Few cases of one test, in which each value of each of its parameters occurs."""
     if not hasattr(cases[0], "callspec"):
         return cases
     # A product of parameters shares its values, which are compared by identity.

@@ -43,9 +43,8 @@ def first(problem):
     return jax.jit(problem.init)(jax.random.key(0))
 
 
-def drawn(problem, runs, scale=1.0):
-    keys = jax.random.split(jax.random.key(0), runs)
-    return jax.tree.map(lambda w: scale * w, jax.jit(jax.vmap(problem.init))(keys))
+def drawn(problem, runs):
+    return jax.jit(jax.vmap(problem.init))(jax.random.split(jax.random.key(0), runs))
 
 
 # Problem

@@ -199,9 +199,12 @@ def test_two_processes_train_a_study_together(own, tmp_path):
     assert one.attrs["tuning"] == two.attrs["tuning"]
 
 
-@pytest.mark.parametrize("given", ["--problem {}:problem", "--problem={}:problem"])
-def test_stopped_by_hand_it_says_how_to_go_on(given, own, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(own.parent)
+@pytest.mark.parametrize("between", [" ", "="])
+def test_stopped_by_hand_it_says_how_to_go_on(between, own, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mu=0.9").mkdir()
+    own = own.rename(tmp_path / "mu=0.9" / own.name)
+    given = f"--problem{between}mu=0.9/{own.name}:problem".split()
+    monkeypatch.chdir(tmp_path)
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -209,7 +212,7 @@ def test_stopped_by_hand_it_says_how_to_go_on(given, own, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "run", stop)
         with pytest.raises(SystemExit) as stopped:
-            main([*given.format(own.name).split(), "--out", str(tmp_path / "out"), *SMALL])
+            main([*given, "--out", str(tmp_path / "out"), *SMALL])
     assert stopped.value.code == 2
     expected = f"stopped; what has ended is kept: go on with --resume {tmp_path / 'out'}\n"
     assert capsys.readouterr().err.endswith(expected)

@@ -377,7 +377,7 @@ def _open_folder(options):
 
 
 def _from_anywhere(argument):
-    option, equals, value = argument.rpartition("=") if argument[:2] == "--" else ("", "", argument)
+    option, equals, value = argument.partition("=") if argument[:2] == "--" else ("", "", argument)
     return f"{option}{equals}{Path(value).absolute()}" if ".py:" in value else argument
 
 
