@@ -208,6 +208,12 @@ def test_work_is_split_over_the_devices_without_any_talk(problem):
     assert [shard.data.shape for shard in shards] == [(2, 3)] * 8
 
 
+def test_the_loss_on_the_bar_is_that_of_runs_that_diverge_too():
+    """Without a warning of an overflow in the middle of the bar."""
+    assert sweep._typical(np.array([3e38, 3e38], np.float32)) == np.float32(3e38)
+    assert sweep._typical(np.array([np.inf, np.nan, 1], np.float32)) == np.inf
+
+
 def test_a_diverging_run_is_recorded_and_harms_no_other(problem):
     wild = HEAVY.with_settings("wild", learning_rate=1e6)
     result = run(problem, [HEAVY, wild], seeds=[0, 1], steps=20)
