@@ -20,7 +20,7 @@ import numpy as np
 import momentum_jax as mj
 from benchmarks.timing import interleave, paired_ratio, summary
 from momentum_jax import study
-from momentum_jax.study import Arm, problems
+from momentum_jax.study import Arm, Contrast, problems
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 VALUES = 2**18
@@ -199,8 +199,8 @@ def training(seeds: int) -> list[dict[str, Any]]:
     Each row compares with float32: the difference of interquartile means with its 95% interval,
     and the share of pairs that end lower.
     """
-    arms = {
-        mu: [
+    groups = [
+        [
             Arm(
                 f"{dtype}, mu {mu}",
                 functools.partial(mj.momentum, velocity_dtype=dtype),
@@ -210,26 +210,42 @@ def training(seeds: int) -> list[dict[str, Any]]:
             for dtype in ("float32", "bfloat16", "int8")
         ]
         for mu, rate in ((0.9, 0.02), (0.99, 0.002))
-    }
+    ]
     dataset = study.run(
         problems.digits(hidden=128),
-        [arm for group in arms.values() for arm in group],
+        [arm for group in groups for arm in group],
         range(seeds),
-        contrasts={f"mu {mu}": [arm.name for arm in group] for mu, group in arms.items()},
+        contrasts=[
+            Contrast("arms", group[0].name, tuple(arm.name for arm in group[1:]))
+            for group in groups
+        ],
     )
-    summary = study.summarize(dataset)
-    losses = {cell.arm: cell.loss.interquartile_mean for cell in summary.cells}
+
+    def records(table, column, chosen):
+        rows = table[table[column] == chosen]
+        return [dict(zip(rows.columns, row, strict=True)) for row in rows.itertuples(index=False)]
+
+    losses = records(study.describe(dataset), "measure", "interquartile mean loss")
+    loss = {row["arm"]: interval(row) for row in losses}
+    table = study.compare(dataset)
+    table = table[table.scale.notna()]
+    lower = {row["arm"]: interval(row) for row in records(table, "question", "lower loss")}
     return [
         {
-            "arm": row.arm,
-            "seeds": row.n,
-            "loss": dataclasses.asdict(losses[row.arm]),
-            "float32_loss": dataclasses.asdict(losses[row.plain]),
-            "difference": dataclasses.asdict(row.difference),
-            "ends_lower": dataclasses.asdict(row.improvement.probability),
+            "arm": row["arm"],
+            "seeds": row["n"],
+            "loss": loss[row["arm"]],
+            "float32_loss": loss[row["baseline"]],
+            "difference": interval(row),
+            "ends_lower": lower[row["arm"]],
         }
-        for row in summary.comparisons
+        for row in records(table, "question", "loss")
     ]
+
+
+def interval(row: dict[str, Any]) -> dict[str, float]:
+    """The value of a row of the study's tables and its 95% interval."""
+    return {name: row[name] for name in ("value", "low", "high")}
 
 
 def speed(values: int, rounds: int) -> dict[str, Any]:

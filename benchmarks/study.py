@@ -13,7 +13,8 @@ import optax
 
 from benchmarks.__main__ import machine
 from benchmarks.timing import compare, interleave
-from momentum_jax.study import Arm, problems, sweep
+from momentum_jax.study import Arm, problems
+from momentum_jax.study.training import Program, Run, Timetable
 
 STEPS, EVALUATIONS, BATCH_SIZE, RUNS = 200, 20, 32, 256
 LEARNING_RATE, MU = 0.05, 0.9
@@ -28,8 +29,8 @@ def usual_loop(problem: problems.Problem) -> Any:
         updates, state = tx.update(jax.grad(problem.loss)(params, batch), state, params)
         return optax.apply_updates(params, updates), state
 
-    functions: Any = (problem.init, problem.loss, problem.metric)
-    init, loss, metric = map(jax.jit, functions)
+    init, loss = jax.jit(problem.init), jax.jit(problem.loss)
+    accuracy = jax.jit(problem.metrics["accuracy"])
     examples = len(problem.data["y"])
 
     def run(seed: int) -> np.ndarray:
@@ -45,7 +46,7 @@ def usual_loop(problem: problems.Problem) -> Any:
             batch = {name: values[rows] for name, values in problem.data.items()}
             params, state = step(params, state, batch)
             if (count + 1) % (STEPS // EVALUATIONS) == 0:
-                curve.append([float(f(params, problem.test)) for f in (loss, metric)])
+                curve.append([float(f(params, problem.test_data)) for f in (loss, accuracy)])
         return np.array(curve)
 
     return run
@@ -55,13 +56,14 @@ def measure(rounds: int, sample_seconds: float) -> dict[str, Any]:
     """Seconds a run, of ours and of the loop, on the digits problem."""
     problem = problems.digits()
     arm = Arm("", optax.sgd, learning_rate=LEARNING_RATE, momentum=MU)
-    program = sweep._Program(problem, arm, EVALUATIONS, STEPS // EVALUATIONS, RUNS)
-    places = [(0, 0, seed) for seed in range(RUNS)]
+    times = Timetable(EVALUATIONS, STEPS // EVALUATIONS)
+    program = Program(problem, arm, {}, times, (), RUNS)
+    runs = [Run(seed, seed, 1.0, arm.settings) for seed in range(RUNS)]
     one = usual_loop(problem)
 
     def ours(calls: int) -> None:
         for _ in range(calls):
-            program.train([arm], range(RUNS), [1.0], places)
+            program.train(runs)
 
     def loop(calls: int) -> None:
         for seed in range(calls):

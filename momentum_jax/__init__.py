@@ -1,5 +1,14 @@
 """Momentum for JAX, done exactly: a pure init/update pair that composes with Optax."""
 
+import sys
+
+# While Python looks for the module that it is to run, sys.argv[0] is "-m" (documentation of
+# Python, Command line). If that is ours, a command of this package is starting.
+if sys.argv[:1] == ["-m"] and any(word.startswith("momentum_jax.") for word in sys.orig_argv):
+    from momentum_jax import _command
+
+    _command.start()
+
 from momentum_jax import diagnostics as diagnostics
 from momentum_jax import frameworks as frameworks
 from momentum_jax import schedules as schedules

@@ -1,5 +1,7 @@
-"""Arms are what they are named, and contrasts equal what they say."""
+"""Arms are what they are named, know their effective rates, and survive JSON."""
 
+import functools
+import json
 from typing import Any
 
 import jax
@@ -15,29 +17,41 @@ from momentum_jax.study import arms as make
 no_function: Any = "momentum"
 
 
-def test_contrasts_equal_the_rate_or_the_effective_rate():
-    group = [make.plain(), *make.with_momentum(["0.9", "0.99", "nesterov-0.9"])]
-    for arm in make.same_rate(group, 0.05):
-        assert arm.settings["learning_rate"] == 0.05
-        assert arm.name.endswith("at 0.05")
-    same = make.same_effective_rate(group, 0.05)
-    for arm in same:
+def warmup(peak, decay_steps):
+    """A transformation that branches on its settings."""
+    return optax.sgd(optax.warmup_cosine_decay_schedule(0.0, peak, 2, decay_steps))
+
+
+def test_arms_at_one_effective_rate_differ_in_their_learning_rates():
+    families = [make.baseline(), *make.with_momentum(["0.9", "0.99", "nesterov-0.9"])]
+    arms = [family.at(0.05) for family in families]
+    for arm in arms:
         settings: Any = arm.settings
-        rate, mu = settings["learning_rate"], settings["mu"]
-        assert rate / (1 - mu) == pytest.approx(0.05)
-    assert [arm.settings["mu"] for arm in same] == [0, 0.9, 0.99, 0.9]
-    assert [arm.make_transform is make.nesterov for arm in same] == [False] * 3 + [True]
-    assert [arm.name for arm in same][::3] == ["mu 0 at 0.05", "Nesterov 0.9 at 0.005"]
+        assert settings["learning_rate"] / (1 - settings["mu"]) == pytest.approx(0.05)
+        assert make.effective_rate(arm) == 0.05
+    assert [arm.name for arm in arms] == [
+        "mu 0 at 0.05", "mu 0.9 at 0.005", "mu 0.99 at 0.0005", "Nesterov 0.9 at 0.005"
+    ]  # fmt: skip
+    assert [arm.family for arm in arms] == [family.name for family in families]
+    assert [arm.make_transform is make.nesterov for arm in arms] == [False] * 3 + [True]
+    assert [arm.is_family for arm in (families[0], arms[0])] == [True, False]
 
 
 def test_without_friction_there_is_no_effective_rate():
+    endless = Arm("endless", mj.momentum, mu=1.0)
     with pytest.raises(ValueError, match=r"mu=1\.0 of the arm 'endless' must be a number below 1"):
-        make.same_effective_rate([Arm("endless", mj.momentum, mu=1.0)], 0.1)
+        endless.at(0.1)
+    assert make.effective_rate(endless.replaced(learning_rate=0.1)) is None
+    assert make.effective_rate(Arm("a", optax.adam, learning_rate=(0.1, 0.2))) is None
 
 
-def test_an_arm_is_renamed_with_all_that_it_has():
-    arm = Arm("a", mj.momentum, batch_size=8, tries=4, mu=0.5).with_settings("b", mu=0.25)
-    assert (arm.name, arm.batch_size, arm.tries, arm.settings) == ("b", 8, 4, {"mu": 0.25})
+def test_an_arm_is_replaced_with_all_that_it_has():
+    arm = Arm(
+        "a", warmup, batch_size=8, restarts=4, steps=9, static=["peak"], peak=1, decay_steps=5
+    )
+    other = arm.replaced(name="b", decay_steps=7)
+    assert (other.name, other.batch_size, other.restarts, other.steps) == ("b", 8, 4, 9)
+    assert (other.static, other.settings) == (("peak",), {"peak": 1, "decay_steps": 7})
 
 
 def test_the_noise_is_as_long_as_it_says_and_its_mean_is_the_gradient():
@@ -47,11 +61,42 @@ def test_the_noise_is_as_long_as_it_says_and_its_mean_is_the_gradient():
     updates, _ = jax.vmap(lambda key: tx.update(grads, optax.EmptyState(), key=key))(keys)
     noise = jax.tree.map(lambda u, g: u / -0.5 - g, updates, grads)
     lengths = jax.vmap(optax.tree.norm)(noise)
-    expected = 2 * float(optax.tree.norm(grads))
-    np.testing.assert_allclose(lengths, expected, rtol=0.1)
+    np.testing.assert_allclose(lengths, 2 * float(optax.tree.norm(grads)), rtol=0.1)
     mean = jax.tree.map(lambda x: x.mean(), noise)
     assert abs(mean["a"]) < 0.1
     assert abs(mean["b"]) < 0.1
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        make.baseline(),
+        make.with_momentum(["nesterov-0.9"])[0].at(0.1),
+        *make.controls(0.1),
+        Arm("part", functools.partial(mj.momentum, velocity_dtype="bfloat16"), learning_rate=0.1),
+        Arm("by scale", optax.adam, learning_rate=(0.1, 0.2), steps=7),
+        Arm("static", warmup, peak=0.1, decay_steps=9, static=["peak", "decay_steps"]),
+    ],
+    ids=lambda arm: arm.name,
+)
+def test_an_arm_survives_json(arm):
+    again = make.from_json(json.loads(json.dumps(make.to_json(arm))))
+    function: Any = arm.make_transform
+    other: Any = again.make_transform
+    if isinstance(function, functools.partial):
+        assert (function.func, function.keywords) == (other.func, other.keywords)
+        again = again.replaced(make_transform=function)
+    assert again == arm
+
+
+def test_an_arm_that_cannot_be_imported_says_so():
+    local = make.to_json(Arm("local", lambda: optax.sgd(0.1)))
+    assert local["make_transform"] is None
+    with pytest.raises(ValueError, match="of the arm 'local' cannot be imported"):
+        make.from_json(local)
+    gone = make.to_json(make.baseline()) | {"make_transform": "momentum_jax:no_such_thing"}
+    with pytest.raises(ValueError, match="of the arm 'mu 0' cannot be imported"):
+        make.from_json(gone)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +104,10 @@ def test_the_noise_is_as_long_as_it_says_and_its_mean_is_the_gradient():
     [
         (lambda: Arm("a", no_function), TypeError, "must be a function that makes an Optax"),
         (lambda: Arm("a", mj.momentum, batch_size=0), ValueError, "batch_size=0 of the arm 'a'"),
-        (lambda: Arm("a", mj.momentum, tries=0), ValueError, "tries=0 of the arm 'a'"),
+        (lambda: Arm("a", mj.momentum, restarts=0), ValueError, "restarts=0 of the arm 'a'"),
+        (lambda: Arm("a", mj.momentum, steps=0), ValueError, "steps=0 of the arm 'a'"),
+        (lambda: Arm("a", mj.momentum, static=["mu"]), ValueError, r"names \['mu'\], which are no"),
+        (lambda: Arm("a", mj.momentum, static=["mu"], mu=[0.9]), TypeError, "must be hashable"),
     ],
 )
 @pytest.mark.usefixtures("as_shipped")
@@ -68,10 +116,10 @@ def test_refusals(make_arm, error, message):
         make_arm()
 
 
-@pytest.mark.parametrize("setting", [True, np.array([True, False]), np.ones((1, 1))])
-def test_a_setting_that_is_no_number_is_refused_with_the_remedy(setting):
+@pytest.mark.parametrize("setting", [True, np.array([True, False]), np.ones((1, 1)), "0.1"])
+def test_a_setting_that_is_not_a_number_is_refused_with_the_remedy(setting):
     odd: Any = setting
-    with pytest.raises(TypeError, match=r"rate=.* of the arm 'a' must be a number.*partial"):
+    with pytest.raises(TypeError, match=r"rate=.* must be a number.*give static=\['rate'\]"):
         Arm("a", mj.momentum, rate=odd)
 
 
@@ -83,6 +131,6 @@ def test_settings_may_come_from_numpy_and_jax():
 
 
 def test_rates_that_differ_have_different_names():
-    (one,), (other,) = (make.same_rate([make.plain()], rate) for rate in (0.1, 0.1001))
+    one, other = (make.baseline().at(rate) for rate in (0.1, 0.1001))
     assert one.name != other.name
-    assert make.same_effective_rate(make.with_momentum(["0.99"]), 0.1)[0].name.endswith(" at 0.001")
+    assert make.with_momentum(["0.99"])[0].at(0.1).name.endswith(" at 0.001")

@@ -1,249 +1,343 @@
 """The report says what the numbers say, in one file that needs no other."""
 
 import base64
-import functools
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import synthetic
 import xarray as xr
+from markdown_it import MarkdownIt
 
-from momentum_jax.study import statistics
-from momentum_jax.study.report import answer, report, text
+from momentum_jax.study import figures, report
+from momentum_jax.study.comparisons import disagreements, verdict
+from momentum_jax.study.report import terminal_text, write
 
-# Enough to tell what differs by a factor of 4, in a tenth of the time.
-summarize = functools.partial(statistics.summarize, resamples=499)
-
-SEEDS, STEPS = 40, 5
-DIMENSIONS = ("arm", "init_scale", "seed", "step")
-
-
-def study(spreads, *, failed=(), contrasts=("same effective rate",), tuning=(), params=False):
-    """Final losses of known spread: a plain arm, then one with momentum and a control each."""
-    arms = ["plain", *(f"mu 0.9, {contrast}" for contrast in contrasts), "noise"]
-    random = np.random.default_rng(0)
-    loss = np.empty((len(arms), 2, SEEDS, STEPS), np.float32)
-    loss[..., 0] = 3.0
-    for i, spread in enumerate([1.0, *spreads, 1.0]):
-        # The spread to the last digit, so that what is printed is known.
-        ends = np.sort(random.normal(size=(2, SEEDS)))
-        ends = (ends - ends.mean(1, keepdims=True)) / ends.std(1, keepdims=True)
-        ends = random.permuted(ends, axis=1)
-        loss[i, ..., 1:] = (1 + 0.1 * spread * ends)[..., None]
-    for arm, seed in failed:
-        loss[arm, 1, seed, 1:] = np.nan
-    variables: dict[str, Any] = {
-        "loss": (DIMENSIONS, loss),
-        "kinetic_energy": (DIMENSIONS, np.ones_like(loss)),
-    }
-    if params:
-        shape = (*loss.shape, 2)
-        variables["params"] = ((*DIMENSIONS, "param"), random.uniform(-1, 1, shape).astype("f4"))
-        variables["landscape"] = (("landscape_0", "landscape_1"), np.ones((5, 5), np.float32))
-    provenance = {
-        "date": "2026-01-01", "seconds": 12.3, "seeds": "0 to 39", "device": "2 x cpu",
-        "versions": {"jax": "0.10.2"}, "command": "python -m momentum_jax.study --seeds 40",
-    }  # fmt: skip
-    dataset = xr.Dataset(
-        variables,
-        coords={
-            "arm": arms,
-            "init_scale": [1.0, 4.0],
-            "seed": np.arange(SEEDS),
-            "step": np.arange(STEPS),
-            "mu": ("arm", [0.0, *[0.9] * len(contrasts), np.nan]),
-        },
-        attrs={
-            "problem": "made <up>", "metric_name": "accuracy", "worst": 2.0, "solved_loss": 1.5,
-            "solved_metric": np.nan, "programs": 3, "provenance": json.dumps(provenance),
-            "tuning": json.dumps(list(tuning)),
-            "contrasts": json.dumps(
-                [
-                    {"name": name, "plain": "plain", "arms": [f"mu 0.9, {name}", "noise"]}
-                    for name in contrasts
-                ]
-            ),
-        },
-    )  # fmt: skip
-    if params:
-        axis = np.linspace(-1, 1, 5)
-        dataset = dataset.assign_coords(landscape_0=axis, landscape_1=axis)
-    return dataset
-
-
-@pytest.mark.parametrize(
-    ("spread", "verdict"),
-    [(1.0, "It cannot be told"), (0.25, "It did: where"), (4.0, "No: where the spread clearly")],
-)
-def test_the_verdict_is_that_of_the_spread(spread, verdict):
-    dataset = study([spread])
-    said = answer(dataset, summarize(dataset))
-    assert said.startswith(f"**{verdict}")
-    assert "as a multiple of the plain arm's" in said
-    assert re.search(r"lower loss in \d+% of pairs", said)
-    assert f"mu 0.9, same effective rate: **{float(f'{spread:.3g}'):#.3g} [" in said
-    ratio = f"{float(f'{spread:.3g}'):#.3g}"
-    assert re.search(rf"the final loss spreads {re.escape(ratio)} \[.*\] times as much", said)
-    clear = (2 if spread < 1 else 0), (2 if spread > 1 else 0)
-    assert f"clearly narrower in {clear[0]} and clearly wider in {clear[1]} of 2" in said
-    assert "noise" not in said  # A control is no momentum.
-
-
-def test_all_contrasts_of_the_fairest_kind_have_the_word():
-    names = ("same rate", "tuned, batch 8", "tuned, batch 16")
-    dataset = study([4.0, 0.25, 1.0], contrasts=names)
-    said = answer(dataset, summarize(dataset))
-    assert said.startswith("**It did: where the spread clearly differs, momentum narrowed it.**")
-    assert "equal budget.)" in said.splitlines()[0]
-
-
-def test_one_arm_is_compared_with_nothing(tmp_path):
-    dataset = study([1.0]).isel(arm=[0])
-    dataset.attrs["contrasts"] = "[]"
-    report(dataset, str(tmp_path))
-    document = (tmp_path / "report.md").read_text()
-    assert "**There is one arm, and nothing to compare it with.**" in document
-    assert "Pairs of runs" not in document
-    assert "1 arm, from 40 initial weights" in document
-
-
-def test_few_runs_and_runs_that_diverged_are_said():
-    dataset = study([1.0], failed=[(0, 0), (1, 3)]).isel(seed=slice(5))
-    shown = text(dataset, summarize(dataset))
-    assert "5 initial weights are too few to tell any difference: take 6 or more." in shown
-    assert "2 of 30 runs diverged: they count as failed." in shown
-
-
-def test_the_fairest_contrast_has_the_word():
-    dataset = study([0.25, 4.0], contrasts=("same rate", "tuned"))
-    said = answer(dataset, summarize(dataset))
-    assert said.startswith("**No: where the spread clearly differs, momentum widened it.**")
-    assert said.index("tuned on an equal budget") < said.index("At the same learning rate")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fewer_resamples():
-    """In what `report` computes too. By its name: the package has a function called report."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["momentum_jax.study.report"], "summarize", summarize)
-        yield
+FEW: Any = {"rates": (0.02, 0.1, 0.5), "scales": (1.0, 2.0)}
+TWO: Any = {"families": {"mu 0": 0.0, "mu 0.9": 0.9}, **FEW}
+EVIL = {
+    "a|b *c* _d_ `e` <b>f</b> [g](http://h) $x$ # & \\": 0.0,
+    "_1. two\nlines ~~s~~ {{ x }} {% y %} ![i](j) $\\frac ```": 0.9,
+}
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    edge = {"arm": "mu 0.9", "init_scale": 4.0, "learning_rate": 0.1, "edge": "highest"}
-    dataset = study(
-        [0.5],
-        failed=[(0, 0), (0, 1), (0, 2), (1, 3)],
-        contrasts=("tuned",),
-        tuning=[edge],
-        params=True,
+def crossed(tmp_path_factory):
+    dataset = synthetic.dataset(spreads={"mu 0.9": 0.3}, recorded=True, **TWO)
+    folder = tmp_path_factory.mktemp("crossed") / "new"
+    return dataset, folder, *write(dataset, folder)
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory):
+    notes = ["init ignores *its* | key", "# no heading"]
+    dataset = synthetic.dataset(
+        families=EVIL, notes=notes, problem="`p|q` <i>", rates=(0.1, 0.5), scales=(1.0,)
     )
-    folder = tmp_path_factory.mktemp("report") / "new"
-    return dataset, folder, report(dataset, folder)
-
-
-def test_all_that_is_written_is_there_and_named(written):
-    _, folder, paths = written
-    assert sorted(path.name for path in paths) == sorted(path.name for path in folder.iterdir())
-    assert {path.name for path in paths} == {
-        "report.html",
-        "report.md",
-        "results.nc",
-        "summary.json",
-        "final-loss-tuned.png",
-        "paired-tuned.png",
-        "curves-tuned.png",
-        "energy-rescued.png",
-        "path-rescued.png",
-    }  # Not of the lost run: it diverged.
-
-
-def test_the_document_says_what_was_found_and_how(written):
-    dataset, folder, _ = written
-    document = (folder / "report.md").read_text()
-    summary = summarize(dataset)
-    assert answer(dataset, summary) in document
-    row = next(line for line in document.splitlines() if line.startswith("| mu 0.9, tuned | x4"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[6:8] == ["3", "1"]  # Rescued and lost.
-    for part in (
-        "# Does momentum take the luck out of the initial weights?",
-        "3 arms, each from 40 initial weights at 2 initial scales (x1, x4): 240 runs of 4 steps",
-        "A run has solved the problem with a final loss of at most 1.5; else it has failed.",
-        "a final loss above 2, or not finite, counts as that",
-        "**The best learning rate of mu 0.9 at initial scale x4 is the highest of those that were",
-        "exact McNemar",
-        "python -m momentum_jax.study --seeds 40",
-        "On 2 x cpu, 2026-01-01, in 12 s, 3 compiled training programs; seeds 0 to 39. jax 0.10.2.",
-    ):
-        assert part in document
-    assert "nan" not in re.sub(r"\(.*?\)", "", document)
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", document):
-        assert (folder / name).exists()
+    folder = tmp_path_factory.mktemp("evil")
+    return dataset, folder, *write(dataset, folder)
 
 
 class Page(HTMLParser):
     """What a browser would look for outside, and what it would show."""
 
-    def __init__(self):
+    def __init__(self, text):
         super().__init__()
-        self.outside, self.images, self.tables = [], [], 0
+        self.outside, self.images, self.alts, self.tables = [], [], [], []
+        self.tags, self.texts = set(), []
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         for name, value in attrs:
             if value and name in ("src", "href", "srcset"):
                 (self.images if value.startswith("data:") else self.outside).append(value)
-        self.tables += tag == "table"
+            if name == "alt":
+                self.alts.append(value)
+        self.tags.add(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.tables and self.tables[-1] and self.tables[-1][-1]:
+            self.tables[-1][-1][-1] += data
 
 
-def test_the_page_is_one_file_with_its_pictures(written):
-    _, folder, paths = written
-    page = Page()
+def rendered(folder):
+    """report.md as any other Markdown renderer shows it."""
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    return Page(markdown.render((folder / "report.md").read_text()))
+
+
+def test_all_that_is_written_is_there_and_named(crossed):
+    _, folder, paths, _ = crossed
+    assert sorted(path.name for path in paths) == sorted(path.name for path in folder.iterdir())
+    assert {path.name for path in paths} == {
+        *("report.html", "report.md", "results.nc", "comparisons.csv", "summary.json"),
+        *("spread-ratios.png", "rate-curves.png", "variance-shares.png"),
+        *("tuned-spread-ratios.png", "final-loss.png", "loss-over-steps.png", "pairs.png"),
+        *("sharpness-over-steps.png", "gradient-norm-over-steps.png"),
+    }
+    document = (folder / "report.md").read_text()
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", document)
+    assert sorted(shown) == sorted(path.name for path in paths if path.suffix == ".png")
+
+
+def test_the_document_answers_first_and_in_order(crossed):
+    dataset, folder, _, table = crossed
+    document = (folder / "report.md").read_text()
+    said = verdict(dataset, table)
+    assert said.word == "narrower"
+    parts = [
+        "# Does momentum make the result of training depend less on the random initial weights?",
+        f"> **{said.sentence}**",
+        "## The comparison that decides",
+        "The primary comparison was declared before the runs: mu 0.9 at 0.01 relative to mu 0 at "
+        "0.1 at the same effective learning rate",
+        "an 80% chance to detect a ratio of",
+        "(spread-ratios.png)",
+        "(rate-curves.png)",
+        "(variance-shares.png)",
+        "## Failures",
+        "## Each at its own tuned learning rate",
+        "the rate alone gives",
+        "## Controls, against the baseline",
+        "## Loss over the steps",
+        "## Pairs of runs",
+        "## All arms",
+        "## Learning rates found by tuning",
+        "## Protocol",
+        "## Limitations",
+        "## Reproduction",
+        "python -m momentum_jax.study --seeds 20",
+        "Run on 2 x cpu on 2026-01-01, in 12 s, with 3 compiled training programs. Seeds 0 to 19.",
+        "jax 0.10.2.",
+    ]
+    places = [document.index(part) for part in parts]
+    assert places == sorted(places)
+    assert not re.search(r"\bnan\b|undefined\b.*undefined\b.*None", document)
+    assert "plain arm" not in document
+
+
+def test_the_tables_hold_the_numbers_with_adjusted_intervals(crossed):
+    _, folder, _, table = crossed
+    rows = table[(table.arm == "mu 0.9 at 0.01") & (table.contrast == "same effective rate")]
+    rows = rows[rows.scale == 2.0].set_index("question")
+    found = next(
+        line
+        for line in (folder / "report.md").read_text().splitlines()
+        if line.startswith("| mu 0.9 at 0.01") and "| x2" in line
+    )
+    cells = [cell.strip() for cell in found.strip("|").split("|")]
+    for cell, question in zip(cells[2:5], ("spread", "robust spread", "log spread"), strict=True):
+        row = rows.loc[question]
+        numbers = [float(number) for number in re.findall(r"[\d.e+-]+", cell)]
+        expected = [row.value, row.adjusted_low, row.adjusted_high]
+        np.testing.assert_allclose(numbers, expected, rtol=6e-3)
+        assert cell.startswith("**") == (row.p_adjusted < 0.05)
+    assert any(cell.startswith("**") for cell in cells[2:5])
+
+
+def test_disagreements_are_said(crossed):
+    dataset, folder, _, table = crossed
+    sentences = disagreements(table, dataset)
+    document = (folder / "report.md").read_text()
+    assert ("**The measures disagree.**" in document) == bool(sentences)
+    one = xr.Dataset(attrs=dataset.attrs)
+    rows = table.copy()
+    chosen = (rows.arm == "mu 0.9 at 0.01") & (rows.question == "robust spread")
+    rows.loc[chosen, ["value", "low", "high"]] = [2.0, 1.5, 2.5]
+    said = disagreements(rows, one)
+    assert said
+    assert said[0] in terminal_text(dataset, rows)
+
+
+def test_the_page_is_one_file_with_its_pictures(crossed):
+    _, folder, paths, _ = crossed
     html = (folder / "report.html").read_text()
-    page.feed(html)
+    page = Page(html)
     assert page.outside == []
-    assert len(page.images) == sum(path.suffix == ".png" for path in paths)
+    assert len(page.images) == len(page.alts) == sum(path.suffix == ".png" for path in paths)
     for image in page.images:
         drawn = base64.b64decode(image.partition(",")[2]).decode()
         assert drawn.rstrip().endswith("</svg>")
         assert "prefers-color-scheme: dark" in drawn
         assert "#000000" not in drawn
-    assert page.tables == 3
-    assert "Problem: made &lt;up&gt;." in html
-    assert "prefers-color-scheme: dark" in html
+    assert len(page.tables) > 8
+    assert html.count('<div class="scroll" tabindex="0"><table>') == len(page.tables)
+    assert "width=device-width" in html
 
 
-def test_the_numbers_are_strict_json(written):
-    dataset, folder, _ = written
+def test_the_numbers_are_strict_json_and_those_of_the_tables(crossed):
+    dataset, folder, _, table = crossed
 
     def refuse(constant):
         raise AssertionError(constant)
 
     numbers = json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
-    assert numbers["answer"] == answer(dataset, summarize(dataset))
-    assert numbers["comparisons"][1]["escape"]["rescued"] == 3
+    assert numbers["verdict"]["sentence"] == verdict(dataset, table).sentence
+    assert numbers["primary"]["arm"] == "mu 0.9 at 0.01"
+    assert len(numbers["comparisons"]) == len(table)
+    assert numbers["comparisons"][0]["value"] == pytest.approx(table.value[0], rel=1e-5)
+    assert {row["source"] for row in numbers["components"]} == {"weights", "order", "interaction"}
+    assert {row["measure"] for row in numbers["descriptions"]} >= {"spread", "mean accuracy"}
     assert numbers["provenance"]["device"] == "2 x cpu"
+    read = pd.read_csv(folder / "comparisons.csv", keep_default_na=True)
+    np.testing.assert_allclose(read.value, table.value, rtol=1e-5)
     xr.testing.assert_identical(xr.load_dataset(folder / "results.nc", engine="scipy"), dataset)
 
 
-def test_a_study_written_twice_is_the_same(written, tmp_path):
-    dataset, _, paths = written
-    report(dataset, tmp_path)
+def test_a_study_written_twice_is_the_same(evil, tmp_path):
+    dataset, _, paths, _ = evil
+    write(dataset, tmp_path)
     for path in paths:
-        if path.suffix in (".md", ".html", ".json"):
+        if path.suffix in (".md", ".html", ".json", ".csv"):
             assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_terminal_has_the_tables_and_the_warnings(written):
-    dataset, _, _ = written
-    shown = text(dataset, summarize(dataset))
-    assert "**" not in shown
-    assert "With the learning rate of each arm tuned on an equal budget:" in shown
-    assert shown.endswith("a better one may lie beyond it.")
-    rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert len({len(row) for row in rows}) == 1  # The columns line up.
+@pytest.mark.parametrize("which", ["report.md", "report.html"])
+def test_names_cannot_break_the_tables(evil, which):
+    dataset, folder, _, _ = evil
+    page = rendered(folder) if which == "report.md" else Page((folder / which).read_text())
+    assert page.tables
+    for table in page.tables:
+        assert len({len(row) for row in table}) == 1
+    names = {" ".join(name.split()) for name in dataset.arm.values}
+    arms = {cell.strip() for table in page.tables for row in table for cell in row}
+    assert names <= arms
+    assert not page.tags & {"a", "b", "i", "del", "s"}
+    assert not any(":" in address for address in page.outside)
+    text = " ".join(" ".join(page.texts).split())
+    assert "init ignores *its* | key" in text
+    assert "# no heading" in text
+    assert "Problem: `p|q` <i>." in text
+
+
+def test_the_terminal_has_the_verdict_and_a_table_whose_columns_line_up(crossed, evil):
+    for dataset, _, _, table in (crossed, evil):
+        shown = terminal_text(dataset, table)
+        assert " ".join(verdict(dataset, table).sentence.split()) in shown
+        assert "**" not in shown
+        rows = [line for line in shown.splitlines() if line.startswith("| ")]
+        assert len(rows) >= 3
+        assert len({len(row) for row in rows}) == 1
+    assert "init ignores *its* | key" in terminal_text(evil[0], evil[3])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Writes only what is read here: empty pictures, and no bootstrap of the description."""
+    module = sys.modules["momentum_jax.study.report"]
+    monkeypatch.setattr(figures.Picture, "render", lambda _: (b"", "<svg></svg>"))
+    described = pd.DataFrame(columns=["arm", "scale", "measure", "value", "low", "high"])
+    monkeypatch.setattr(module.comparisons, "describe", lambda _: described)
+
+    def written(folder, **options):
+        dataset = synthetic.dataset(**{"control": False, **FEW, "scales": (1.0,), **options})
+        _, table = write(dataset, folder)
+        return (folder / "report.md").read_text(), terminal_text(dataset, table)
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("options", "question"),
+    [
+        (TWO, "Does momentum make the result of training depend less on the random initial"),
+        ({**TWO, "design": "order"}, "result of training depend less on the order of the data?"),
+        (
+            {**TWO, "families": {"Adam": math.nan, "Lion": math.nan}},
+            "Does the result of training depend less on the random initial weights with Lion at "
+            "0.1 than with Adam at 0.1?",
+        ),
+        ({**TWO, "families": {"mu 0": 0.0}}, "How much does the result of training depend on"),
+    ],
+)
+def test_the_question_is_that_of_the_arms_and_of_the_design(quick, tmp_path, options, question):
+    document, shown = quick(tmp_path, **options)
+    assert question in document.splitlines()[0]
+    assert question in shown.splitlines()[0]
+    with_mu = "mu 0.9" in str(options["families"])
+    assert ("against the effective learning rate" in document) == with_mu
+    assert "against the effective learning rate" in document or "effective rate" not in document
+
+
+@pytest.mark.parametrize(
+    ("design", "sentence"),
+    [
+        ("crossed", "Shares of the variance of the final loss."),
+        ("paired", "Initial weights and data order were not separated in this study"),
+        ("weights", "All runs used one data order"),
+        ("order", "All runs started from one set of initial weights"),
+    ],
+)
+def test_each_design_says_what_it_separates(quick, tmp_path, design, sentence):
+    document, _ = quick(tmp_path, design=design, **TWO)
+    assert sentence in document
+
+
+def test_that_every_run_diverged_is_said_first(tmp_path):
+    few = {**TWO, "rates": (0.1, 0.5)}
+    dataset = synthetic.dataset(diverged=True, recorded=True, control=False, **few)
+    _, table = write(dataset, tmp_path)
+    document = (tmp_path / "report.md").read_text()
+    first = "Every run diverged, so no comparison below means anything."
+    assert document.splitlines()[2].startswith(f"**{first}")
+    assert terminal_text(dataset, table).startswith(first)
+
+
+def test_few_units_diverged_runs_and_edges_of_the_grid_are_said(quick, tmp_path):
+    document, shown = quick(tmp_path, seeds=3, notes=["Something odd."], **TWO)
+    for text in (document, shown):
+        assert "- Too few units: 3 (initial weights)." in text
+        assert re.search(r"- \d+ of \d+ runs diverged\. .* the loss cap", text)
+        assert "at initial scale x1" in text
+        assert "highest of its grid" in text
+        assert "- Something odd." in text
+
+
+def test_one_arm_is_compared_with_nothing(tmp_path):
+    dataset = synthetic.dataset(
+        families={"mu 0.9": 0.9}, rates=(0.1,), scales=(1.0,), control=False, design="paired"
+    )
+    names = [path.name for path in report(dataset, str(tmp_path))]
+    document = (tmp_path / "report.md").read_text()
+    assert "> **No arms are compared" in document
+    assert "Pairs of runs" not in document
+    assert "1 arm, 1 initial scale (x1), 20 seeds: 20 runs of 100 steps." in document
+    assert [name for name in names if name.endswith("png")] == [
+        "final-loss.png",
+        "loss-over-steps.png",
+    ]
+
+
+def test_two_params_have_a_path(tmp_path):
+    dataset = synthetic.dataset(
+        "paired", two_params=True, rates=(0.1, 1.0), scales=(1.0,), families=TWO["families"]
+    )
+    names = [path.name for path in report(dataset, tmp_path)]
+    assert {"energy-rescued.png", "path-rescued.png"} <= set(names)
+    assert "## A typical rescued and lost run" in (tmp_path / "report.md").read_text()
+
+
+def test_a_primary_comparison_outside_of_the_contrasts_is_shown(quick, tmp_path):
+    dataset = synthetic.dataset(**TWO, control=False)
+    dataset.attrs["primary"] = json.dumps(
+        {"arm": "mu 0.9 at 0.05", "baseline": "mu 0 at 0.02", "margin": 0.2}
+    )
+    write(dataset, tmp_path)
+    document = (tmp_path / "report.md").read_text()
+    assert "mu 0.9 at 0.05 relative to mu 0 at 0.02, by the ratio" in document
+    assert "within 0.833 to 1.20" in document
+    spreads = document.partition("### Three measures")[2].partition("## ")[0]
+    assert spreads.count("| mu 0.9 at 0.05") == 3

@@ -1,5 +1,6 @@
 """The command: what a person types, and what they get."""
 
+import io
 import json
 import os
 import re
@@ -12,11 +13,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
-from momentum_jax.study import sweep
-from momentum_jax.study.__main__ import UNFINISHED, main, parse
+from momentum_jax.study import Study, design
+from momentum_jax.study.__main__ import main
+from momentum_jax.study.options import parse
 
 COMMAND = [sys.executable, "-m", "momentum_jax.study"]
 SMALL = ["--seeds", "6", "--steps", "40", "--init-scale", "2", "0.5", "--no-controls"]
@@ -37,6 +40,8 @@ def loss(w):
 
 
 problem = Problem(init, loss, name="my bowl", defaults=dict(learning_rate=0.001, steps=20))
+little = Problem(init, lambda w, batch: loss(w) + 0 * batch.sum(), data=jnp.ones((10, 2)))
+vector = Problem(init, lambda w: w, name="vector")
 a_number = 3
 """
 
@@ -65,36 +70,43 @@ def own(tmp_path):
 def finished(tmp_path_factory):
     """The folder and the output of one small study, run as a person runs it."""
     folder = tmp_path_factory.mktemp("study") / "results"
-    rates = ["--tuning-rates", "0.01", "0.1", "--tuning-seeds", "2"]
+    rates = ["--rates", "0.016", "0.16", "--learning-rate", "0.016"]
+    rates += ["--tuning-seeds", "2", "--mu", "0.9"]
     done = command("--problem", "double-well", *SMALL, *rates, "--out", str(folder))
     return folder, done
+
+
+def refused(capsys, *arguments):
+    """The one line that the command ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
 
 
 def test_it_says_what_it_does_and_where_the_results_are(finished):
     folder, done = finished
     assert (
-        "double well: 132 runs of 40 steps (11 arms, 2 initial scales, 6 initial weights), "
-        "after 32 runs to tune learning rates, on 2 x cpu" in done.stdout
+        "double well: 48 runs of 40 steps (4 arms x 2 initial scales x 6 initial weights), "
+        "16 runs to tune learning rates, on 2 x cpu" in done.stderr
     )
-    for bar in ("tuning: 100%", "training: 100%", "loss=", "statistics: 100%", "pictures: 100%"):
+    for bar in ("tuning: 100%", "training: 100%", "loss=", "comparisons: 100%", "pictures: 100%"):
         assert bar in done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
-    for name in ("report.html", "report.md", "results.nc", "summary.json", "final-loss-tuned.png"):
+    for name in ("report.html", "report.md", "results.nc", "comparisons.csv", "summary.json"):
         assert f"wrote {folder / name}" in done.stdout
         assert (folder / name).stat().st_size > 1000
-    assert "2 compiled programs" in done.stdout
-    assert not (folder / UNFINISHED).exists()
 
 
-def test_the_answer_and_the_tables_are_in_the_terminal(finished):
+def test_the_verdict_and_the_table_are_in_the_terminal(finished):
     folder, done = finished
-    answer = json.loads((folder / "summary.json").read_text())["answer"].replace("**", "")
-    assert answer in done.stdout
-    for contrast in ("At the same learning rate:", "At the same effective", "With the learning"):
-        assert re.search(rf"^{contrast}", done.stdout, re.MULTILINE)
-    assert re.search(r"\| mu 0.9, tuned +\| all +\|", done.stdout)
-    assert "a better one may lie beyond it" in done.stdout
+    verdict = json.loads((folder / "summary.json").read_text())["verdict"]["sentence"]
+    assert verdict in done.stdout
+    assert done.stdout.strip().startswith("Does momentum make the result of training depend less")
+    assert re.search(r"\| mu 0.9 at 0.0016 +\| all +\|", done.stdout)
 
 
 def test_the_files_hold_the_same_numbers(finished):
@@ -103,34 +115,26 @@ def test_the_files_hold_the_same_numbers(finished):
     summary = json.loads((folder / "summary.json").read_text())
     assert dict(results.sizes)["seed"] == 6
     assert dict(results.sizes)["step"] == 41
-    (cell,) = (
-        cell
-        for cell in summary["cells"]
-        if (cell["arm"], cell["init_scale"]) == ("mu 0.9 at 0.016", 0.5)
-    )
-    last = results.loss.sel(arm="mu 0.9 at 0.016", init_scale=0.5).isel(step=-1).values
-    expected = np.minimum(last, 1375 / 3072).mean()
-    assert cell["loss"]["mean"]["value"] == pytest.approx(expected, rel=1e-5)
+    table = pd.read_csv(folder / "comparisons.csv")
+    (ratio,) = table.value[
+        (table.arm == "mu 0.9 at 0.0016") & (table.scale == 0.5) & (table.question == "spread")
+    ]
+    last = results.loss.sel(init_scale=0.5).isel(step=-1)
+    spreads = [
+        np.std(np.minimum(last.sel(arm=arm).values, 1375 / 3072), ddof=1)
+        for arm in ("mu 0.9 at 0.0016", "mu 0 at 0.016")
+    ]
+    assert ratio == pytest.approx(spreads[0] / spreads[1], rel=1e-4)
     provenance = summary["provenance"]
     assert provenance["command"].startswith("python -m momentum_jax.study --problem double-well")
-    assert "--out" not in provenance["command"]
     assert {"jax", "optax", "momentum_jax"} <= provenance["versions"].keys()
 
 
 def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
     """SIGKILL in the middle; what had ended is not trained again."""
     (tmp_path / "slow.py").write_text(OWN.format(work=4000))
-    arguments = [
-        "--problem",
-        "slow.py:problem",
-        "--seeds",
-        "600",
-        "--init-scale",
-        "1",
-        "--mu",
-        "0.9",
-    ]
-    arguments += ["--contrast", "same-rate", "--no-controls"]
+    arguments = ["--problem", "slow.py:problem", "--seeds", "600", "--init-scale", "1"]
+    arguments += ["--mu", "0.9", "--rates", "0.001", "--tuning-seeds", "0", "--no-controls"]
     command(*arguments, "--out", "whole", cwd=tmp_path)
 
     stopped = subprocess.Popen(
@@ -140,7 +144,7 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    chunks = tmp_path / "stopped" / UNFINISHED / "runs"
+    chunks = tmp_path / "stopped" / "runs"
     deadline = time.monotonic() + 120
     while not list(chunks.glob("*.npz")) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -149,8 +153,8 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
     kept = list(chunks.glob("*.npz"))
     assert 1 <= len(kept) < 5
 
-    resumed = command("--resume", str(tmp_path / "stopped"))  # From another folder.
-    assert "my bowl: 1200 runs" in resumed.stdout
+    resumed = command("--resume", str(tmp_path / "stopped"))  # from another folder
+    assert "my bowl: 1200 runs" in resumed.stderr
     # The bar starts where it stopped: only the rest is trained.
     assert f"| {240 * len(kept)}/1200 " in resumed.stderr
     whole, again = (
@@ -158,9 +162,51 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
         for name in ("whole", "stopped")
     )
     xr.testing.assert_equal(whole, again)
-    ended = command("--resume", "stopped", cwd=tmp_path, check=False)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert "that study has ended, see stopped/report.html" in ended.stderr
+
+
+def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
+    arguments = ["--problem", "quadratic", "--steps", "5", "--init-scale", "1", "--mu", "0.5"]
+    arguments += ["--rates", "0.1", "1", "--tuning-seeds", "2", "--no-controls"]
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    main([*arguments, "--seeds", "6", "--out", one])
+    shutil.copytree(one, two)
+    main(["--resume", two, "--seeds", "8", "--mu", "0.9", "--init-scale", "2"])
+    first, second = (
+        xr.load_dataset(Path(name) / "results.nc", engine="scipy") for name in (one, two)
+    )
+    assert dict(second.sizes) | {"seed": 8, "arm": 6, "init_scale": 2} == dict(second.sizes)
+    shared = second.loss.sel(arm=first.arm, seed=first.seed, init_scale=first.init_scale)
+    np.testing.assert_array_equal(shared, first.loss)
+    assert "in 0 s" not in (Path(two) / "report.md").read_text()
+    capsys.readouterr()
+
+    main(["compare", one, two])
+    printed = capsys.readouterr().out
+    assert f"(1) {one}, quadratic: " in printed
+    assert f"(2) {two}, quadratic: " in printed
+    main(["compare", one, two, "--csv"])
+    both = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert set(both.arm) >= {"mu 0.5 at 0.5"}
+    assert {"value_1", "value_2"} <= set(both.columns)
+
+
+def test_csv_is_the_table_and_nothing_else(tmp_path, capsys):
+    out = tmp_path / "out"
+    main(
+        [
+            "--problem",
+            "quadratic",
+            "--steps",
+            "5",
+            *SMALL[:2],
+            "--quick",
+            "--csv",
+            "--out",
+            str(out),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert len(pd.read_csv(io.StringIO(printed))) == len(pd.read_csv(out / "comparisons.csv"))
 
 
 def test_two_processes_train_a_study_together(own, tmp_path):
@@ -169,7 +215,7 @@ def test_two_processes_train_a_study_together(own, tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = [*COMMAND, "--problem", f"{own}:problem", "--seeds", "300", "--init-scale", "1"]
-    arguments += ["--mu", "0.9", "--no-controls", "--tuning-rates", "0.001", "0.003", "0.01"]
+    arguments += ["--mu", "0.9", "--no-controls", "--rates", "0.001", "0.003"]
     processes = [
         subprocess.Popen(
             [*arguments, "--out", str(tmp_path / "two"), "--distributed", address, "2", str(i)],
@@ -186,7 +232,7 @@ def test_two_processes_train_a_study_together(own, tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], progress + silent
-    assert "on 2 processes, each with 1 x cpu" in first
+    assert "on 2 processes, each with 1 x cpu" in progress
     assert "wrote" in first
     assert "wrote" not in second
     assert "run/s" not in silent
@@ -196,79 +242,104 @@ def test_two_processes_train_a_study_together(own, tmp_path):
         xr.load_dataset(tmp_path / name / "results.nc", engine="scipy") for name in ("one", "two")
     )
     np.testing.assert_allclose(one.loss, two.loss, rtol=1e-5)
-    assert one.attrs["tuning"] == two.attrs["tuning"]
+    np.testing.assert_allclose(one.tuning_loss, two.tuning_loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("between", [" ", "="])
-def test_stopped_by_hand_it_says_how_to_go_on(between, own, tmp_path, monkeypatch, capsys):
+def test_stopped_by_hand_it_says_how_to_resume(between, tmp_path, monkeypatch):
     (tmp_path / "mu=0.9").mkdir()
-    own = own.rename(tmp_path / "mu=0.9" / own.name)
-    given = f"--problem{between}mu=0.9/{own.name}:problem".split()
-    monkeypatch.chdir(tmp_path)
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep, "run", stop)
-        with pytest.raises(SystemExit) as stopped:
-            main([*given, "--out", str(tmp_path / "out"), *SMALL])
-    assert stopped.value.code == 2
-    expected = f"stopped; what has ended is kept: go on with --resume {tmp_path / 'out'}\n"
-    assert capsys.readouterr().err.endswith(expected)
-    with pytest.raises(SystemExit):
-        parse(["--problem", f"{own}:problem", "--resume", str(tmp_path / "out")])
-    assert "--resume goes alone" in capsys.readouterr().err
+    own = tmp_path / "mu=0.9" / "slow.py"
+    own.write_text(OWN.format(work=40_000))
+    given = f"--problem{between}mu=0.9/slow.py:problem".split()
+    out = tmp_path / "out"
+    stopped = subprocess.Popen(
+        [*COMMAND, *given, *SMALL, "--out", str(out)],
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.rglob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    stopped.send_signal(signal.SIGINT)
+    printed, error = stopped.communicate(timeout=120)
+    assert (stopped.returncode, printed) == (130, "")
+    assert error.splitlines()[-1] == (
+        f"python -m momentum_jax.study: stopped; finished runs are kept: --resume {out}"
+    )
+    assert "Traceback" not in error
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert parse(["--resume", str(tmp_path / "out")]).seeds == 6
+    assert len(parse(["--resume", str(out)]).study.seeds) == 6
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.6, 1.2])
+def test_stopped_while_it_starts_it_ends_with_one_line(delay):
+    starting = subprocess.Popen(
+        [*COMMAND, "--help"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    time.sleep(delay)
+    starting.send_signal(signal.SIGINT)
+    _, error = starting.communicate(timeout=60)
+    assert error.decode().split() in ([], ["stopped"])
 
 
 def test_defaults_are_the_problems_and_quick_is_less(own):
-    full = parse(["--problem", f"{own}:problem"])
-    assert (full.learning_rate, full.steps, full.seeds) == ([0.001], 20, 100)
-    assert full.contrast == ["same-rate", "same-effective-rate", "tuned"]
-    assert full.controls
-    assert len(full.tuning_rates) == 9
-    assert full.tuning_rates[4] == pytest.approx(0.001)
-    quick = parse(["--quick"])
-    assert (quick.seeds, len(quick.init_scale), quick.controls) == (20, 3, False)
-    assert quick.contrast == ["same-rate", "same-effective-rate"]
-    mixed = parse(["--quick", "--seeds", "5", "--controls", "--contrast", "tuned"])
-    assert (mixed.seeds, mixed.controls, mixed.contrast) == (5, True, ["tuned"])
+    full = parse(["--problem", f"{own}:problem"]).study
+    assert (full.learning_rate, full.steps, len(full.seeds)) == (0.001, 20, 40)
+    assert (len(full.rates), full.rates[4]) == (9, 0.001)
+    assert full.order_seeds is None
+    assert {c.kind for c in full.all_contrasts} == {
+        "same effective rate", "same rate", "tuned", "control"
+    }  # fmt: skip
+    digits = parse([]).study
+    assert digits.order_seeds == tuple(range(4))
+    quick = parse(["--quick"]).study
+    assert (len(quick.seeds), len(quick.init_scales), quick.tuning_seeds) == (20, 1, 0)
+    assert [arm.name for arm in quick.arms] == ["mu 0", "mu 0.9"]
+    mixed = parse(["--quick", "--seeds", "5", "--controls", "--order-seeds", "paired"]).study
+    assert (len(mixed.seeds), len(mixed.arms), mixed.order_seeds) == (5, 4, None)
+    assert parse(["--learning-rate", "0.5"]).study.rates[0] == 0.05
 
 
 def test_a_default_fits_small_data_and_one_mu_is_one_arm(own):
-    with own.open("a") as file:
-        file.write("""
-little = Problem(init, lambda w, batch: loss(w) + 0 * batch.sum(), data=jnp.ones((10, 2)))
-""")
-    assert parse(["--problem", f"{own}:little"]).batch_size == [10]
-    assert parse(["--mu", "0.9", "0.90", "nesterov-0.90"]).mu == ["0.9", "nesterov-0.9"]
+    little = parse(["--problem", f"{own}:little", "--tuning-seeds", "0"]).study
+    assert {arm.batch_size for arm in little.arms} == {10}
+    mus = parse(["--mu", "0.9", "0.90", "nesterov-0.90", "--no-controls"]).study.arms
+    assert [arm.name for arm in mus] == ["mu 0", "mu 0.9", "Nesterov 0.9"]
 
 
-def test_several_rates_and_batch_sizes_are_contrasts_of_their_own(tmp_path, capsys):
-    arguments = ["--problem", "quadratic", "--steps", "5", "--seeds", "3", "--init-scale", "1"]
-    arguments += ["--mu", "0.5", "--learning-rate", "0.1", "0.2", "--contrast", "same-rate"]
-    main([*arguments, "--no-controls", "--out", str(tmp_path / "out")])
-    names = [
-        contrast["name"]
-        for contrast in json.loads((tmp_path / "out" / "summary.json").read_text())["contrasts"]
+def test_batch_sizes_are_compared_apart_and_at_equal_epochs():
+    arguments = ["--batch-size", "16", "32", "--mu", "0.9", "--steps", "100"]
+    study = parse([*arguments, "--equal-epochs"]).study
+    assert [(arm.name, arm.batch_size, arm.steps) for arm in study.arms[:4]] == [
+        ("mu 0, batch 16", 16, 100),
+        ("mu 0.9, batch 16", 16, 100),
+        ("mu 0, batch 32", 32, 50),
+        ("mu 0.9, batch 32", 32, 50),
     ]
-    assert names == ["same rate, 0.1", "same rate, 0.2"]
-    assert "At the same learning rate, 0.2:" in capsys.readouterr().out
+    assert {arm.steps for arm in study.arms[4:]} == {100, 50}
+    sizes = {arm.name: arm.batch_size for arm in study.all_arms}
+    for contrast in study.all_contrasts:
+        if contrast.kind != "tuned":
+            assert len({sizes[name] for name in (contrast.baseline, *contrast.arms)}) == 1
+    assert {arm.steps for arm in parse(arguments).study.arms} == {None}
 
 
 def test_help_names_every_option_and_default(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # Else a default may be broken over two lines.
+    monkeypatch.setenv("COLUMNS", "200")  # else a default may be broken over two lines
     with pytest.raises(SystemExit) as stopped:
         parse(["--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for option in (
-        "--problem NAME", "--mu X", "--learning-rate X", "--contrast NAME", "--init-scale X",
-        "--batch-size N", "--controls, --no-controls", "--seeds N", "--steps N", "--quick",
-        "--tuning-rates X", "--tuning-seeds N", "--out DIR", "--resume DIR", "--distributed",
+        "--problem NAME", "--mu X", "--learning-rate X", "--rates X", "--init-scale X",
+        "--batch-size N", "--equal-epochs", "--controls, --no-controls", "--margin X",
+        "--seeds N", "--order-seeds N", "--steps N", "--quick", "--tuning-seeds N", "--record NAME",
+        "--out DIR", "--resume DIR", "--csv", "--distributed", "compare DIR DIR",
     ):  # fmt: skip
         assert option in text
     for problem in ("digits", "mnist1d", "double-well", "safran-shamir", "quadratic"):
@@ -284,61 +355,82 @@ def test_help_names_every_option_and_default(capsys, monkeypatch):
         (["--learning-rate", "-1"], "'-1' is not a number above 0"),
         (["--learning-rate", "big"], "'big' is not a number above 0"),
         (["--mu", "1"], "'1' is not a number above 0 and below 1, or nesterov- and such"),
-        (["--contrast", "fair"], "invalid choice: 'fair'"),
+        (["--order-seeds", "many"], "'many' is not a whole number from 1"),
+        (["--record", "weights"], "invalid choice: 'weights'"),
         (
             ["--problem", "nothing"],
             "--problem nothing: no problem is called 'nothing': there are digits, mnist1d",
         ),
         (["--problem", "no.py:p"], "there is no file 'no.py'"),
-        (["--batch-size", "1500"], "--batch-size 1500: digits has 1437 training examples"),
+        (["--batch-size", "1500"], "--batch-size 1500: digits has"),
         (["--problem", "quadratic", "--batch-size", "8"], "quadratic has no data to draw batches"),
-        (["--tuning-rates", "0.1"], "there must be two or more to choose from"),
-        (["--out", __file__], "is there already, and is no empty folder"),
-        (["--out", str(Path(__file__).parent)], "is there already, and is no empty folder"),
+        (["--rates", "0.2"], "needs two or more rates to choose from"),
+        (["--out", __file__], "already exists and is not empty"),
+        (["--out", str(Path(__file__).parent)], "already exists and is not empty"),
         (["--out", "/dev/null/results"], "--out /dev/null/results: cannot write there"),
-        (["--resume", "/nowhere"], "--resume /nowhere: there is no unfinished study"),
+        (["--resume", "/nowhere"], "/nowhere holds no study: there is no study.json"),
+        (["compare", "/nowhere", "/here"], "/nowhere holds no finished study"),
         (["--distributed"], "--distributed needs --out"),
         (["--wrong"], "unrecognized arguments: --wrong"),
     ],
 )
-def test_a_mistake_is_one_line_before_the_work_starts(arguments, message, capsys, tmp_path):
-    out = [] if arguments[0] in ("--out", "--resume", "--distributed") else ["--out", str(tmp_path)]
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments, *out])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_an_error_is_one_line_before_the_work_starts(arguments, message, capsys, tmp_path):
+    alone = ("--out", "--resume", "--distributed", "compare")
+    out = [] if arguments[0] in alone else ["--out", str(tmp_path)]
+    assert message in refused(capsys, *arguments, *out)
 
 
-def test_a_mistake_in_ones_own_file_is_one_line_too(own, capsys):
-    with own.open("a") as file:
-        file.write('vector = Problem(init, lambda w: w, name="vector")\n')
+def test_an_error_in_ones_own_file_is_one_line_too(own, capsys):
     for name, message in (
         ("a_number", "must be a momentum_jax.study Problem"),
         ("q", "no 'q'"),
         ("vector", "loss(params) of vector must return one float, but returns shape (3,)"),
     ):
-        with pytest.raises(SystemExit):
-            parse(["--problem", f"{own}:{name}"])
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in refused(capsys, "--problem", f"{own}:{name}")
+
+
+def test_what_cannot_be_resumed_is_one_line(own, tmp_path, capsys):
+    out = tmp_path / "out"
+    study = parse(["--problem", f"{own}:problem", *SMALL]).study
+    study.save(out)
+    resume = ("--resume", str(out))
+    assert "--steps cannot be changed" in refused(capsys, *resume, "--steps", "9")
+    changed = refused(capsys, *resume, "--seeds", "3")
+    assert "holds another study, which differs in seeds" in changed
+    begun = refused(capsys, "--problem", f"{own}:problem", "--out", str(out))
+    assert f"it holds a study: --resume {out} resumes or extends it" in begun
+    (out / design.FILE).write_text("{")
+    assert f"{out / design.FILE} is damaged: it is not JSON" in refused(capsys, *resume)
+    own.unlink()
+    study.save(tmp_path / "other")
+    gone = refused(capsys, "--resume", str(tmp_path / "other"))
+    assert "there is no file" in gone
+
+
+def test_a_damaged_chunk_is_one_line_and_trained_again(own, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--problem", f"{own}:problem", *SMALL, "--tuning-seeds", "0", "--mu", "0.9"]
+    command(*arguments, "--out", str(out))
+    chunk = next((out / "runs").glob("*.npz"))
+    chunk.write_bytes(chunk.read_bytes()[:50])
+    done = command("--resume", str(out))
+    (line,) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    assert line.startswith(f"python -m momentum_jax.study: {chunk} is damaged (BadZipFile): ")
+    assert "UserWarning" not in done.stderr
 
 
 def test_too_little_room_is_said_before_the_work_starts(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=10 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(SystemExit):
-        main(["--quick", "--out", str(tmp_path / "out")])
-    assert "10 MB are free there, and the results may take" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    error = refused(capsys, "--quick", "--out", str(tmp_path / "out"))
+    assert "10 MB are free there, and the results may take" in error
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_study_is_not_begun_over_an_unfinished_one(own, tmp_path, capsys):
-    out = tmp_path / "out"
-    (out / UNFINISHED).mkdir(parents=True)
-    (out / UNFINISHED / "command.json").write_text("[]")
-    with pytest.raises(SystemExit):
-        main(["--problem", f"{own}:problem", "--out", str(out)])
-    assert f"an unfinished study is in it: --resume {out}" in capsys.readouterr().err
+def test_a_study_in_which_all_runs_diverge_says_so_first(own, tmp_path):
+    few = ["--seeds", "6", "--quick", "--init-scale", "1", "--learning-rate", "1e9"]
+    arguments = ["--problem", f"{own}:problem", *few, "--rates", "1e9", "1e10"]
+    done = command(*arguments, "--out", str(tmp_path / "out"))
+    assert "every run diverged" in done.stdout.lower().strip().splitlines()[0]
+    assert "every run diverged" in (tmp_path / "out" / "report.md").read_text().lower()[:800]
+    assert Study.load(tmp_path / "out").learning_rate == 1e9

@@ -1,8 +1,6 @@
 """Many runs in one program train just as each would alone, on the same weights and batches."""
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +11,12 @@ import pytest
 import xarray as xr
 
 import momentum_jax as mj
-from momentum_jax.study import Arm, Problem, run, sweep, tune
+from momentum_jax.study import Arm, Contrast, Primary, Problem, run, sweep, training
 from momentum_jax.study import arms as make
 
 PLAIN = Arm("plain", mj.momentum, learning_rate=0.05, mu=0.0)
 HEAVY = Arm("heavy", mj.momentum, learning_rate=0.05, mu=0.9)
-HEAVY_AGAIN = HEAVY.with_settings("heavy again")
+HEAVY_AGAIN = HEAVY.replaced(name="heavy again")
 AHEAD = Arm("ahead", make.nesterov, learning_rate=0.05, mu=0.9)
 
 
@@ -31,11 +29,13 @@ def problem():
     def loss(w, batch):
         return jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
 
-    def metric(w, batch):
+    def near(w, batch):
         return jnp.mean(jnp.abs(batch["x"] @ w - batch["y"]) < 1)
 
     train, test = ({"x": x[rows], "y": y[rows]} for rows in (slice(32), slice(32, None)))
-    return Problem(lambda key: jax.random.normal(key, (3,)), loss, metric, train, test=test)
+    return Problem(
+        lambda key: jax.random.normal(key, (3,)), loss, {"near": near}, train, test_data=test
+    )
 
 
 def draw_pair(key):
@@ -48,7 +48,7 @@ def bowl(w):
 
 def uneven_bowl() -> Problem:
     """Two params, no data: the least that there can be."""
-    return Problem(draw_pair, bowl, name="bowl", solved_loss=0.1)
+    return Problem(draw_pair, bowl, name="bowl", solved={"loss": 0.1})
 
 
 def counting(examples):
@@ -56,7 +56,7 @@ def counting(examples):
     return Problem(
         lambda key: jnp.zeros(examples),
         lambda params, batch: -params[batch].sum(),
-        lambda params, batch: params.min(),
+        {"least": lambda params, batch: params.min()},
         np.arange(examples),
     )
 
@@ -82,43 +82,80 @@ def test_every_example_is_seen_once_an_epoch():
     seen = np.arange(13) * 6
     np.testing.assert_array_equal(-result.loss.values[0, 0], [seen, seen])
     # The example that was seen least was seen once at the end of each epoch of four steps.
-    np.testing.assert_array_equal(result.metric.values[0, 0, :, 4::4], [[1, 2, 3]] * 2)
-    np.testing.assert_array_equal(result.metric.values[0, 0, :, 3], [0, 0])
+    np.testing.assert_array_equal(result.least.values[0, 0, :, 4::4], [[1, 2, 3]] * 2)
+    np.testing.assert_array_equal(result.least.values[0, 0, :, 3], [0, 0])
+
+
+def powers():
+    """Plain descent at rate 1 ends at minus the sum of the examples that it saw."""
+    return Problem(
+        lambda key: 0.125 * jax.random.randint(key, (), 0, 8),
+        lambda w, x: w * jnp.sum(x),
+        {},
+        2.0 ** np.arange(16),
+    )
 
 
 def test_batches_of_another_size_come_from_the_same_order():
     """The first 8 examples of an epoch are the same, one by one or in two steps of four."""
 
-    def losses(batch_size, steps):
-        powers = Problem(
-            lambda key: jnp.zeros(()), lambda w, x: w * jnp.sum(x), None, 2.0 ** np.arange(16)
-        )
+    def ends(batch_size, steps):
         add = Arm("add", optax.sgd, batch_size=batch_size, learning_rate=1.0)
-        return run(powers, [add], seeds=range(3), steps=steps).params.values[0, 0, :, -1, 0]
+        return run(powers(), [add], seeds=range(3), steps=steps).params.values[0, 0, :, -1, 0]
 
-    np.testing.assert_array_equal(losses(4, 2), losses(8, 1))
-    assert len(set(losses(8, 1))) == 3
+    np.testing.assert_array_equal(ends(4, 2), ends(8, 1))
+    assert len(set(ends(8, 1))) == 3
+
+
+def test_seeds_draw_the_weights_and_order_seeds_the_order():
+    add = Arm("add", optax.sgd, batch_size=8, learning_rate=1.0)
+    crossed = run(powers(), [add], range(6), range(5), steps=1).params.isel(arm=0, init_scale=0)
+    start, seen = crossed.isel(step=0, param=0), crossed.isel(step=0) - crossed.isel(step=1)
+    assert dict(start.sizes) == {"seed": 6, "order_seed": 5}
+    assert np.ptp(start.values, axis=1).max() == 0  # an order leaves the weights alone
+    assert np.ptp(seen.values, axis=0).max() == 0  # weights leave the order alone
+    assert len(np.unique(start.values)) > 3
+    assert len(np.unique(seen.values)) == 5
+    # Paired, order seed and seed are one; either alone is a row or a column.
+    paired = run(powers(), [add], range(5), steps=1).params.values[0, 0, :, -1, 0]
+    np.testing.assert_array_equal(paired, np.diagonal(crossed.values[:5, :, -1, 0]))
+    row = run(powers(), [add], [3], range(5), steps=1).params.values[0, 0, 0, :, -1, 0]
+    np.testing.assert_array_equal(row, crossed.values[3, :, -1, 0])
+    column = run(powers(), [add], range(6), [2], steps=1).params.values[0, 0, :, 0, -1, 0]
+    np.testing.assert_array_equal(column, crossed.values[:, 2, -1, 0])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "order_seeds", "design"),
+    [
+        (range(3), None, "paired"),
+        (range(3), range(2), "crossed"),
+        (range(3), [0], "weights"),
+        ([0], range(3), "order"),
+    ],
+)
+def test_the_design_is_recorded(problem, seeds, order_seeds, design):
+    arm = PLAIN.replaced(batch_size=8)
+    assert run(problem, [arm], seeds, order_seeds, steps=1).attrs["design"] == design
 
 
 def test_a_run_with_data_is_the_usual_loop(problem):
     """With the whole training set as its batch, the order of the data plays no role."""
     size = len(problem.data["y"])
-    settings: Any = HEAVY.settings
-    arms = [
-        Arm(arm.name, arm.make_transform, batch_size=size, **settings) for arm in (HEAVY, AHEAD)
-    ]
+    arms = [arm.replaced(batch_size=size) for arm in (HEAVY, AHEAD)]
     result = run(problem, arms, seeds=[3], init_scales=[0.5], steps=10)
     for arm in arms:
         path = trained_alone(problem, arm, 3, 0.5, 10)
-        for measured, of in ((result.loss, problem.loss), (result.metric, problem.metric)):
-            expected = [of(params, problem.test) for params in path]
+        near = problem.metrics["near"]
+        for measured, of in ((result.loss, problem.loss), (result.near, near)):
+            expected = [of(params, problem.test_data) for params in path]
             np.testing.assert_allclose(
                 measured.sel(arm=arm.name).values[0, 0], expected, rtol=2e-4, atol=2e-3
             )
 
 
 def test_a_run_without_data_is_the_usual_loop():
-    """With any transform; its path, its loss and its kinetic energy."""
+    """With any transformation; its path, its loss and its kinetic energy."""
     adam = Arm("adam", optax.adam, learning_rate=0.1)
     result = run(uneven_bowl(), [HEAVY, adam], seeds=[0, 7], init_scales=[2.0], steps=15)
     assert result.step.values.tolist() == list(range(16))
@@ -130,6 +167,30 @@ def test_a_run_without_data_is_the_usual_loop():
         rate: Any = arm.settings["learning_rate"]
         kinetic = np.sum(np.diff(path, axis=0) ** 2, axis=1) / (2 * rate)
         np.testing.assert_allclose(found.kinetic_energy, [0, *kinetic], rtol=1e-3, atol=1e-6)
+
+
+def test_model_state_is_carried_along_and_not_trained():
+    """A running mean of the batches: known after each step, whatever the params."""
+    rows = np.arange(8, dtype=np.float32)
+
+    def loss(w, state, batch):
+        return jnp.sum(w**2), 0.5 * state + 0.5 * jnp.mean(batch)
+
+    stateful = Problem(
+        lambda key: (jax.random.normal(key, (2, 2)), jnp.zeros(())),
+        loss,
+        {"running_mean": lambda w, state, batch: state},
+        rows,
+        test_loss=lambda w, state, batch: jnp.sum(w**2) + state,
+        stateful=True,
+    )
+    arm = PLAIN.replaced(batch_size=8)
+    result = run(stateful, [arm], seeds=[0, 1], init_scales=[1.0, 2.0], steps=3)
+    means = 3.5 * (1 - 0.5 ** np.arange(4))
+    np.testing.assert_allclose(result.running_mean.values, np.broadcast_to(means, (1, 2, 2, 4)))
+    weights = result.loss.values - means
+    np.testing.assert_allclose(weights[0, 1], 4 * weights[0, 0], rtol=1e-5)
+    np.testing.assert_allclose(weights[..., 1], 0.9**2 * weights[..., 0], rtol=1e-5)
 
 
 def test_the_transform_is_given_the_loss_and_a_key_of_its_own():
@@ -161,35 +222,88 @@ def test_arms_start_from_the_same_weights_and_see_the_same_batches(problem):
 
 def test_how_runs_are_grouped_does_not_change_them(problem, monkeypatch):
     together = run(problem, [PLAIN, HEAVY], range(5), steps=20)
-    monkeypatch.setattr(sweep, "_runs_at_once", lambda *arguments: 8)
+    monkeypatch.setattr(training, "_runs_at_once", lambda *arguments: 8)
     in_pieces = run(problem, [HEAVY, PLAIN], range(5), steps=20)
     np.testing.assert_allclose(together.loss, in_pieces.loss.sel(arm=["plain", "heavy"]), rtol=1e-4)
 
 
+def test_a_program_that_needs_too_much_memory_trains_fewer_runs_at_once(problem, monkeypatch):
+    usual = run(problem, [PLAIN], range(40), steps=5)
+    monkeypatch.setattr(training, "MEMORY", 1)
+    added = []
+    monkeypatch.setattr(sweep.storing.Store, "add", _noting(sweep.storing.Store.add, added))
+    spare = run(problem, [PLAIN], range(40), steps=5)
+    np.testing.assert_allclose(usual.loss, spare.loss, rtol=1e-4)
+    assert max(added) <= 40
+
+
+def _noting(add, counts):
+    def noted(self, keys, arrays):
+        counts.append(len(keys))
+        return add(self, keys, arrays)
+
+    return noted
+
+
 def test_arms_that_differ_in_numbers_share_a_program():
-    arms = [PLAIN, HEAVY, AHEAD, HEAVY.with_settings("light", mu=0.1)]
+    arms = [PLAIN, HEAVY, AHEAD, HEAVY.replaced(name="light", mu=0.1)]
     assert run(uneven_bowl(), arms, range(3), steps=2).attrs["programs"] == 2
 
 
+def test_a_schedule_that_branches_on_its_settings_needs_them_static():
+    def warmup(learning_rate, warmup_steps):
+        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, 20)
+        return optax.sgd(schedule)
+
+    traced = Arm("warmup", warmup, learning_rate=0.1, warmup_steps=5)
+    with pytest.raises(ValueError, match=r"'warmup' branches on the value.*give static=\(\.\.\.\)"):
+        run(uneven_bowl(), [traced], seeds=[0], steps=20)
+    static = traced.replaced(static=["learning_rate", "warmup_steps"])
+    slow = static.replaced(name="slow", warmup_steps=10)
+    result = run(uneven_bowl(), [static, slow], seeds=[0, 1], steps=20)
+    assert result.attrs["programs"] == 2  # one for each value
+    np.testing.assert_array_equal(result.warmup_steps, [5, 10])
+    path = trained_alone(uneven_bowl(), slow, 1, 1.0, 20)
+    np.testing.assert_allclose(result.params.sel(arm="slow", seed=1)[0], path, rtol=1e-4, atol=1e-6)
+
+
+def test_an_arm_may_take_steps_of_its_own_number():
+    """Twice the steps at half the rate on a line: the same end, at moments of its own."""
+    line = Problem(draw_pair, lambda w: w.sum(), name="line")
+    one = Arm("one", optax.sgd, learning_rate=1.0)
+    two = Arm("two", optax.sgd, steps=20, learning_rate=0.5)
+    result = run(line, [one, two], seeds=[0], steps=10)
+    np.testing.assert_allclose(result.loss[0], result.loss[1], rtol=1e-5)
+    np.testing.assert_array_equal(result.step, np.arange(11))
+    np.testing.assert_array_equal(result.steps_taken, [np.arange(11), 2 * np.arange(11)])
+
+
 def test_settings_are_coordinates_also_one_for_each_scale():
-    by_scale = HEAVY.with_settings("by scale", learning_rate=(0.05, 0.01))
+    by_scale = HEAVY.replaced(name="by scale", learning_rate=(0.05, 0.01))
     noisy = Arm("noisy", make.noisy_descent, learning_rate=0.1, noise=0.0)
-    result = run(uneven_bowl(), [HEAVY, by_scale, noisy], [0], init_scales=[1.0, 2.0], steps=5)
-    np.testing.assert_array_equal(result.mu, [0.9, 0.9, np.nan])
-    np.testing.assert_array_equal(result.learning_rate, [[0.05, 0.05], [0.05, 0.01], [0.1, 0.1]])
+    ahead = make.with_momentum(["nesterov-0.5"])[0].at(0.4)
+    arms = [HEAVY, by_scale, noisy, ahead]
+    result = run(uneven_bowl(), arms, [0], init_scales=[1.0, 2.0], steps=5)
+    np.testing.assert_array_equal(result.mu, [0.9, 0.9, np.nan, 0.5])
+    np.testing.assert_array_equal(
+        result.learning_rate, [[0.05, 0.05], [0.05, 0.01], [0.1, 0.1], [0.2, 0.2]]
+    )
+    np.testing.assert_array_equal(result.effective_rate, [0.5, np.nan, 0.1, 0.4])
+    np.testing.assert_array_equal(result.nesterov, [0, 0, 0, 1])
+    assert result.family.values.tolist() == ["heavy", "by scale", "noisy", "Nesterov 0.5"]
     heavy, other = (result.loss.sel(arm=name) for name in ("heavy", "by scale"))
     np.testing.assert_array_equal(heavy.sel(init_scale=1), other.sel(init_scale=1))
     assert float(np.abs(heavy - other).sel(init_scale=2).max()) > 0.01
 
 
-def test_the_best_of_several_tries_starts_anew_on_the_same_number_of_gradients():
-    """The first try is the run of the other arms; the last point is the best's."""
-    many = Arm("many", mj.momentum, tries=4, learning_rate=0.05, mu=0.0)
+def test_the_best_of_several_restarts_takes_the_same_number_of_gradients():
+    """The first restart is the run of the other arms; the last point is the best's."""
+    many = Arm("many", mj.momentum, restarts=4, learning_rate=0.05, mu=0.0)
     result = run(uneven_bowl(), [PLAIN, many], seeds=range(6), steps=40)
     one, curves = (result.loss.sel(arm=name).values[0] for name in ("plain", "many"))
     np.testing.assert_allclose(curves[:, :10], one[:, :10], rtol=1e-5)
     ends = [curves[:, at] for at in (10, 20, 30)]
-    # All that a try of 10 steps leaves of a bowl of curvature 1 and 10 is known.
+    # All that a restart of 10 steps leaves of a bowl of curvature 1 and 10 is known.
     left = (result.params.sel(arm="many").values[0, :, -1]) / [0.95**10, 0.5**10]
     np.testing.assert_allclose(
         curves[:, -1], (0.95**20 * left[:, 0] ** 2 + 10 * 0.5**20 * left[:, 1] ** 2) / 2, rtol=1e-3
@@ -198,13 +312,43 @@ def test_the_best_of_several_tries_starts_anew_on_the_same_number_of_gradients()
     assert (curves[:, -1] < ends[0]).any()
 
 
+def test_each_restart_has_an_equal_part_of_the_steps_however_many_they_are():
+    seen = Arm("seen", lambda: optax.scale(-1.0), restarts=4)
+    line = Problem(lambda key: 0 * jax.random.normal(key, (2,)), lambda w: w.sum(), name="line")
+    result = run(line, [seen], seeds=[0], steps=6, evaluations=3)
+    np.testing.assert_array_equal(result.step, [0, 2, 4, 6, 8])
+    np.testing.assert_array_equal(result.loss.squeeze(), [0, -4, -4, -4, -4])
+
+
+def test_what_is_recorded_is_that_of_the_last_weights():
+    """On the bowl, of curvature 1 and 10, all of it is known."""
+    record = ("gradient_norm", "sharpness", "final_params")
+    result = run(uneven_bowl(), [HEAVY], seeds=[0, 1], steps=12, record=record)
+    w = result.params.values[0, 0]
+    np.testing.assert_allclose(result.sharpness.values, 10.0, rtol=1e-4)
+    gradients = np.sqrt(w[..., 0] ** 2 + 100 * w[..., 1] ** 2)
+    np.testing.assert_allclose(result.gradient_norm.values[0, 0], gradients, rtol=1e-4)
+    np.testing.assert_array_equal(result.final_params.values[0, 0], w[:, -1])
+    assert "sharpness" not in run(uneven_bowl(), [HEAVY], seeds=[0], steps=1)
+
+
+def test_sharpness_is_the_largest_eigenvalue_and_signed():
+    eigenvalues = jnp.array([-7.0, 1.0, 3.0])
+    basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (3, 3)))[0]
+    matrix = basis @ jnp.diag(eigenvalues) @ basis.T
+    found = training.sharpness(lambda w: w["a"] @ matrix @ w["a"] / 2, {"a": jnp.zeros(3)})
+    assert float(found) == pytest.approx(-7, rel=1e-4)
+
+
 def test_work_is_split_over_the_devices_without_any_talk(problem):
-    program = sweep._Program(problem, HEAVY, evaluations=2, interval=2, runs=16)
-    inputs = program._inputs([HEAVY], range(16), [1.0], [(0, 0, seed) for seed in range(16)])
-    text = str(program.compiled.lower(*inputs).compile().as_text())
+    program = training.Program(problem, HEAVY, {}, training.Timetable(2, 2), (), 16)
+    compiled: Any = program._compile()
+    runs = [training.Run(seed, seed, 1.0, HEAVY.settings) for seed in range(16)]
+    inputs = (program._examples, *program._inputs(runs))
+    text = str(compiled.lower(*inputs).compile().as_text())
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert collective not in text
-    shards = program.compiled(*inputs)["loss"].addressable_shards
+    shards = compiled(*inputs)["loss"].addressable_shards
     assert [shard.data.shape for shard in shards] == [(2, 3)] * 8
 
 
@@ -215,7 +359,7 @@ def test_the_loss_on_the_bar_is_that_of_runs_that_diverge_too():
 
 
 def test_a_diverging_run_is_recorded_and_harms_no_other(problem):
-    wild = HEAVY.with_settings("wild", learning_rate=1e6)
+    wild = HEAVY.replaced(name="wild", learning_rate=1e6)
     result = run(problem, [HEAVY, wild], seeds=[0, 1], steps=20)
     alone = run(problem, [HEAVY], seeds=[0, 1], steps=20)
     assert not np.isfinite(result.loss.sel(arm="wild").values[..., -1]).any()
@@ -223,143 +367,20 @@ def test_a_diverging_run_is_recorded_and_harms_no_other(problem):
 
 
 def test_the_dataset_survives_a_file(tmp_path):
-    result = run(uneven_bowl(), [PLAIN, HEAVY], range(3), steps=5)
+    result = run(uneven_bowl(), [PLAIN, HEAVY], range(3), [0, 1][:1], steps=5)
     result.to_netcdf(tmp_path / "results.nc", engine="scipy")
     xr.testing.assert_identical(xr.load_dataset(tmp_path / "results.nc", engine="scipy"), result)
     assert json.loads(result.attrs["contrasts"]) == [
-        {"name": "all arms", "plain": "plain", "arms": ["heavy"]}
+        {"kind": "arms", "baseline": "plain", "arms": ["heavy"], "rate": None}
     ]
+    assert json.loads(result.attrs["primary"]) == {
+        "arm": "heavy", "baseline": "plain", "margin": 0.1
+    }  # fmt: skip
     np.testing.assert_allclose(
-        result.landscape.interp(landscape_0=0.5, landscape_1=-0.25), bowl(np.array([0.5, -0.25])),
+        result.landscape.interp(landscape_0=0.5, landscape_1=-0.25),
+        bowl(np.array([0.5, -0.25])),
         rtol=0.05,
-    )  # fmt: skip
-
-
-# Chunks of runs are kept as they end, and a sweep goes on from them.
-SETTINGS: dict[str, Any] = dict(seeds=range(20), init_scales=[1.0, 2.0], steps=5)
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(sweep, "_runs_at_once", lambda *arguments: 8)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_what_is_there_is_not_trained_again_and_the_rest_is_the_same_to_the_bit(
-    tmp_path, monkeypatch
-):
-    whole = run(uneven_bowl(), [PLAIN, AHEAD], **SETTINGS, folder=tmp_path)
-    chunks = sorted(tmp_path.glob("*.npz"))
-    assert len(chunks) == 10
-    for path in chunks[3:6]:
-        path.unlink()
-    trained = []
-    train = sweep._Program.train
-    monkeypatch.setattr(
-        sweep._Program, "train", lambda self, *a: trained.append(1) or train(self, *a)
     )
-    again = run(uneven_bowl(), [PLAIN, AHEAD], **SETTINGS, folder=tmp_path)
-    assert len(trained) == 3
-    xr.testing.assert_equal(again, whole)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_a_file_that_was_being_written_is_no_chunk(tmp_path):
-    whole = run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)
-    path = tmp_path / "00001.npz"
-    (tmp_path / "00001.0.part").write_bytes(path.read_bytes()[:100])
-    path.unlink()
-    xr.testing.assert_equal(run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path), whole)
-    assert not list(tmp_path.glob("*.part"))
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_on_fewer_devices_it_goes_on(tmp_path, monkeypatch):
-    whole = run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)
-    (tmp_path / "00002.npz").unlink()
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    rest = run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)
-    np.testing.assert_allclose(rest.loss, whole.loss, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "differs"),
-    [
-        ({"arms": [HEAVY]}, "arms"),
-        ({"seeds": range(1, 21)}, "seeds"),
-        ({"init_scales": [1.0, 3.0]}, "init_scales"),
-        ({"steps": 6}, "the functions of the problem and the arms, or steps"),
-        (
-            {"problem": Problem(draw_pair, lambda w: 2 * bowl(w), name="bowl")},
-            "functions of the problem",
-        ),
-    ],
-)
-@pytest.mark.usefixtures("small_chunks")
-def test_another_sweep_is_refused(tmp_path, change, differs):
-    settings = {"problem": uneven_bowl(), "arms": [PLAIN], **SETTINGS}
-    run(**settings, folder=tmp_path)
-    message = rf"{re.escape(str(tmp_path))} holds chunks of another sweep, .*{differs}"
-    with pytest.raises(ValueError, match=message):
-        run(**settings | change, folder=tmp_path)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_other_data_is_another_sweep(tmp_path):
-    problem = counting(24)
-    add = Arm("add", optax.sgd, batch_size=6, learning_rate=1.0)
-    run(problem, [add], seeds=[0], steps=2, folder=tmp_path)
-    problem.data[:2] = problem.data[1::-1]
-    with pytest.raises(ValueError, match="differs in data"):
-        run(problem, [add], seeds=[0], steps=2, folder=tmp_path)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_a_folder_that_cannot_be_written_to():
-    with pytest.raises(OSError, match="Not a directory"):
-        run(uneven_bowl(), [PLAIN], **SETTINGS, folder=Path("/dev/null/chunks"))
-
-
-def test_tuning_finds_the_best_rate_of_each_arm_at_each_scale():
-    """On a quadratic of curvature 1 the best learning rate after a step is 1, at any scale."""
-    flat = Problem(draw_pair, lambda w: jnp.sum(w**2) / 2, name="flat")
-    arms = [make.plain(), *make.with_momentum(["0.5"])]
-    tuned, found = tune(flat, arms, [0.25, 0.5, 1.0, 1.5], 4, init_scales=[1.0, 3.0], steps=1)
-    assert [arm.name for arm in tuned] == ["mu 0, tuned", "mu 0.5, tuned"]
-    assert tuned[0].settings == {"mu": 0.0, "learning_rate": (1.0, 1.0)}
-    assert tuned[1].settings == {"mu": 0.5, "learning_rate": (0.75, 0.75)}
-    assert [row["edge"] for row in found] == [None, None, "highest", "highest"]
-    assert found[1] == {"arm": "mu 0", "init_scale": 3.0, "learning_rate": 1.0, "edge": None}
-
-
-def test_tuning_begins_anew_as_often_as_the_study():
-    """At a quarter of the steps the best learning rate is another than at all of them."""
-
-    def loss(w):  # what a step changes by learning_rate: 4 steps of 1/4, or 16 of 1/16
-        return w[0]
-
-    def sprint(learning_rate):
-        """Is at -1 after 1 / learning_rate steps, and falls back from there."""
-
-        def update(updates, state, params=None):
-            forth = jnp.where(state < 1 / learning_rate, -1.0, 1.0)
-            return jax.tree.map(lambda g: g * forth * learning_rate, updates), state + 1
-
-        return optax.GradientTransformation(lambda params: 0, update)
-
-    line = Problem(lambda key: jnp.zeros(1), loss, name="line")
-    arms = [Arm("once", sprint), Arm("four times", sprint, tries=4)]
-    _, found = tune(line, arms, [1 / 16, 1 / 4], 2, steps=16)
-    assert [row["learning_rate"] for row in found] == [1 / 16, 1 / 4]
-
-
-def test_each_try_has_an_equal_part_of_the_steps_however_many_they_are():
-    seen = Arm("seen", lambda: optax.scale(-1.0), tries=4)
-    line = Problem(lambda key: jnp.zeros(2), lambda w: w.sum(), name="line")
-    result = run(line, [seen], seeds=[0], steps=6, evaluations=3)
-    assert sweep.rounded(line, [seen], 6) == 8
-    np.testing.assert_array_equal(result.step, [0, 2, 4, 6, 8])
-    np.testing.assert_array_equal(result.loss.squeeze(), [0, -4, -4, -4, -4])
 
 
 def test_params_keep_their_dtype():
@@ -373,17 +394,20 @@ def test_params_keep_their_dtype():
     assert np.isfinite(result.loss).all()
 
 
-def test_tuning_sees_no_weights_of_the_study(monkeypatch):
-    seen = []
-
-    def watched(problem, arms, seeds, **settings):
-        seen.extend(seeds)
-        return run(problem, arms, seeds, **settings)
-
-    monkeypatch.setattr(sweep, "run", watched)
-    tune(uneven_bowl(), [make.plain()], [0.1, 0.2], 5, steps=2)
-    assert len(seen) == 5
-    assert min(seen) >= sweep.FIRST_TUNING_SEED
+def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
+    fixed = Problem(lambda key: jnp.ones(3), problem.loss, {}, problem.data, name="fixed")
+    whole, part = PLAIN, PLAIN.replaced(batch_size=8)
+    for arm, orders in ((whole, None), (whole, range(2)), (part, [0])):
+        with pytest.raises(ValueError, match="same weights for different keys, and there is no"):
+            run(fixed, [arm], range(3), orders, steps=1)
+    said = json.loads(run(fixed, [part], range(3), steps=1).attrs["notes"])
+    assert said == [
+        "init(key) of fixed returns the same weights for different keys: what varies here is the "
+        "data order alone."
+    ]
+    with pytest.raises(ValueError, match="vary the data order alone, but fixed has no order"):
+        run(fixed, [whole], [0], range(3), steps=1)
+    assert json.loads(run(problem, [part], range(3), steps=1).attrs["notes"]) == []
 
 
 @pytest.mark.parametrize(
@@ -394,23 +418,20 @@ def test_tuning_sees_no_weights_of_the_study(monkeypatch):
         ({"seeds": []}, "must be a sequence of different numbers"),
         ({"seeds": [0, 1, 0]}, "seeds=.* must be a sequence of different numbers"),
         ({"seeds": [-1]}, "must be at least 0"),
+        ({"order_seeds": [2**32]}, "order_seeds=.* must be at least 0 and below"),
+        ({"order_seeds": []}, "order_seeds=.* must be a sequence of different numbers"),
         ({"init_scales": [1.0, 1.0]}, "init_scales=.* must be a sequence of different numbers"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"evaluations": -3}, "evaluations=-3 must be at least 1"),
+        ({"record": ["loss", "weights"]}, r"record=\['loss', 'weights'\] is unknown: there are"),
         ({"arms": [Arm("odd", mj.momentum, learning_rat=0.1)]}, "the arm 'odd' fails: TypeError"),
         ({"arms": [Arm("big", mj.momentum, batch_size=33)]}, "at most the number of training"),
-        ({"arms": [PLAIN.with_settings("p", mu=(0.1, 0.2))]}, "or one for each of the 1 initial"),
-        ({"contrasts": {"odd": ["plain", "other"]}}, "the contrast 'odd' compares"),
-        ({"contrasts": {"alone": ["plain"]}}, "must name two or more of the arms"),
+        ({"arms": [PLAIN.replaced(mu=(0.1, 0.2))]}, "or one for each of the 1 initial"),
+        ({"contrasts": [Contrast("arms", "plain", ("other",))]}, 'the contrast "arms" compares'),
+        ({"primary": Primary("plain", "other")}, "the primary comparison names"),
     ],
 )
 def test_refusals(problem, change, message):
     settings: dict[str, Any] = dict(arms=[PLAIN], seeds=[0], steps=2)
     with pytest.raises(ValueError, match=message):
         run(problem, **settings | change)
-
-
-def test_tuning_needs_a_grid():
-    for rates in ([], [0.1], [0.2, 0.1], [0.1, 0.1]):
-        with pytest.raises(ValueError, match="two or more different numbers, in rising order"):
-            tune(uneven_bowl(), [PLAIN], rates)

@@ -1,7 +1,8 @@
-"""What is compared: arms, each a way to train, and the contrasts that set them side by side."""
+"""How it is trained: an arm is a transformation with its settings, batch size and steps."""
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,38 +13,55 @@ import optax
 
 import momentum_jax as mj
 
-# A number, or one for each initial scale.
-Setting = jax.typing.ArrayLike | Sequence[float]
+# A number, or one for each initial scale; a static setting may be anything hashable.
+Setting = Any
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Arm:
-    """One way to train: a transform and its settings.
+    """One way to train: a function that makes a transformation, and its settings.
 
-    Arms that differ in the values of settings alone share one compiled program.
+    An arm without a `learning_rate` is a family: a `Study` trains it over a grid of rates. Arms
+    that differ only in the values of traced settings share one compiled program.
 
     Attributes:
       name: what tables and pictures call it.
-      make_transform: `make_transform(**settings)` returns an Optax transformation, any. Its
-        update is given the extra arguments `value`, the loss of the batch, and `key`, a random
-        key of its own for each step, if it takes extra arguments.
-      settings: numbers, traced when the transform is made; in place of a number, a sequence
-        with one for each initial scale.
-      batch_size: how many examples a step sees, where the problem has data.
-      tries: from how many initial weights it starts, each time with an equal part of the
-        steps; what counts is the try that ends with the lowest training loss.
+      make_transform: `make_transform(**settings)` returns any Optax transformation. If its
+        update takes extra arguments, it is given `value`, the loss of the batch, and `key`, a
+        new random key for each step.
+      settings: numbers, traced when the transformation is made; or, instead of a number, a
+        sequence with one number for each initial scale.
+      static: the names of those settings that are passed as they are and not traced, at the price
+        of a program for each value. Needed by what branches on a setting in Python, such as
+        `optax.warmup_cosine_decay_schedule`.
+      batch_size: examples per step, where the problem has data.
+      restarts: from how many initial weights the arm starts, each time with an equal part of the
+        steps; the one with the lowest final training loss counts.
+      steps: how many steps its runs take; None: as many as the study says.
+      family: what the arm is called apart from its learning rate; by default its name.
+
+    Raises:
+      TypeError: a transformation instead of a function that makes one; a traced setting that is
+        not a number; a static setting that is not hashable.
+      ValueError: a count below 1; a static name that is not a setting.
 
     Example:
-      >>> import momentum_jax as mj
-      >>> Arm("heavy", mj.momentum, learning_rate=0.01, mu=0.9).settings["mu"]
-      0.9
+      >>> import optax
+      >>> def warmup(peak, decay_steps):
+      ...     return optax.sgd(optax.warmup_cosine_decay_schedule(0, peak, 5, decay_steps))
+      >>> arm = Arm("warmup", warmup, peak=0.1, decay_steps=99, static=["peak", "decay_steps"])
+      >>> arm.settings["decay_steps"]
+      99
     """
 
     name: str
     make_transform: Callable[..., optax.GradientTransformation]
     settings: Mapping[str, Setting]
+    static: tuple[str, ...]
     batch_size: int
-    tries: int
+    restarts: int
+    steps: int | None
+    family: str
 
     def __init__(
         self,
@@ -51,39 +69,87 @@ class Arm:
         make_transform: Callable[..., optax.GradientTransformation],
         *,
         batch_size: int = 32,
-        tries: int = 1,
+        restarts: int = 1,
+        steps: int | None = None,
+        static: Sequence[str] = (),
+        family: str | None = None,
         **settings: Setting,
     ) -> None:
-        """Settings are given by name, as to `make_transform`.
-
-        Raises:
-          TypeError: a transform instead of a function that makes it; a setting that is no number.
-          ValueError: a batch_size or tries below 1.
-        """
+        """Settings are given by name, as to `make_transform`."""
         if not callable(make_transform):
             raise TypeError(
                 f"make_transform={make_transform!r} of the arm {name!r} must be a function that "
                 "makes an Optax transformation from the settings, such as momentum_jax.momentum."
             )
-        for what, value in (("batch_size", batch_size), ("tries", tries)):
-            if value < 1:
+        for what, value in (("batch_size", batch_size), ("restarts", restarts), ("steps", steps)):
+            if value is not None and value < 1:
                 raise ValueError(f"{what}={value} of the arm {name!r} must be at least 1.")
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "make_transform", make_transform)
-        settings = {key: _numbers(name, key, value) for key, value in settings.items()}
-        object.__setattr__(self, "settings", settings)
-        object.__setattr__(self, "batch_size", batch_size)
-        object.__setattr__(self, "tries", tries)
-
-    def with_settings(self, name: str, **settings: Setting) -> "Arm":
-        """The same arm under another name, with some of its settings replaced."""
-        return Arm(
-            name,
-            self.make_transform,
-            batch_size=self.batch_size,
-            tries=self.tries,
-            **{**self.settings, **settings},
+        if unknown := set(static) - set(settings):
+            raise ValueError(
+                f"static={tuple(static)} of the arm {name!r} names {sorted(unknown)}, which are no "
+                f"settings: those are {sorted(settings)}."
+            )
+        checked = {
+            key: _static(name, key, value) if key in static else _numbers(name, key, value)
+            for key, value in settings.items()
+        }
+        fields = dict(
+            name=name,
+            make_transform=make_transform,
+            settings=checked,
+            static=tuple(sorted(static)),
+            batch_size=batch_size,
+            restarts=restarts,
+            steps=steps,
+            family=name if family is None else family,
         )
+        for field, value in fields.items():
+            object.__setattr__(self, field, value)
+
+    def replaced(self, **changes: Any) -> "Arm":
+        """The same arm with some of its fields or settings replaced.
+
+        Example:
+          >>> baseline().replaced(name="small", learning_rate=0.1).settings["learning_rate"]
+          0.1
+        """
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "settings"
+        }
+        if self.family == self.name:
+            del fields["family"]  # follows the name
+        return Arm(**{**fields, **self.settings, **changes})
+
+    def at(self, rate: float) -> "Arm":
+        """The arm of this family whose effective learning rate, learning_rate / (1 - mu), is given.
+
+        Example:
+          >>> with_momentum(["0.9"])[0].at(0.1).name
+          'mu 0.9 at 0.01'
+        """
+        # Free of the last digits' noise, so that rates that are equal have one name.
+        learning_rate = float(f"{rate * one_minus_mu(self):.12g}")
+        name = f"{self.name} at {learning_rate:.6g}"
+        return self.replaced(name=name, family=self.name, learning_rate=learning_rate)
+
+    @property
+    def is_family(self) -> bool:
+        """Whether a learning rate is still to be given."""
+        return "learning_rate" not in self.settings
+
+    def settings_at(self, scale: int) -> dict[str, Any]:
+        """The settings at the initial scale of this place.
+
+        Example:
+          >>> Arm("a", mj.momentum, learning_rate=(0.1, 0.2), mu=0.9).settings_at(1)
+          {'learning_rate': 0.2, 'mu': 0.9}
+        """
+        return {
+            name: value[scale] if isinstance(value, tuple) and name not in self.static else value
+            for name, value in self.settings.items()
+        }
 
 
 def _numbers(arm, name, value):
@@ -92,21 +158,71 @@ def _numbers(arm, name, value):
     if array.dtype.kind not in "fiu" or array.ndim > 1:
         raise TypeError(
             f"{name}={value!r} of the arm {arm!r} must be a number, or a sequence with one for "
-            "each initial scale. What is not a number is part of the transform: give "
-            f"functools.partial(make_transform, {name}=...)."
+            f"each initial scale. For anything else, give static=[{name!r}]."
         )
     return array.item() if array.ndim == 0 else tuple(array.tolist())
 
 
-nesterov = functools.partial(mj.momentum, nesterov=True)
+def _static(arm, name, value):
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}={value!r} of the arm {arm!r} is static and must be hashable: give a tuple "
+            "for a list."
+        ) from None
+    return value
+
+
+def one_minus_mu(arm: Arm) -> float:
+    """1 - mu, or 1 for an arm without a mu: learning rate over effective learning rate.
+
+    Raises:
+      ValueError: a mu of 1 or more, where there is no effective learning rate.
+
+    Example:
+      >>> one_minus_mu(baseline())
+      1.0
+    """
+    mu = arm.settings.get("mu", 0.0)
+    if not isinstance(mu, (int, float)) or mu >= 1:
+        raise ValueError(
+            f"mu={mu} of the arm {arm.name!r} must be a number below 1: otherwise there is no "
+            "effective learning rate, learning_rate / (1 - mu)."
+        )
+    return 1.0 - mu
+
+
+def effective_rate(arm: Arm) -> float | None:
+    """learning_rate / (1 - mu) where it is one number, else None.
+
+    Example:
+      >>> effective_rate(with_momentum(["0.9"])[0].at(0.1))
+      0.1
+    """
+    rate, mu = arm.settings.get("learning_rate"), arm.settings.get("mu", 0.0)
+    if not isinstance(rate, (int, float)) or not isinstance(mu, (int, float)) or mu >= 1:
+        return None
+    return float(f"{rate / (1 - mu):.12g}")
+
+
+def nesterov(learning_rate: Any, mu: Any) -> optax.GradientTransformationExtraArgs:
+    """`momentum_jax.momentum` in Nesterov's form.
+
+    Example:
+      >>> tx = nesterov(0.5, 0.5)
+      >>> print(tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0])
+      [-0.75 -0.75]
+    """
+    return mj.momentum(learning_rate, mu, nesterov=True)
 
 
 def noisy_descent(learning_rate: Any, noise: Any) -> optax.GradientTransformationExtraArgs:
-    """Gradient descent with noise: what if it is no velocity that helps, but being shaken?
+    """Gradient descent with added noise. A control: does noise alone help?
 
         update = -learning_rate * (g + noise * |g| / sqrt(n) * z)        z standard normal
 
-    so that with a noise of 1 the noise is as long as the gradient, over all n params.
+    so that with noise=1 the noise is as long as the gradient, over all n params.
 
     Args:
       learning_rate: a number.
@@ -129,27 +245,26 @@ def noisy_descent(learning_rate: Any, noise: Any) -> optax.GradientTransformatio
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        key = extra_args["key"]
         size = sum(leaf.size for leaf in jax.tree.leaves(updates))
         length = noise * jnp.asarray(optax.tree.norm(updates)) / jnp.sqrt(size)
-        shaken = optax.tree.random_like(key, updates)
-        return jax.tree.map(lambda g, z: -learning_rate * (g + length * z), updates, shaken), state
+        normal = optax.tree.random_like(extra_args["key"], updates)
+        return jax.tree.map(lambda g, z: -learning_rate * (g + length * z), updates, normal), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def plain(batch_size: int = 32) -> Arm:
-    """Gradient descent, against which the others are compared.
+def baseline(batch_size: int = 32) -> Arm:
+    """Gradient descent without momentum, without a learning rate yet.
 
     Example:
-      >>> plain().settings
+      >>> baseline().settings
       {'mu': 0.0}
     """
     return Arm("mu 0", mj.momentum, batch_size=batch_size, mu=0.0)
 
 
 def with_momentum(mus: Sequence[str], batch_size: int = 32) -> list[Arm]:
-    """An arm for each mu, still without a learning rate: "0.9", or "nesterov-0.9".
+    """An arm for each mu, without a learning rate yet: "0.9", or "nesterov-0.9".
 
     Example:
       >>> [arm.name for arm in with_momentum(["0.9", "nesterov-0.9"])]
@@ -165,56 +280,76 @@ def with_momentum(mus: Sequence[str], batch_size: int = 32) -> list[Arm]:
     return arms
 
 
-def controls(batch_size: int = 32) -> list[Arm]:
-    """Two things one can do instead, at no more gradients: start again, and shake.
+def controls(learning_rate: float, batch_size: int = 32) -> list[Arm]:
+    """Two arms without momentum on an equal number of gradients: restarts, and noise.
 
     Example:
-      >>> [arm.name for arm in controls()]
-      ['mu 0, best of 4 starts', 'mu 0 with noise']
+      >>> [arm.name for arm in controls(0.1)]
+      ['best of 4 restarts at 0.1', 'noise at 0.1']
     """
     return [
-        Arm("mu 0, best of 4 starts", mj.momentum, batch_size=batch_size, tries=4, mu=0.0),
-        Arm("mu 0 with noise", noisy_descent, batch_size=batch_size, noise=1.0),
+        Arm("best of 4 restarts", mj.momentum, batch_size=batch_size, restarts=4, mu=0.0).at(
+            learning_rate
+        ),
+        Arm("noise", noisy_descent, batch_size=batch_size, noise=1.0).at(learning_rate),
     ]
 
 
-def same_rate(arms: Sequence[Arm], learning_rate: float) -> list[Arm]:
-    """Each arm at one learning rate: what happens on switching momentum on.
+def to_json(arm: Arm) -> dict[str, Any]:
+    """An arm for `json.dumps`; a function that cannot be imported is kept as None.
 
     Example:
-      >>> [arm.name for arm in same_rate(with_momentum(["0.9"]), 0.1)]
-      ['mu 0.9 at 0.1']
+      >>> to_json(baseline())["make_transform"]
+      'momentum_jax._momentum:momentum'
     """
-    return [_at(arm, learning_rate) for arm in arms]
+    fields = {field.name: getattr(arm, field.name) for field in dataclasses.fields(arm)}
+    return {**fields, "make_transform": _reference(arm.make_transform)}
 
 
-def same_effective_rate(arms: Sequence[Arm], learning_rate: float) -> list[Arm]:
-    """Each arm at one learning_rate / (1 - mu): how far a gradient moves the params in the end.
+def from_json(fields: Mapping[str, Any]) -> Arm:
+    """The arm that `to_json` wrote.
 
-    What is left when momentum's longer strides are taken away.
+    Raises:
+      ValueError: its function cannot be imported.
 
     Example:
-      >>> [arm.name for arm in same_effective_rate(with_momentum(["0.9"]), 0.1)]
-      ['mu 0.9 at 0.01']
+      >>> from_json(to_json(baseline())) == baseline()
+      True
     """
-    return [_at(arm, learning_rate * friction(arm)) for arm in arms]
-
-
-def friction(arm: Arm) -> float:
-    """1 - mu, or 1 for an arm without a mu.
-
-    Example:
-      >>> friction(plain())
-      1.0
-    """
-    mu = arm.settings.get("mu", 0.0)
-    if not isinstance(mu, (int, float)) or mu >= 1:
+    fields = dict(fields)
+    where, settings = fields.pop("make_transform"), fields.pop("settings")
+    found = None if where is None else _imported(where)
+    if found is None:
         raise ValueError(
-            f"mu={mu} of the arm {arm.name!r} must be a number below 1: there is no effective "
-            "learning rate, learning_rate / (1 - mu), without friction."
+            f"the function that makes the transformation of the arm {fields['name']!r} cannot be "
+            "imported: run the Study from Python, in the program that defines it."
         )
-    return 1.0 - mu
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    return Arm(make_transform=found, **fields, **settings)
 
 
-def _at(arm, learning_rate):
-    return arm.with_settings(f"{arm.name} at {learning_rate:.6g}", learning_rate=learning_rate)
+def _reference(function):
+    """Where it can be imported from, as text; of a partial also its keywords; or None."""
+    if isinstance(function, functools.partial):
+        inner = _reference(function.func)
+        plain = (str, int, float, bool, type(None))
+        if inner is None or function.args:
+            return None
+        if not all(isinstance(value, plain) for value in function.keywords.values()):
+            return None
+        return [inner, dict(function.keywords)]
+    where = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
+    return where if _imported(where) is function else None
+
+
+def _imported(where):
+    if isinstance(where, list):
+        inner = _imported(where[0])
+        return None if inner is None else functools.partial(inner, **where[1])
+    module, _, name = where.partition(":")
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError):
+        return None

@@ -1,6 +1,5 @@
-"""The study's pictures. Each function draws on an Axes and returns it."""
+"""The study's plots. Each function draws on an Axes and returns it."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,96 +9,132 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from momentum_jax.diagnostics import Measurement
+from momentum_jax.study._drawing import COLORS as COLORS
+from momentum_jax.study._drawing import cap_line, label, loss_axis, run_dims, style
+from momentum_jax.study.charts import families as families
+from momentum_jax.study.charts import forest as forest
+from momentum_jax.study.charts import rate_curve as rate_curve
+from momentum_jax.study.charts import variance_bars as variance_bars
 from momentum_jax.study.statistics import final
-
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
 
 
 def final_loss(results: xr.Dataset, arms: Sequence[str], axes: Axes) -> Axes:
-    """The final loss against the initial scale: a line an arm, median and middle 80%.
+    """The final loss against the initial scale: per arm the median, bars from 10% to 90%.
+
+    Args:
+      results: what `run` returned.
+      arms: the names of the arms.
+      axes: where to draw.
+
+    Returns:
+      `axes`.
 
     Example:
       >>> from matplotlib.figure import Figure
       >>> import momentum_jax as mj
       >>> from momentum_jax.study import Arm, problems, run
       >>> arms = [Arm("mu 0.9", mj.momentum, learning_rate=0.02, mu=0.9)]
-      >>> results = run(problems.digits(), arms, range(3), init_scales=[0.5, 2.0], steps=20)
+      >>> results = run(problems.quadratic(), arms, range(3), init_scales=[0.5, 2.0], steps=10)
       >>> print(final_loss(results, ["mu 0.9"], Figure().subplots()).get_xlabel())
       initial scale
     """
     loss = final(results).loss
     scales = results.init_scale.values
-    for place, (arm, color) in enumerate(zip(arms, itertools.cycle(COLORS), strict=False)):
-        low, middle, high = loss.sel(arm=arm).quantile([0.1, 0.5, 0.9], dim="seed").values
+    for place, arm in enumerate(arms):
+        low, middle, high = loss.sel(arm=arm).quantile([0.1, 0.5, 0.9], run_dims(loss)).values
         # Side by side, so that the bars of one scale do not hide each other.
         at = scales * 1.06 ** (place - (len(arms) - 1) / 2)
-        axes.errorbar(
-            at, middle, [middle - low, high - middle], color=color, label=arm, capsize=3, marker="o"
-        )
-    _worst(axes, results)
-    _loss_axis(axes, "y", loss.sel(arm=list(arms)))
+        errors = [middle - low, high - middle]
+        axes.errorbar(at, middle, errors, label=label(arm), capsize=3, **style(place))
+    cap_line(axes, results, loss.sel(arm=list(arms)).values)
+    loss_axis(axes, "y", loss.sel(arm=list(arms)).values)
     axes.set(xscale="log", xlabel="initial scale", ylabel="final loss")
+    axes.set_xlim(scales.min() / 1.3, scales.max() * 1.3)
     axes.set_xticks(scales, [f"x{scale:g}" for scale in scales], minor=False)
     axes.minorticks_off()
     return axes
 
 
-def loss_curves(results: xr.Dataset, arms: Sequence[str], init_scale: float, axes: Axes) -> Axes:
-    """Loss over the steps: a line an arm, the median, with a band for the middle 80%.
+def loss_curves(
+    results: xr.Dataset, arms: Sequence[str], init_scale: float, axes: Axes, variable: str = "loss"
+) -> Axes:
+    """Loss, or another recorded variable, over the steps: per arm the median and a 10-90% band.
+
+    Args:
+      results: what `run` returned.
+      arms: the names of the arms.
+      init_scale: the initial scale.
+      axes: where to draw.
+      variable: of the dataset, with a dimension `step`; a value that is not finite counts as
+        larger than all others.
+
+    Returns:
+      `axes`.
 
     Example:
       >>> from matplotlib.figure import Figure
       >>> import momentum_jax as mj
       >>> from momentum_jax.study import Arm, problems, run
       >>> arms = [Arm("mu 0.9", mj.momentum, learning_rate=0.02, mu=0.9)]
-      >>> results = run(problems.digits(), arms, range(3), steps=20)
+      >>> results = run(problems.quadratic(), arms, range(3), steps=10)
       >>> print(loss_curves(results, ["mu 0.9"], 1.0, Figure().subplots()).get_title())
       initial scale x1
     """
-    # A diverged run stays in the picture, at its top.
-    loss = results.loss.sel(init_scale=init_scale).fillna(np.inf)
-    loss = loss.isel(step=slice(None, None, -(-len(loss.step) // 101)))  # No eye sees more.
-    for arm, color in zip(arms, itertools.cycle(COLORS), strict=False):
-        low, middle, high = np.quantile(
-            loss.sel(arm=arm).values, [0.1, 0.5, 0.9], axis=0, method="nearest"
-        )
-        axes.plot(loss.step, middle, color=color, label=arm)
-        axes.fill_between(loss.step, low, high, color=color, alpha=0.15, linewidth=0)
-    _worst(axes, results)
-    _loss_axis(axes, "y", loss.sel(arm=list(arms)))
-    axes.set(xlabel="step", ylabel="loss", title=f"initial scale x{init_scale:g}")
+    values = results[variable].sel(init_scale=init_scale)
+    values = values.where(np.isfinite(values), np.inf)
+    values = values.isel(step=slice(None, None, -(-len(values.step) // 101)))  # No eye sees more.
+    for place, arm in enumerate(arms):
+        runs = values.sel(arm=arm)
+        low, middle, high = runs.quantile([0.1, 0.5, 0.9], run_dims(runs), method="nearest").values
+        steps = runs.coords.get("steps_taken", runs.step)
+        looks = style(place)
+        every = max(1, len(steps) // 6)
+        # Each line's markers at steps of their own, so that equal curves can be told apart.
+        offset = (place * every // max(1, len(arms)), every)
+        axes.plot(steps, middle, label=label(arm), markevery=offset, ms=4, **looks)
+        axes.fill_between(steps, low, high, color=looks["color"], alpha=0.15, linewidth=0)
+    if variable == "loss":
+        cap_line(axes, results, values.sel(arm=list(arms)).values)
+    loss_axis(axes, "y", values.sel(arm=list(arms)).values)
+    axes.set(xlabel="step", ylabel=variable.replace("_", " "))
+    axes.set_title(f"initial scale x{init_scale:g}", fontsize="medium")
     return axes
 
 
-def paired(results: xr.Dataset, plain: str, arm: str, axes: Axes) -> Axes:
-    """Each pair of runs as a point: the final loss with an arm against that of the plain arm.
+def paired(results: xr.Dataset, baseline: str, arm: str, axes: Axes) -> Axes:
+    """Each pair of runs as a point: the final loss of an arm against that of the baseline arm.
 
-    Below the diagonal the arm ended lower. Pairs in which the plain arm failed and the other
-    solved the problem are rescued, those of the reverse are lost.
+    Args:
+      results: what `run` returned.
+      baseline: the name of the arm at the horizontal axis.
+      arm: the name of the arm at the vertical axis; below the diagonal it ended lower.
+      axes: where to draw.
+
+    Returns:
+      `axes`. A pair is rescued where the baseline failed and the arm solved the problem, lost in
+      the reverse case, and of the same status where both solved it or both failed.
 
     Example:
       >>> from matplotlib.figure import Figure
       >>> import momentum_jax as mj
       >>> from momentum_jax.study import Arm, problems, run
       >>> arms = [Arm(f"mu {mu}", mj.momentum, learning_rate=0.02, mu=mu) for mu in (0, 0.9)]
-      >>> results = run(problems.digits(), arms, range(3), steps=20)
+      >>> results = run(problems.quadratic(), arms, range(3), steps=10)
       >>> print(paired(results, "mu 0", "mu 0.9", Figure().subplots()).get_xlabel())
       final loss, mu 0
     """
     ends = final(results)
-    before, after = (ends.sel(arm=name) for name in (plain, arm))
+    before, after = (ends.sel(arm=name) for name in (baseline, arm))
     rescued = (~before.solved & after.solved).values
     lost = (before.solved & ~after.solved).values
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
-        "no difference": (~rescued & ~lost, {"color": "0.6", "marker": "."}),
+        "same status": (~rescued & ~lost, {"color": "0.6", "marker": "."}),
         "rescued": (rescued, {"color": COLORS[3], "marker": "^"}),
         "lost": (lost, {"color": COLORS[5], "marker": "x"}),
     }
-    for name, (chosen, style) in kinds.items():
+    for name, (chosen, looks) in kinds.items():
         axes.scatter(
             before.loss.values[chosen],
             after.loss.values[chosen],
@@ -107,14 +142,15 @@ def paired(results: xr.Dataset, plain: str, arm: str, axes: Axes) -> Axes:
             s=18,
             alpha=0.8,
             rasterized=True,  # Else a page of many pairs is several megabytes large.
-            **style,
+            **looks,
         )
-    both = ends.loss.sel(arm=[plain, arm])
-    limits = [float(both.min()), float(both.max())]
+    both = ends.loss.sel(arm=[baseline, arm]).values
+    limits = [both.min(), both.max()]
     axes.plot(limits, limits, color="0.5", linewidth=0.8)
-    _loss_axis(axes, "x", both)
-    _loss_axis(axes, "y", both)
-    axes.set(xlabel=f"final loss, {plain}", ylabel=f"final loss, {arm}")
+    loss_axis(axes, "x", both)
+    loss_axis(axes, "y", both)
+    axes.set(xlim=axes.get_ylim())
+    axes.set(xlabel=f"final loss, {label(baseline)}", ylabel=f"final loss, {label(arm)}")
     axes.legend(fontsize="small")
     return axes
 
@@ -165,9 +201,13 @@ def path(
     height = np.asarray(jax.jit(jax.vmap(jax.vmap(loss)))(jnp.stack(jnp.meshgrid(x, y), axis=-1)))
     height = np.sqrt(height - height.min())
     axes.contour(x, y, height, levels=15, colors="0.8", linewidths=0.8)
-    for (name, points), color in zip(finite.items(), itertools.cycle(COLORS), strict=False):
-        axes.plot(*points.T, color=color, label=name, marker=".", markersize=3, linewidth=1)
-        axes.plot(*points[0], color=color, marker="o", markerfacecolor="white", linestyle="")
+    for place, (name, points) in enumerate(finite.items()):
+        color = COLORS[place % len(COLORS)]
+        line = ("-", "--", "-.", ":")[place % 4]
+        axes.plot(
+            *points.T, color=color, label=label(name), marker=".", markersize=3, lw=1, ls=line
+        )
+        axes.plot(*points[0], color=color, marker="o", markerfacecolor="#ffffff", linestyle="")
         axes.plot(*points[-1], color=color, marker="o", linestyle="")
     axes.set(xlabel="first param", ylabel="second param")
     return axes
@@ -210,12 +250,11 @@ def energies(
     """
     if measured.potential_energy is None:
         raise ValueError("there is no potential energy to draw: give measure(...) the loss.")
-    for name, color in zip(
-        ("total", "kinetic", "potential"), itertools.cycle(COLORS), strict=False
-    ):
+    lines = {"total": "-", "kinetic": "--", "potential": "-."}
+    for (name, line), color in zip(lines.items(), COLORS, strict=False):
         values = np.asarray(getattr(measured, f"{name}_energy"))
         at = _steps(values) if steps is None else steps
-        axes.plot(at, values, color=color, label=f"{name} energy")
+        axes.plot(at, values, color=color, linestyle=line, label=f"{name} energy")
     axes.set(xlabel="step", ylabel="energy, in the unit of the loss")
     axes.legend()
     return axes
@@ -268,26 +307,3 @@ def alignment_and_gain(measured: Measurement, axes: Axes) -> Axes:
 
 def _steps(values):
     return np.arange(1, len(values) + 1)
-
-
-def _worst(axes, results):
-    worst = results.attrs["worst"]
-    if np.isfinite(worst):
-        axes.axhline(worst, color="0.6", linestyle=":", label="the most a run is charged with")
-
-
-def _loss_axis(axes, which, losses):
-    """Logarithmic where no loss is negative; 0 and what is nearly 0 do not stretch it."""
-    finite = losses.values[np.isfinite(losses.values)]
-    positive = finite[finite > 1e-12]
-    if len(positive) == 0 or finite.min() < 0:
-        return
-    low, high = positive.min(), positive.max()
-    axes.set(**{f"{which}scale": "log"})
-    if finite.min() < low:
-        axes.set(**{f"{which}lim": (low / 2, None)})
-    axis = getattr(axes, f"{which}axis")
-    # Labels also where the losses span less than a power of ten.
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())

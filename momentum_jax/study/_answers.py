@@ -1,0 +1,247 @@
+"""The answer to one question about one pair of arms."""
+
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from momentum_jax.study import spread_tests, statistics
+from momentum_jax.study._pairs import Pair
+
+COUNTS = ("rescued", "lost")
+PAIRED = ("failures", "lower loss")
+FEW = f"fewer than {statistics.FEWEST} units: no interval"
+
+
+class Answer(NamedTuple):
+    """A value, its intervals at the levels asked for, and its p.
+
+    `p_exchange` is the permutation test's, of the spread.
+    """
+
+    value: float
+    intervals: list[tuple[float, float]]
+    p: float = math.nan
+    p_exchange: float = math.nan
+    note: str = ""
+
+
+class Runs:
+    """How all runs ended, and every statistic of every arm and scale."""
+
+    def __init__(self, dataset: xr.Dataset):
+        """Measures the final values of a dataset of `run`."""
+        ends = statistics.final(dataset)
+        self.values = {str(name): statistics.units(ends[name]) for name in ends}
+        self.arms = [str(arm) for arm in ends.arm.values]
+        self.scales = [float(scale) for scale in ends.init_scale.values]
+        loss = self.values["loss"]
+        self.count, self.replicates = loss.shape[2:]
+        self.metrics = [each["name"] for each in json.loads(dataset.attrs.get("metrics", "[]"))]
+        # What a ratio of standard deviations is taken of.
+        self.spreads = {"spread": loss}
+        if (loss > 0).all():
+            self.spreads["log spread"] = np.log(loss)
+        for name in self.metrics:
+            self.spreads[f"{name} spread"] = self.values[name]
+        self.measured = {
+            **{name: statistics.log_spread(values) for name, values in self.spreads.items()},
+            "robust spread": statistics.log_range(loss),
+            "loss": statistics.middle(loss),
+            **{name: statistics.mean(self.values[name]) for name in self.metrics},
+        }
+        names = ["spread", "robust spread", "log spread", "failures", *COUNTS, "loss", "lower loss"]
+        names += [name for metric in self.metrics for name in (metric, f"{metric} spread")]
+        self.questions = [name for name in names if name in (*self.measured, *PAIRED, *COUNTS)]
+
+    def scores(self, question, arms, baselines, scales):
+        """In how many runs of each unit the arm failed and the baseline did not, or ended lower.
+
+        Less the reverse; for choices of arms (choice, scale), as (choice, unit).
+        """
+        if question == "lower loss":
+            values = self.values["loss"]
+            each = np.sign(values[baselines, scales] - values[arms, scales])
+        else:
+            solved = self.values["solved"]
+            each = solved[baselines, scales] - solved[arms, scales]
+        return each.sum((1, 3))
+
+    def estimates(self, question, arms, baselines, scales):
+        """The estimate and its standard error, for choices of arms (choice, scale)."""
+        if question in PAIRED:
+            scores = self.scores(question, arms, baselines, scales) / self.per_unit(scales)
+            # With a unit more for either arm, as Bonett and Price (2012), Adjusted Wald
+            # confidence interval for a difference of binomial proportions based on paired data.
+            count = self.count + 2
+            centre = scores.sum(1) / count
+            square = (np.square(scores).sum(1) + 2) / count
+            return centre, np.sqrt((square - centre**2) / count)
+        value, influence = self.measured[question]
+        away = (influence[arms, scales] - influence[baselines, scales]).mean(1)
+        centre = (value[arms, scales] - value[baselines, scales]).mean(1)
+        return centre, away.std(1, ddof=1) / math.sqrt(away.shape[1])
+
+    def value(self, question, arms, baselines, scales):
+        """The value of one choice of arms (scale), without the units added for the estimate."""
+        if question in PAIRED:
+            [scores] = self.scores(question, arms[None], baselines[None], scales)
+            return scores.mean() / self.per_unit(scales)
+        values = self.measured[question].value
+        return (values[arms, scales] - values[baselines, scales]).mean()
+
+    def per_unit(self, scales):
+        """How many runs each unit has."""
+        return len(scales) * self.replicates
+
+
+def is_ratio(question: str) -> bool:
+    """Whether the answer is a ratio of spreads; the other answers are differences."""
+    return question.endswith("spread")
+
+
+def answer(
+    runs: Runs, question: str, pair: Pair, scales: np.ndarray, levels: list[float], draws: int
+) -> Answer:
+    """The answer to one question, at one scale or combined over several.
+
+    Args:
+      runs: of all arms.
+      question: as in the table.
+      pair: what is compared.
+      scales: places of initial scales.
+      levels: of the intervals.
+      draws: how often to draw, or to permute.
+    """
+    nothing = [(math.nan, math.nan)] * len(levels)
+    arms, baselines = pair.arms[scales], pair.baselines[scales]
+    if min(*arms, *baselines) < 0:
+        note = "the baseline has no arm at the arm's effective rate"
+        return Answer(math.nan, nothing, note=note)
+    if question in COUNTS:
+        solved = runs.values["solved"]
+        gained = solved[arms, scales] - solved[baselines, scales]
+        return Answer(float(np.sum(gained == (1 if question == "rescued" else -1))), nothing)
+    note = ""
+    if question not in PAIRED:
+        values = runs.measured[question].value
+        defined = np.isfinite(values[arms, scales]) & np.isfinite(values[baselines, scales])
+        if not defined.any():
+            return Answer(math.nan, nothing, note=_why(runs, question, arms, baselines, scales))
+        if not defined.all():
+            left_out = ", ".join(f"{runs.scales[scale]:g}" for scale in scales[~defined])
+            note = f"without initial scale {left_out}: no spread in one of the arms"
+        arms, baselines, scales = arms[defined], baselines[defined], scales[defined]
+    value = runs.value(question, arms, baselines, scales)
+    few = runs.count < statistics.FEWEST
+    if few and question not in PAIRED:
+        return Answer(_finish(question, value), nothing, note=FEW)
+
+    choices, chosen = np.stack([arms, baselines])[None], np.zeros(1, int)
+    if pair.drawn is not None:
+        # As it is, and as other tuning seeds would have it.
+        drawn = np.concatenate([choices, pair.drawn[:, :, scales]])
+        drawn = drawn[(drawn >= 0).all((1, 2))]
+        choices, chosen = np.unique(drawn, axis=0, return_inverse=True)
+    centres, errors = runs.estimates(question, choices[:, 0], choices[:, 1], scales)
+    chosen = chosen[np.isfinite(centres[chosen])]
+    # The law of T is that of the choice made most often, of those whose error is known.
+    often = np.argmax(np.bincount(chosen, minlength=len(choices)) * (errors > 0))
+    law = _reference(runs, question, choices[often, 0], choices[often, 1], scales, draws)
+    if len(choices) == 1:
+        intervals, p = _fixed_interval(centres[0], errors[0], law, levels)
+    else:
+        intervals, p = _mixed_interval(centres, errors, chosen, law, levels)
+    if question in PAIRED and len(choices) == 1:
+        [scores] = runs.scores(question, choices[:, 0], choices[:, 1], scales)
+        p = statistics.swap_test(scores)
+        if question == "lower loss":
+            shares = (1 + scores / runs.per_unit(scales)) / 2
+            wilson = [statistics.proportion(shares, level) for level in levels]
+            intervals = [(2 * low - 1, 2 * high - 1) for low, high in wilson]
+    if few:
+        intervals, note = nothing, FEW
+    if is_ratio(question) and not np.isfinite(intervals[0]).all():
+        note = note or "no ratio can be excluded"
+    p_exchange = math.nan
+    if question == "spread" and pair.drawn is None:
+        values = runs.spreads[question]
+        swapped = spread_tests.swaps(runs.count, draws)
+        p_exchange = spread_tests.exchange_p(
+            values[arms, scales], values[baselines, scales], swapped
+        )
+    return Answer(
+        _finish(question, value),
+        [
+            (_finish(question, low), _finish(question, high))
+            if np.isfinite([low, high]).all()
+            else (math.nan, math.nan)
+            for low, high in intervals
+        ],
+        # No test of n pairs can give less.
+        max(p, 2.0 ** (1 - runs.count)),
+        p_exchange,
+        note,
+    )
+
+
+def _finish(question, value):
+    """On the scale of the table: ratios are estimated as logs, probabilities as differences."""
+    if question == "lower loss":
+        return float((1 + np.clip(value, -1, 1)) / 2)
+    return float(np.exp(value)) if is_ratio(question) else float(value)
+
+
+def _reference(runs, question, arms, baselines, scales, draws):
+    """|T| where nothing differs, sorted: of units drawn again, or Student's."""
+    if question in runs.spreads:
+        influence = runs.measured[question].influence
+        rows = np.concatenate([influence[arms, scales], influence[baselines, scales]])
+        weights = np.repeat([1.0, -1.0], len(scales)) / len(scales)
+        counts = spread_tests.resampled(runs.count, draws)
+        return spread_tests.bootstrap_reference(rows, weights, counts)
+    count = runs.count - 2 * (runs.count // 4) if question == "loss" else runs.count
+    return spread_tests.t_reference(math.inf if question in PAIRED else count - 1.0, draws)
+
+
+def _fixed_interval(centre, error, law, levels):
+    """Intervals and p of one estimate."""
+    if error == 0:
+        return [(centre, centre)] * len(levels), float(centre == 0)
+    places = [math.ceil(level * (1 + len(law))) - 1 for level in levels]
+    halves = [error * law[place] if place < len(law) else math.inf for place in places]
+    beyond = len(law) - np.searchsorted(law, abs(centre) / error - 1e-9)
+    return [(centre - half, centre + half) for half in halves], (1 + beyond) / (1 + len(law))
+
+
+def _mixed_interval(centres, errors, chosen, law, levels):
+    """Intervals and p of an estimate that depends on what the tuning seeds chose.
+
+    Each draw of the tuning seeds (`chosen`) is followed by draws of the estimate of that choice.
+    """
+    random = np.random.default_rng(2)
+    chosen = np.repeat(chosen, math.ceil(2 * len(law) / len(chosen)))
+    grid = random.permutation((np.arange(len(chosen)) + 0.5) / len(chosen))
+    ts = law[(np.abs(2 * grid - 1) * len(law)).astype(int)] * np.sign(grid - 0.5)
+    known = errors[chosen] > 0
+    points = centres[chosen] + np.where(known, errors[chosen], 1) * np.where(known, ts, 0)
+    tail = min(np.sum(points <= 1e-12), np.sum(points >= -1e-12))
+    sides = [[(1 - level) / 2, (1 + level) / 2] for level in levels]
+    bounds = np.quantile(points, sides, method="nearest")
+    return [(low, high) for low, high in bounds], min(2 * (1 + tail) / (1 + len(points)), 1.0)
+
+
+def _why(runs, question, arms, baselines, scales):
+    """Why a ratio of spreads is undefined."""
+    diverged = runs.values["diverged"]
+    for name, places in (("arm", arms), ("baseline", baselines)):
+        if diverged[places, scales].all():
+            return f"all runs of the {name} diverged"
+    values = runs.measured[question].value
+    name = "baseline" if np.isfinite(values[arms, scales]).any() else "arm"
+    ends = runs.values["loss"][arms if name == "arm" else baselines, scales]
+    if runs.replicates > 1 and np.ptp(ends, (-2, -1)).any():
+        return f"the runs of the {name} show no variance due to the initial weights"
+    return f"all runs of the {name} end alike"

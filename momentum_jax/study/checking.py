@@ -1,0 +1,171 @@
+"""What cannot be trained is refused before the work starts."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from momentum_jax.study.arms import Arm
+from momentum_jax.study.contrasts import Contrast, Primary
+from momentum_jax.study.problem import Problem, check, in_one_line
+from momentum_jax.study.training import RECORDABLE, keys
+
+
+def check_runs(
+    problem: Problem,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    order_seeds: Sequence[int] | None,
+    init_scales: Sequence[float],
+    counts: dict[str, int | None],
+    record: Sequence[str],
+) -> None:
+    """Checks what `run` is given, each part by itself and together.
+
+    Raises:
+      ValueError: see `run`.
+
+    Example:
+      >>> from momentum_jax.study.problems import digits
+      >>> check_runs(digits(), [], [0], None, [1.0], {}, ())
+      Traceback (most recent call last):
+      ...
+      ValueError: the arms need unique names, at least one, but are [].
+    """
+    names = [arm.name for arm in arms]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"the arms need unique names, at least one, but are {names}.")
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} must be at least 1.")
+    several = {"seeds": seeds, "init_scales": init_scales}
+    for name, values in (
+        several if order_seeds is None else several | {"order_seeds": order_seeds}
+    ).items():
+        # A run that is there twice would count as two.
+        if np.ndim(values) != 1 or not 0 < len(values) == len(set(values)):
+            hint = f", such as range({values})." if np.ndim(values) == 0 else "."
+            raise ValueError(
+                f"{name}={values} must be a sequence of different numbers, at least one{hint}"
+            )
+        if "seeds" in name and (min(values) < 0 or max(values) >= 2**32):
+            raise ValueError(f"{name}={values} must be at least 0 and below 2^32.")
+    if unknown := set(record) - set(RECORDABLE):
+        raise ValueError(f"record={sorted(unknown)} is unknown: there are {', '.join(RECORDABLE)}.")
+    for arm in arms:
+        for name, value in arm.settings.items():
+            per_scale = isinstance(value, tuple) and name not in arm.static
+            if per_scale and len(value) != len(init_scales):
+                raise ValueError(
+                    f"{name}={value} of the arm {arm.name!r} must be a number, or one for each of "
+                    f"the {len(init_scales)} initial scales."
+                )
+        if problem.data is not None and arm.batch_size > problem.examples:
+            raise ValueError(
+                f"batch_size={arm.batch_size} of the arm {arm.name!r} must be at most the "
+                f"number of training examples, {problem.examples}."
+            )
+    check(problem)
+    for arm in arms:
+        _check_arm(problem, arm)
+
+
+def _check_arm(problem, arm):
+    """Tries its transformation on shapes alone."""
+    static = {name: arm.settings[name] for name in arm.static}
+
+    def one_step(params, key, settings):
+        tx = optax.with_extra_args_support(arm.make_transform(**settings, **static))
+        return tx.update(params, tx.init(params), params, value=jnp.ones(()), key=key)
+
+    traced = {name: jnp.ones(()) for name in arm.settings if name not in static}
+    try:
+        jax.eval_shape(one_step, _abstract(problem), jax.random.key(0), traced)
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            f"the transformation of the arm {arm.name!r} branches on the value of a traced "
+            f"setting ({type(error).__name__}): give static=(...) with the names of the settings "
+            f"that it branches on, of {sorted(traced)}."
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"the transformation of the arm {arm.name!r} fails: {in_one_line(error)}"
+        ) from error
+
+
+def _abstract(problem):
+    return jax.eval_shape(problem.start, jax.random.key(0))[0]
+
+
+def check_contrasts(
+    arms: Sequence[Arm], contrasts: Sequence[Contrast], primary: Primary | None
+) -> None:
+    """Checks that all that is compared is trained.
+
+    Raises:
+      ValueError: a name that no arm has; for "tuned", that no family has.
+
+    Example:
+      >>> from momentum_jax.study.arms import baseline
+      >>> check_contrasts([baseline().at(0.1)], [Contrast("arms", "mu 0", ("b",))], None)
+      Traceback (most recent call last):
+      ...
+      ValueError: the contrast "arms" compares ['b', 'mu 0'], but the arms are ['mu 0 at 0.1'].
+    """
+    names, families = ({getattr(arm, field) for arm in arms} for field in ("name", "family"))
+    for contrast in contrasts:
+        known = families if contrast.kind == "tuned" else names
+        if unknown := {contrast.baseline, *contrast.arms} - known:
+            raise ValueError(
+                f'the contrast "{contrast.kind}" compares {sorted(unknown)}, but the arms are '
+                f"{sorted(known)}."
+            )
+    if primary is not None and (unknown := {primary.arm, primary.baseline} - names):
+        raise ValueError(
+            f"the primary comparison names {sorted(unknown)}, but the arms are {sorted(names)}."
+        )
+
+
+def check_randomness(
+    problem: Problem,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    order_seeds: Sequence[int] | None,
+) -> list[str]:
+    """What a report must say of the randomness of the runs, as sentences.
+
+    Raises:
+      ValueError: several seeds, and no randomness in any run.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fixed = Problem(lambda key: jnp.ones(2), lambda w: w @ w)
+      >>> check_randomness(fixed, [], [0, 1], None)
+      Traceback (most recent call last):
+      ...
+      ValueError: init(key) of problem returns the same weights for different keys, and there is \
+no data order to vary: all runs of an arm would be equal. Draw the weights from the key.
+    """
+    shuffled = problem.data is not None and any(a.batch_size < problem.examples for a in arms)
+    orders_vary = shuffled and (order_seeds is None or len(order_seeds) > 1)
+    if len(seeds) > 1:
+        first, *others = (
+            jax.tree.leaves(jax.device_get(problem.start(keys(seed, 0, 0)[0])[0]))
+            for seed in seeds[:8]
+        )
+        if all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
+            same = f"init(key) of {problem.name} returns the same weights for different keys"
+            if not orders_vary:
+                raise ValueError(
+                    f"{same}, and there is no data order to vary: all runs of an arm would be "
+                    "equal. Draw the weights from the key."
+                )
+            return [f"{same}: what varies here is the data order alone."]
+    elif order_seeds is not None and len(order_seeds) > 1 and not shuffled:
+        raise ValueError(
+            f"order_seeds={list(order_seeds)} vary the data order alone, but {problem.name} has "
+            "no order: give several seeds, or batches smaller than the data."
+        )
+    return []

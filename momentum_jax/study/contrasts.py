@@ -1,0 +1,131 @@
+"""What is compared with what, as records that are stored with the results."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import xarray as xr
+
+# Kinds of contrasts, each with what its heading says.
+KINDS = {
+    "same effective rate": "At the same effective learning rate, learning_rate / (1 - mu)",
+    "same rate": "At the same learning rate",
+    "tuned": "Each at its own tuned learning rate",
+    "control": "Controls, against the baseline at the primary learning rate",
+    "arms": "The arms as given",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """Arms that are compared with one baseline.
+
+    Attributes:
+      kind: a key of `KINDS`.
+      baseline: the name of the arm that the others are compared with; a family for "tuned".
+      arms: the names of the others.
+      rate: the (effective) learning rate that the arms share; nan where they share none.
+
+    Raises:
+      ValueError: an unknown kind, or no arm to compare.
+
+    Example:
+      >>> Contrast("arms", "mu 0", ("mu 0.9",)).arms
+      ('mu 0.9',)
+    """
+
+    kind: str
+    baseline: str
+    arms: tuple[str, ...]
+    rate: float = math.nan
+
+    def __post_init__(self):
+        """Checks the kind."""
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} of a contrast must be one of {list(KINDS)}.")
+        object.__setattr__(self, "arms", tuple(self.arms))
+        if not self.arms or self.baseline in self.arms:
+            raise ValueError(
+                f"a contrast needs arms other than its baseline {self.baseline!r}, but has "
+                f"{list(self.arms)}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Primary:
+    """The one comparison that decides, declared before any run.
+
+    It is the ratio of the spread of the final loss, arm over baseline, as the geometric mean over
+    the initial scales.
+
+    Attributes:
+      arm: the name of the arm.
+      baseline: the name of the arm that it is compared with.
+      margin: the ratio counts as equivalent between 1 / (1 + margin) and 1 + margin.
+
+    Raises:
+      ValueError: a margin that is not above 0, or an arm compared with itself.
+
+    Example:
+      >>> Primary("mu 0.9", "mu 0").margin
+      0.1
+    """
+
+    arm: str
+    baseline: str
+    margin: float = 0.1
+
+    def __post_init__(self):
+        """Checks the margin."""
+        if not 0 < self.margin < math.inf:
+            raise ValueError(f"margin={self.margin} must be above 0 and finite; 0.1 is usual.")
+        if self.arm == self.baseline:
+            raise ValueError(f"the primary comparison compares {self.arm!r} with itself.")
+
+
+def contrasts(dataset: xr.Dataset) -> list[Contrast]:
+    """The contrasts of a dataset of `run`.
+
+    Example:
+      >>> contrasts(xr.Dataset())
+      []
+    """
+    return [contrast_from_json(each) for each in json.loads(dataset.attrs.get("contrasts", "[]"))]
+
+
+def primary(dataset: xr.Dataset) -> Primary | None:
+    """The primary comparison of a dataset of `run`; None if it was run without one.
+
+    Example:
+      >>> print(primary(xr.Dataset()))
+      None
+    """
+    found = json.loads(dataset.attrs.get("primary", "null"))
+    return None if found is None else Primary(**found)
+
+
+def as_json(record: Contrast | Primary) -> dict:
+    """A record for `json.dumps`: no nan.
+
+    Example:
+      >>> as_json(Contrast("arms", "mu 0", ("mu 0.9",)))["rate"] is None
+      True
+    """
+    fields = dataclasses.asdict(record)
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in fields.items()
+    }
+
+
+def contrast_from_json(fields: Mapping[str, Any]) -> Contrast:
+    """The contrast that `as_json` gave.
+
+    Example:
+      >>> contrast_from_json(as_json(Contrast("arms", "mu 0", ("mu 0.9",)))).arms
+      ('mu 0.9',)
+    """
+    rate = math.nan if fields["rate"] is None else fields["rate"]
+    return Contrast(**{**fields, "arms": tuple(fields["arms"]), "rate": rate})

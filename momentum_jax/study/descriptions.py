@@ -1,0 +1,79 @@
+"""How the runs of every arm ended."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from momentum_jax.study import spread_tests, statistics
+from momentum_jax.study._answers import Runs
+from momentum_jax.study._pairs import coordinate
+
+
+def describe(dataset: xr.Dataset) -> pd.DataFrame:
+    """How the runs of each arm ended, at each scale.
+
+    Means have BCa bootstrap intervals, shares Wilson's, and spreads those of a studentized
+    bootstrap of their logarithm. The interval of one standard deviation covers it in 94% of normal
+    samples of 20 to 100 units, but in 78 to 83% of samples of a lognormal or t3 law, and in 60% of
+    samples of 20 units of which 5% fail: no method knows of a tail that the sample misses.
+
+    Args:
+      dataset: what `run` returned.
+
+    Returns:
+      One row for each arm, scale and measure, with a 95% interval; nan where it is undefined.
+
+    Example:
+      >>> ends = (["arm", "init_scale", "seed", "step"], np.ones((1, 1, 8, 1)))
+      >>> results = xr.Dataset({"loss": ends}, coords={"arm": ["mu 0"], "init_scale": [1.0]})
+      >>> found = describe(results).set_index("measure")
+      >>> print(found.loc["mean loss", "value"], found.loc["failed", "value"])
+      1.0 0.0
+    """
+    runs = Runs(dataset)
+    rates = coordinate(dataset, "effective_rate")
+    middle = statistics.interquartile_mean
+    shares = {"failed": 1 - runs.values["solved"], "diverged": runs.values["diverged"]}
+    rows = []
+    for place, scale in np.ndindex(len(runs.arms), len(runs.scales)):
+        loss = runs.values["loss"][place, scale]
+        found = {
+            "mean loss": (loss.mean(), *statistics.bootstrap(np.mean, loss)),
+            "interquartile mean loss": (middle(loss.ravel()), *statistics.bootstrap(middle, loss)),
+        }
+        for name in ("spread", "robust spread", "log spread"):
+            if name in runs.measured:
+                found[name] = _spread(runs, name, place, scale)
+        for name, values in shares.items():
+            each = values[place, scale].mean(-1)
+            found[name] = (each.mean(), *statistics.proportion(each))
+        for name in runs.metrics:
+            values = runs.values[name][place, scale]
+            found[f"mean {name}"] = (values.mean(), *statistics.bootstrap(np.mean, values))
+        where = {
+            "arm": runs.arms[place],
+            "family": str(dataset.get("family", dataset.arm).values[place]),
+            "effective_rate": rates[place],
+            "scale": runs.scales[scale],
+        }
+        for measure, (value, low, high) in found.items():
+            numbers = dict(value=float(value), low=float(low), high=float(high), n=runs.count)
+            rows.append({**where, "measure": measure, **numbers})
+    return pd.DataFrame(rows)
+
+
+def _spread(runs, name, place, scale):
+    value, influence = (each[place, scale] for each in runs.measured[name])
+    if not math.isfinite(value) or runs.count < statistics.FEWEST:
+        return math.exp(value), math.nan, math.nan
+    if name in runs.spreads:
+        counts = spread_tests.resampled(runs.count, 1999)
+        law = spread_tests.bootstrap_reference(influence[None], np.ones(1), counts)
+    else:
+        law = spread_tests.t_reference(runs.count - 1.0, 1999)
+    half = float(law[1899] * influence.std(ddof=1) / math.sqrt(len(influence)))
+    if not half < 700:  # beyond what a float can hold: no interval
+        return math.exp(value), math.nan, math.nan
+    return math.exp(value), math.exp(value - half), math.exp(value + half)

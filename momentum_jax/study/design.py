@@ -1,0 +1,346 @@
+"""A study: everything that defines it, as one record that is run, stored, resumed and extended."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from momentum_jax.study import problems, storing
+from momentum_jax.study.arms import Arm, from_json, one_minus_mu, to_json
+from momentum_jax.study.contrasts import Contrast, Primary, as_json, contrast_from_json
+from momentum_jax.study.problem import Problem
+from momentum_jax.study.statistics import final
+from momentum_jax.study.sweep import run
+from momentum_jax.study.training import MEASURED_ROWS, keys, sharpness, timetable
+
+# Tuning draws its initial weights from here on, the study itself from 0: none is seen twice.
+FIRST_TUNING_SEED = 1_000_000
+
+# The edge of stability is measured at so many initial weights.
+PROBES = 8
+
+FILE = "study.json"
+# What may be added to a study that has been begun: without it, all runs stay what they are.
+EXTENDABLE = ("arms", "rates", "seeds", "order_seeds", "init_scales", "tuning_seeds")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """A study of how much the result of training depends on its random start.
+
+    Arms without a learning rate are families: each is trained over the grid `rates` of effective
+    learning rates, learning_rate / (1 - mu). The first arm is the baseline.
+
+    Attributes:
+      problem: what is trained. If learning rates are tuned and it has no validation data, a sixth
+        of its training rows is held out.
+      arms: families, and arms with learning rates of their own.
+      rates: effective learning rates of the families.
+      learning_rate: the effective learning rate of the primary comparison, added to `rates`; by
+        default the problem's own, or the middle of `rates`.
+      seeds: of the initial weights.
+      order_seeds: of the data order: crossed with the seeds; None pairs them (see `run`).
+      init_scales: what the initial weights are multiplied by.
+      steps: steps per run, for arms without their own number.
+      evaluations: see `run`.
+      tuning_seeds: number of separate seeds used only for tuning; 0 for no tuned contrast.
+      contrasts: by default, the families at each effective rate, at each learning rate that two
+        of them share, each tuned, and the other arms against the baseline at the primary rate;
+        each among the arms of one batch size.
+      primary: the comparison that decides; by default the second family against the first at
+        `learning_rate`, or, without families, the second arm against the first.
+      margin: of equivalence, of the default primary comparison.
+      record: see `run`.
+
+    Raises:
+      ValueError: families without rates, or rates without families; a tuning of less than two
+        rates; a study with nothing to train.
+
+    Example:
+      >>> from momentum_jax.study.arms import baseline, with_momentum
+      >>> arms = [baseline(), *with_momentum(["0.9"])]
+      >>> study = Study(problems.digits(), arms, rates=(0.02, 0.2), seeds=range(6))
+      >>> [arm.name for arm in study.all_arms]
+      ['mu 0 at 0.02', 'mu 0 at 0.2', 'mu 0.9 at 0.002', 'mu 0.9 at 0.02']
+      >>> study.the_primary
+      Primary(arm='mu 0.9 at 0.02', baseline='mu 0 at 0.2', margin=0.1)
+    """
+
+    problem: Problem
+    arms: Sequence[Arm]
+    _: dataclasses.KW_ONLY
+    rates: Sequence[float] = ()
+    learning_rate: float | None = None
+    seeds: Sequence[int] = range(40)
+    order_seeds: Sequence[int] | None = None
+    init_scales: Sequence[float] = (1.0,)
+    steps: int = 200
+    evaluations: int | None = None
+    tuning_seeds: int = 0
+    contrasts: Sequence[Contrast] | None = None
+    primary: Primary | None = None
+    margin: float = 0.1
+    record: Sequence[str] = ()
+
+    def __post_init__(self):
+        """Completes the rates and the problem; refuses what would have no effect."""
+
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        for name in ("arms", "seeds", "init_scales", "record"):
+            put(name, tuple(getattr(self, name)))
+        for name in ("order_seeds", "contrasts"):
+            put(name, None if getattr(self, name) is None else tuple(getattr(self, name)))
+        rates = sorted(set(self.rates))
+        families = [arm for arm in self.arms if arm.is_family]
+        if bool(families) != bool(rates):
+            raise ValueError(
+                f"rates={rates} and the arms without a learning rate, "
+                f"{[arm.name for arm in families]}, need each other: give both or neither."
+            )
+        if not self.arms:
+            raise ValueError("arms=() must have at least one arm.")
+        if rates:
+            usual = self.problem.defaults.get("learning_rate", rates[len(rates) // 2])
+            rate = float(self.learning_rate or usual)
+            put("learning_rate", rate)
+            rates = sorted({*rates, rate})
+        put("rates", tuple(float(rate) for rate in rates))
+        if self.tuning_seeds and len(rates) < 2:
+            raise ValueError(
+                f"tuning_seeds={self.tuning_seeds} needs two or more rates to choose from, but "
+                f"rates={rates}."
+            )
+        has_none = self.problem.data is not None and self.problem.validation_data is None
+        if self.tuning_seeds and has_none:
+            put("problem", self.problem.with_validation())
+
+    @functools.cached_property
+    def all_arms(self) -> list[Arm]:
+        """The arms that are trained: each family at each rate, then the others."""
+        return self._at_rates + [arm for arm in self.arms if not arm.is_family]
+
+    @functools.cached_property
+    def _at_rates(self):
+        return [arm.at(rate) for arm in self.arms if arm.is_family for rate in self.rates]
+
+    @functools.cached_property
+    def all_contrasts(self) -> list[Contrast]:
+        """What is compared with what."""
+        if self.contrasts is not None:
+            return list(self.contrasts)
+        found = []
+        for size in dict.fromkeys(arm.batch_size for arm in self.arms):
+            group = [arm for arm in self.arms if arm.batch_size == size]
+            families = [arm for arm in group if arm.is_family]
+            others = tuple(arm.name for arm in group if not arm.is_family)
+            if not families:
+                found += [Contrast("arms", others[0], others[1:])] if len(others) > 1 else []
+                continue
+            found += list(self._contrasts_of(families))
+            if others:
+                found.append(Contrast("control", self._primary_arm(families[0]).name, others))
+        return found
+
+    def _primary_arm(self, family):
+        assert self.learning_rate is not None  # where there are families, see __post_init__
+        return family.at(self.learning_rate)
+
+    def _contrasts_of(self, families):
+        first, *rest = families
+        if not rest:
+            return
+        with_mu = any("mu" in arm.settings for arm in families)
+        for rate in self.rates:
+            kind = "same effective rate" if with_mu else "same rate"
+            yield Contrast(kind, first.at(rate).name, tuple(a.at(rate).name for a in rest), rate)
+        for rate in self.rates if with_mu else ():
+            wanted = rate * one_minus_mu(first)
+            same = [
+                arm.at(other).name
+                for arm in rest
+                for other in self.rates
+                if other != rate and math.isclose(other * one_minus_mu(arm), wanted, rel_tol=0.01)
+            ]
+            if same:
+                yield Contrast("same rate", first.at(rate).name, tuple(same), wanted)
+        if self.tuning_seeds:
+            yield Contrast("tuned", first.name, tuple(arm.name for arm in rest))
+
+    @functools.cached_property
+    def the_primary(self) -> Primary | None:
+        """The comparison that decides; None if there is one arm."""
+        if self.primary is not None:
+            return self.primary
+        families = [self._primary_arm(arm) for arm in self.arms if arm.is_family]
+        pair = families or self.all_arms
+        return Primary(pair[1].name, pair[0].name, self.margin) if len(pair) > 1 else None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many arms, runs, runs to tune, and steps per run there will be."""
+        orders = 1 if self.order_seeds is None else len(self.order_seeds)
+        times = timetable(self.problem, self.all_arms, self.steps, self.evaluations)
+        return {
+            "arms": len(self.all_arms),
+            "runs": len(self.all_arms) * len(self.init_scales) * len(self.seeds) * orders,
+            "tuning_runs": len(self._at_rates) * len(self.init_scales) * self.tuning_seeds,
+            "steps": max(each.steps for each in times),
+        }
+
+    def run(self, folder: str | Path | None = None, *, progress: bool = False) -> xr.Dataset:
+        """Trains what is not trained yet.
+
+        Args:
+          folder: where the study is kept. If it holds this study, or one that this extends by
+            seeds, arms, rates or scales, the runs that are there are not trained again.
+          progress: whether to show progress bars.
+
+        Returns:
+          The dataset of `study.run`, with `tuning_loss` (arm, init_scale, tuning_seed), the final
+          loss on the validation data, and `initial_sharpness` (init_scale, probe).
+
+        Raises:
+          ValueError: as `study.run`; a folder with another study, or a damaged one.
+          OSError: a folder that cannot be written to.
+
+        Example:
+          >>> from momentum_jax.study.arms import baseline
+          >>> few = dict(rates=(0.1, 1.0), seeds=range(2), steps=5)
+          >>> Study(problems.quadratic(), [baseline()], **few).run().sizes["arm"]
+          2
+        """
+        folder = None if folder is None else Path(folder)
+        with storing.locked(folder):
+            if folder is not None and jax.process_index() == 0:
+                self.save(folder)
+            common: dict[str, Any] = {"init_scales": self.init_scales}
+            tuning = None
+            if self.tuning_seeds:
+                tuning = run(
+                    self.problem.for_tuning(),
+                    self._at_rates,
+                    range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.tuning_seeds),
+                    **common,
+                    steps=self.counts["steps"],
+                    evaluations=1,
+                    folder=None if folder is None else folder / "tuning",
+                    progress="tuning" if progress else None,
+                )
+            results = run(
+                self.problem,
+                self.all_arms,
+                self.seeds,
+                self.order_seeds,
+                **common,
+                steps=self.steps,
+                evaluations=self.evaluations,
+                contrasts=self.all_contrasts,
+                primary=self.the_primary,
+                record=self.record,
+                folder=None if folder is None else folder / "runs",
+                progress="training" if progress else None,
+            )
+        if tuning is not None:
+            loss = final(tuning).loss.rename(seed="tuning_seed")
+            results["tuning_loss"] = loss.reindex(arm=results.arm.values)
+        results["initial_sharpness"] = ("init_scale", "probe"), self._initial_sharpness()
+        return results
+
+    def _initial_sharpness(self):
+        """The largest Hessian eigenvalue of the training loss at some initial weights."""
+        problem = self.problem
+        if problem.curvature is not None:
+            return np.full((len(self.init_scales), 1), problem.curvature)
+        rows = jax.tree.map(lambda x: x[:MEASURED_ROWS], problem.data)
+
+        def of_one(seed, scale):
+            params, state = problem.start(keys(seed, seed, 0)[0])
+            return sharpness(
+                lambda w: problem.value_and_state(w, state, rows)[0], problem.scale(params, scale)
+            )
+
+        seeds = jnp.array(self.seeds[:PROBES], jnp.uint32)
+        by_seed = jax.jit(lambda scale: jax.lax.map(lambda seed: of_one(seed, scale), seeds))
+        return np.array([by_seed(jnp.float32(scale)) for scale in self.init_scales])
+
+    def to_json(self) -> dict[str, Any]:
+        """The study for `json.dumps`; the problem is kept as where it was found."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["problem"] = self.problem.source
+        fields["arms"] = [to_json(arm) for arm in self.arms]
+        fields["contrasts"] = self.contrasts and [as_json(each) for each in self.contrasts]
+        fields["primary"] = self.primary and as_json(self.primary)
+        return json.loads(json.dumps(fields))
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuses a folder with a study that this one does not extend.
+
+        Raises:
+          ValueError: names what differs; or the file that is damaged.
+        """
+        if not (folder / FILE).exists():
+            return
+        begun = storing.read_json(folder / FILE)
+        mine = self.to_json()
+        changed = [name for name, value in mine.items() if not _extends(name, begun, value)]
+        if changed:
+            raise ValueError(
+                f"{folder} holds another study, which differs in {', '.join(changed)}: only "
+                f"{', '.join(EXTENDABLE)} can be extended. Give another folder."
+            )
+
+    def save(self, folder: Path) -> None:
+        """Writes study.json, unless the folder has a study that this one does not extend."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.check_folder(folder)
+        storing.write_whole(folder / FILE, json.dumps(self.to_json(), indent=1).encode())
+
+    @staticmethod
+    def load(folder: str | Path, problem: Problem | None = None) -> "Study":
+        """The study that is kept in a folder.
+
+        Args:
+          folder: what `run` was given.
+          problem: needed if the problem was not found by `problems.find`.
+
+        Raises:
+          ValueError: no study there, a damaged file, a problem or an arm that cannot be found.
+        """
+        path = Path(folder) / FILE
+        if not path.exists():
+            raise ValueError(f"{folder} holds no study: there is no {FILE}.")
+        fields = storing.read_json(path)
+        try:
+            source = fields.pop("problem")
+            if problem is None and source is None:
+                raise ValueError(f"{path}: the problem was made in a program: give problem=.")
+            fields["arms"] = [from_json(arm) for arm in fields["arms"]]
+            fields["contrasts"] = fields["contrasts"] and [
+                contrast_from_json(each) for each in fields["contrasts"]
+            ]
+            fields["primary"] = fields["primary"] and Primary(**fields["primary"])
+            return Study(problem or problems.find(source), **fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
+
+
+def _extends(name: str, begun: Any, value: Any) -> bool:
+    """Whether a field is that of the study that was begun, or more of the same."""
+    if not isinstance(begun, Mapping) or name not in begun:
+        return False
+    before = begun[name]
+    if name not in EXTENDABLE or before is None or value is None:
+        return before == value
+    if name == "tuning_seeds":
+        return value >= before if before else value == before
+    return all(each in value for each in before)

@@ -1,0 +1,363 @@
+"""The options of the command line, and the study that they define."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from momentum_jax.study import arms as make
+from momentum_jax.study import problems
+from momentum_jax.study.design import Study
+from momentum_jax.study.problem import check, quarter_decades
+from momentum_jax.study.training import RECORDABLE
+
+PROGRAM = "python -m momentum_jax.study"
+DESCRIPTION = """\
+How much does the result of training depend on the random initial weights, and does momentum
+change that? Trains a problem from many random initial weights and in several data orders, over
+a grid of learning rates, without momentum and with it. Every arm starts from the same weights and
+sees the same batches. Writes a report (report.html, report.md), its pictures and its numbers
+(results.nc, comparisons.csv, summary.json) into a folder.
+
+  python -m momentum_jax.study --resume DIR     resume a stopped study, or extend a finished one
+  python -m momentum_jax.study compare DIR DIR  compare two finished studies"""
+FALLBACKS: dict[str, Any] = {
+    "learning_rate": 0.1,
+    "steps": 200,
+    "batch_size": 32,
+    "init_scales": (0.5, 1.0, 2.0),
+}
+# What may be given together with --resume.
+EXTENSIONS = ("seeds", "order_seeds", "mu", "rates", "init_scale", "tuning_seeds")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints errors on one line."""
+        self.exit(2, f"{PROGRAM}: error: {message}\n")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--problem",
+        metavar="NAME",
+        help=f"{', '.join(problems.PROBLEMS)}, or your own: path/to/file.py:object, where "
+        "object is a momentum_jax.study.Problem (digits)",
+    )
+    add = parser.add_argument_group("what is compared").add_argument
+    add(
+        "--mu",
+        nargs="+",
+        type=_mu,
+        metavar="X",
+        help="momentum coefficients above 0, compared with 0; nesterov-X for Nesterov's form "
+        "(0.9 0.99)",
+    )
+    add(
+        "--learning-rate",
+        type=_positive,
+        metavar="X",
+        help="effective learning rate, learning_rate / (1 - mu), of the primary comparison: the "
+        "first --mu against mu 0 (digits: 0.2)",
+    )
+    add(
+        "--rates",
+        nargs="+",
+        type=_positive,
+        metavar="X",
+        help="effective learning rates of the curve (the problem's own; digits: 9 from 0.02 to 2)",
+    )
+    add(
+        "--init-scale",
+        nargs="+",
+        type=_positive,
+        metavar="X",
+        help="what the initial weights are multiplied by, not biases or normalization "
+        "(the problem's own)",
+    )
+    add(
+        "--batch-size",
+        nargs="+",
+        type=_whole,
+        metavar="N",
+        help="examples per step, where the problem has data (the problem's own)",
+    )
+    add(
+        "--equal-epochs",
+        action="store_true",
+        help="with several batch sizes: --steps is for the first of them, the others take as many "
+        "epochs",
+    )
+    add(
+        "--controls",
+        action=argparse.BooleanOptionalAction,
+        help="whether to train two control arms at the primary learning rate: the best of 4 "
+        "restarts with a quarter of the steps each, and added noise (yes, but not with --quick)",
+    )
+    add(
+        "--margin",
+        type=_positive,
+        default=0.1,
+        metavar="X",
+        help="equivalent means a ratio of spreads between 1/(1+X) and 1+X (%(default)s)",
+    )
+    add = parser.add_argument_group("how long it takes").add_argument
+    add("--seeds", type=_whole, metavar="N", help="number of initial weights (40)")
+    add(
+        "--order-seeds",
+        type=_orders,
+        metavar="N",
+        help="number of data orders, crossed with the initial weights; 1 varies the weights "
+        'alone; "paired" draws one order for each initial weight (4; without data: paired)',
+    )
+    add(
+        "--steps",
+        type=_whole,
+        metavar="N",
+        help="steps per run, rounded up to a multiple of the number of evaluations, which is "
+        "20, or 200 without data (the problem's own)",
+    )
+    add(
+        "--tuning-seeds",
+        type=_count,
+        metavar="N",
+        help="number of separate seeds used only for tuning; 0: no tuned comparison (10)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="a quick preview: 20 seeds, one initial scale, every second rate, one mu, no tuning, "
+        "no controls",
+    )
+    add = parser.add_argument_group("what is recorded, and where").add_argument
+    add(
+        "--record",
+        nargs="+",
+        choices=RECORDABLE,
+        default=(),
+        metavar="NAME",
+        help=f"record at each evaluation, at some cost: {', '.join(RECORDABLE)} (nothing)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="new or empty folder for the results (study-results/PROBLEM-DATE-TIME)",
+    )
+    add(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="resume the study in DIR; with larger --seeds, --order-seeds or --tuning-seeds, or "
+        "with more values for --mu, --rates or --init-scale, extend it",
+    )
+    add("--csv", action="store_true", help="print the table of comparisons as CSV instead of text")
+    add(
+        "--distributed",
+        nargs="*",
+        metavar=("ADDRESS:PORT NUMBER", "INDEX"),
+        help="one process of several hosts: coordinator address, process count and this process's "
+        "index; omit all three on clusters that JAX detects. All hosts share --out",
+    )
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with the `study` that they define and the folder `out`."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options.error = parser.error
+    if options.distributed is not None:
+        _join(options)  # before anything asks for devices
+    try:
+        options.study = _extended(options) if options.resume else _new(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return options
+
+
+def _new(options):
+    name = options.problem or "digits"
+    try:
+        problem = problems.find(name)
+        check(problem)
+    except ValueError as error:
+        raise ValueError(f"--problem {name}: {error}") from error
+    with_data = problem.data is not None
+    fallbacks = FALLBACKS | dict(problem.defaults)
+    rate = options.learning_rate or fallbacks["learning_rate"]
+    around = quarter_decades(rate / 10, 9)
+    rates = options.rates or (around if options.learning_rate else fallbacks.get("rates", around))
+    scales, steps = sorted(fallbacks["init_scales"]), fallbacks["steps"]
+    seeds, tuning_seeds, mus, controls = 40, 10, ["0.9", "0.99"], True
+    if options.quick:
+        scales, rates = [scales[len(scales) // 2]], sorted(rates)[::2]
+        seeds, tuning_seeds, mus, controls = 20, 0, ["0.9"], False
+    if options.batch_size and not with_data:
+        raise ValueError(f"--batch-size: {problem.name} has no data to draw batches from")
+    if with_data and max(options.batch_size or [1]) > problem.examples:
+        raise ValueError(
+            f"--batch-size {max(options.batch_size)}: {problem.name} has {problem.examples} "
+            "training examples"
+        )
+    sizes = options.batch_size or [min(fallbacks["batch_size"], problem.examples or 1)]
+    if options.seeds is not None and options.seeds < 3:
+        raise ValueError(f"--seeds {options.seeds}: a spread needs at least 3")
+    steps = options.steps or steps
+    orders = options.order_seeds or (4 if with_data else "paired")
+    study = Study(
+        problem,
+        _arms(sizes, options.mu or mus, steps if options.equal_epochs else None),
+        rates=sorted(set(rates)),
+        learning_rate=rate,
+        seeds=range(options.seeds or seeds),
+        order_seeds=None if orders == "paired" else range(orders),
+        init_scales=sorted(set(options.init_scale or scales)),
+        steps=steps,
+        tuning_seeds=tuning_seeds if options.tuning_seeds is None else options.tuning_seeds,
+        margin=options.margin,
+        record=options.record,
+    )
+    if controls if options.controls is None else options.controls:
+        extra = [arm for size in sizes for arm in _controls(study, size, len(sizes) > 1)]
+        study = dataclasses.replace(study, arms=(*study.arms, *extra))
+    return study
+
+
+def _arms(sizes, mus, steps):
+    """The families: without momentum, and with each mu, for each batch size."""
+    families = []
+    for size in dict.fromkeys(sizes):
+        for arm in (make.baseline(size), *make.with_momentum(list(dict.fromkeys(mus)), size)):
+            name = f"{arm.name}, batch {size}" if len(set(sizes)) > 1 else arm.name
+            equal = None if steps is None else max(1, round(steps * sizes[0] / size))
+            families.append(arm.replaced(name=name, family=name, steps=equal))
+    return families
+
+
+def _controls(study, size, several):
+    steps = next(arm.steps for arm in study.arms if arm.batch_size == size)
+    for arm in make.controls(study.learning_rate, size):
+        name = f"{arm.name}, batch {size}" if several else arm.name
+        yield arm.replaced(name=name, steps=steps)
+
+
+def _extended(options):
+    """The study in the folder, with more of what was asked for."""
+    given = _given(options)
+    folder = options.out = options.resume
+    if others := sorted(set(given) - {*EXTENSIONS, "resume", "csv", "distributed"}):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(
+            f"--resume {folder}: the study says how it was begun; {names} cannot be changed"
+        )
+    study = Study.load(folder)
+    changes: dict[str, Any] = {}
+    if options.seeds:
+        changes["seeds"] = range(options.seeds)
+    if options.order_seeds:
+        changes["order_seeds"] = (
+            None if options.order_seeds == "paired" else range(options.order_seeds)
+        )
+    if options.tuning_seeds is not None:
+        changes["tuning_seeds"] = options.tuning_seeds
+    if options.rates:
+        changes["rates"] = {*study.rates, *options.rates}
+    if options.init_scale:
+        changes["init_scales"] = sorted({*study.init_scales, *options.init_scale})
+    if options.mu:
+        sizes = list(dict.fromkeys(arm.batch_size for arm in study.arms))
+        names = {arm.name for arm in study.arms}
+        new = [arm for arm in _arms(sizes, options.mu, None) if arm.name not in names]
+        steps = {arm.batch_size: arm.steps for arm in study.arms}
+        changes["arms"] = (*study.arms, *(a.replaced(steps=steps[a.batch_size]) for a in new))
+    study = dataclasses.replace(study, **changes)
+    study.check_folder(folder)
+    return study
+
+
+def without_places(arguments: Sequence[str]) -> list[str]:
+    """The arguments that define the study, without those that say where it runs and is kept.
+
+    Example:
+      >>> without_places(["--seeds", "9", "--out", "here"])
+      ['--seeds', '9']
+    """
+    places = Parser(add_help=False, allow_abbrev=False)
+    places.add_argument("--out")
+    places.add_argument("--csv", action="store_true")
+    places.add_argument("--distributed", nargs="*")
+    return places.parse_known_args(list(arguments))[1]
+
+
+def _given(options):
+    """The names of the options that were typed."""
+    defaults = vars(_parser().parse_args([]))
+    return [name for name, value in defaults.items() if getattr(options, name) != value]
+
+
+def _join(options):
+    """Makes this process one of several."""
+    given = options.distributed
+    if options.out is None and options.resume is None:
+        options.error("--distributed needs --out: a folder that all processes see")
+    if len(given) not in (0, 3):
+        options.error(
+            f"--distributed {' '.join(given)}: give ADDRESS:PORT NUMBER INDEX, or nothing on a "
+            "cluster that JAX detects"
+        )
+    try:
+        if given:
+            jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        options.error(f"--distributed {' '.join(given)}: {str(error).splitlines()[0]}")
+
+
+def _mu(given: str) -> str:
+    try:
+        mu = float(given.removeprefix("nesterov-"))
+    except ValueError:
+        mu = 0.0
+    if not 0 < mu < 1:
+        raise argparse.ArgumentTypeError(
+            f"{given!r} is not a number above 0 and below 1, or nesterov- and such a number"
+        )
+    return given.replace(given.removeprefix("nesterov-"), f"{mu:g}")
+
+
+def _whole(given: str) -> int:
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a whole number from 1")
+    return int(given)
+
+
+def _count(given: str) -> int:
+    return 0 if given == "0" else _whole(given)
+
+
+def _orders(given: str) -> int | str:
+    return given if given == "paired" else _whole(given)
+
+
+def _positive(given: str) -> float:
+    try:
+        value = float(given)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{given!r} is not a number above 0")
+    return value

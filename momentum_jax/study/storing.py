@@ -1,0 +1,212 @@
+"""Runs on disk: each chunk of runs is a file that is there whole or not at all.
+
+A run is known by a key: a digest of everything that its result depends on. So a folder may be
+used again with more seeds or arms, and what is there already is not trained again.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from filelock import FileLock, Timeout
+from jax.experimental import multihost_utils
+
+Arrays = dict[str, np.ndarray]
+FINGERPRINT = "fingerprint.json"
+
+
+class Store:
+    """The runs that have ended: in memory, and in a folder if one is given.
+
+    Args:
+      folder: where the chunks are; None keeps them in memory alone.
+      fingerprint: what must be the same for all runs of a folder, by what it is called.
+
+    Raises:
+      ValueError: a folder whose runs have another fingerprint, or several processes without a
+        folder.
+
+    Warns:
+      UserWarning: names each damaged chunk; its runs are missing, and are trained again.
+
+    Example:
+      >>> store = Store(None, {})
+      >>> store.add(["a", "b"], {"loss": np.array([[3.0, 1.0], [3.0, 2.0]])})
+      >>> "a" in store, store["b"]["loss"].tolist()
+      (True, [3.0, 2.0])
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any]) -> None:
+        """Reads what is there."""
+        self._folder = folder
+        self._rows: dict[str, tuple[Arrays, int]] = {}
+        if folder is None:
+            if jax.process_count() > 1:
+                raise ValueError(
+                    f"there are {jax.process_count()} processes: give a folder that all of them "
+                    "see."
+                )
+            return
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in folder.glob("*.part"):
+                unfinished.unlink()
+            if not (folder / FINGERPRINT).exists():
+                write_whole(folder / FINGERPRINT, json.dumps(fingerprint).encode())
+        wait_for_all()
+        began = read_json(folder / FINGERPRINT)
+        other = [name for name, value in fingerprint.items() if began.get(name) != value]
+        if other:
+            raise ValueError(
+                f"{folder} holds runs of another study, which differs in {', '.join(other)}. "
+                "Give what it was begun with, or another folder."
+            )
+        self.read()
+
+    def read(self) -> None:
+        """Reads the chunks of all processes, once all have written theirs."""
+        if self._folder is None:
+            return
+        wait_for_all()
+        for path in sorted(self._folder.glob("*.npz")):
+            try:
+                self._keep(*_read_chunk(path))
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                warnings.warn(
+                    f"{path} is damaged ({type(error).__name__}): its runs are trained again.",
+                    stacklevel=2,
+                )
+        wait_for_all()
+
+    def _keep(self, keys, arrays):
+        self._rows |= {str(key): (arrays, row) for row, key in enumerate(keys)}
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the run of this key has ended."""
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> Arrays:
+        """The results of one run."""
+        arrays, row = self._rows[key]
+        return {name: values[row] for name, values in arrays.items()}
+
+    def add(self, keys: Sequence[str], arrays: Arrays) -> None:
+        """Keeps a chunk: one row of each array for each key."""
+        self._keep(keys, arrays)
+        if self._folder is not None:
+            buffer = io.BytesIO()
+            named: dict[str, Any] = {"keys": np.array(keys), **arrays}
+            np.savez(buffer, **named)
+            write_whole(self._folder / f"{digest(*keys)[:16]}.npz", buffer.getvalue())
+
+
+def _read_chunk(path):
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as chunk:
+        arrays = dict(chunk)
+    keys = arrays.pop("keys")
+    if any(len(values) != len(keys) for values in arrays.values()):
+        raise ValueError("arrays of different lengths")
+    return keys, arrays
+
+
+def digest(*parts: str | bytes) -> str:
+    """A short text that differs where any of the parts differs.
+
+    Example:
+      >>> digest("a", "b") == digest("ab")
+      False
+    """
+    found = hashlib.sha256()
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        found.update(len(raw).to_bytes(8, "big") + raw)
+    return found.hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all, even if the power goes.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_whole(Path(folder) / "file", b"content")
+      ...     print((Path(folder) / "file").read_bytes())
+      b'content'
+    """
+    unfinished = path.with_suffix(f".{jax.process_index()}.part")
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      ValueError: a damaged file; the message is one line with its name.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = (Path(folder) / "study.json").write_text("{")
+      ...     read_json(Path(folder) / "study.json")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ...
+      ValueError: ...study.json is damaged: it is not JSON (line 1, column 2).
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is damaged: it is not JSON (line {error.lineno}, column {error.colno})."
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is damaged: it is not text.") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Keeps a folder for this process (with several hosts: for the first of them).
+
+    Raises:
+      ValueError: another process uses it.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with locked(Path(folder)):
+      ...         print("mine")
+      mine
+    """
+    if folder is None or jax.process_index() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{folder} is in use by another process: wait for it to end, or give another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def wait_for_all() -> None:
+    """Waits until all processes are here; with one process, does nothing."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("momentum_jax.study")

@@ -1,0 +1,314 @@
+"""Trains many runs at once: vmapped over runs, scanned over steps, sharded over devices."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import momentum_jax as mj
+from momentum_jax.study.arms import Arm
+from momentum_jax.study.problem import Problem
+
+# What a run can be asked to record besides loss and metrics, at each evaluation or at its end.
+RECORDABLE = ("gradient_norm", "sharpness", "final_params")
+
+# Sharpness and gradient norm are those of the loss over the first rows of the training data.
+MEASURED_ROWS = 512
+POWER_ITERATIONS = 30
+
+# Working memory that a compiled program may take on one device.
+MEMORY = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The coordinates of one run, apart from its arm."""
+
+    seed: int
+    order_seed: int
+    init_scale: float
+    settings: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timetable:
+    """When runs are evaluated: `evaluations` times, `interval` steps apart."""
+
+    evaluations: int
+    interval: int
+
+    @property
+    def steps(self) -> int:
+        """How many steps a run takes.
+
+        Example:
+          >>> Timetable(20, 10).steps
+          200
+        """
+        return self.evaluations * self.interval
+
+
+def timetable(problem: Problem, arms: Sequence[Arm], steps: int, evaluations: int | None):
+    """The timetable of each arm: equally many evaluations, the last step among them.
+
+    Steps are rounded up to a multiple of the evaluations, and these to one of the restarts.
+
+    Example:
+      >>> from momentum_jax.study.arms import baseline
+      >>> from momentum_jax.study.problems import digits
+      >>> timetable(digits(), [baseline()], 50, None)[0].steps
+      60
+    """
+    wanted = evaluations or (200 if problem.data is None else 20)
+    fewest = min(arm.steps or steps for arm in arms)
+    restarts = math.lcm(*(arm.restarts for arm in arms))  # each ends at an evaluation
+    evaluations = restarts * -(-min(fewest, wanted) // restarts)
+    return [Timetable(evaluations, -(-(arm.steps or steps) // evaluations)) for arm in arms]
+
+
+def keys(seed: Any, order_seed: Any, restart: Any):
+    """The random keys of a run: initial weights; data order; noise.
+
+    Example:
+      >>> weights, order, noise = keys(0, 0, 0)
+      >>> weights.shape
+      ()
+    """
+    first = jax.random.split(jax.random.fold_in(jax.random.key(seed), restart), 3)
+    second = jax.random.split(jax.random.fold_in(jax.random.key(order_seed), restart), 3)
+    return first[0], second[1], second[2]
+
+
+class Program:
+    """One compiled program: runs that differ in seeds, scale and traced settings alone.
+
+    Args:
+      problem: what is trained.
+      arm: stands for all arms that share the program.
+      static: its static settings.
+      times: when runs are evaluated.
+      record: of `RECORDABLE`.
+      runs: how many runs there will be in all.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        arm: Arm,
+        static: Mapping[str, Any],
+        times: Timetable,
+        record: Sequence[str],
+        runs: int,
+    ) -> None:
+        """Compiles nothing yet."""
+        self.restarts = arm.restarts
+        self.traced = [name for name in arm.settings if name not in arm.static]
+        # A program of its own: random numbers take longer to compile than the training.
+        self._start = jax.jit(lambda seed, restart: problem.start(keys(seed, seed, restart)[0]))
+        self.one_run = _one_run(problem, arm, static, times, record)
+        self._examples = (problem.data, problem.test_examples())
+        self.runs_at_once = _runs_at_once(problem, runs)
+        self._compiled = None
+
+    def text(self) -> str:
+        """What is computed, whatever the number of runs and devices."""
+        inputs = jax.tree.map(lambda x: x[0], self._inputs([Run(0, 0, 1.0, self._some())]))
+        lowered = jax.jit(self.one_run).lower(self._examples, *inputs)
+        return lowered.as_text() + self._start.lower(0, 0).as_text()
+
+    def train(self, runs: Sequence[Run]) -> dict[str, np.ndarray]:
+        """The results of at most `runs_at_once` runs, one a row."""
+        compiled = self._compile()
+        if len(runs) > self.runs_at_once:
+            halves = [self.train(runs[: self.runs_at_once]), self.train(runs[self.runs_at_once :])]
+            return {name: np.concatenate([h[name] for h in halves]) for name in halves[0]}
+        # Filled up, so that all chunks have the shape that was compiled.
+        padded = [*runs, *[runs[-1]] * (self.runs_at_once - len(runs))]
+        ended = compiled(self._examples, *self._inputs(padded))
+        return {name: np.asarray(values)[: len(runs)] for name, values in ended.items()}
+
+    def _compile(self):
+        """Compiles for as many runs at once as the memory holds."""
+        while self._compiled is None:
+            devices = jax.local_devices()[: math.gcd(self.runs_at_once, jax.local_device_count())]
+            mesh = jax.sharding.Mesh(np.array(devices), ("runs",))
+            by_run, whole = (NamedSharding(mesh, PartitionSpec(*n)) for n in (["runs"], []))
+            train = jax.jit(
+                jax.vmap(self.one_run, in_axes=(None, 0, 0, 0, 0)),
+                in_shardings=(whole, *[by_run] * 4),
+                out_shardings=by_run,
+            )
+            some = [Run(0, 0, 1.0, self._some())] * self.runs_at_once
+            compiled = train.lower(self._examples, *self._inputs(some)).compile()
+            memory = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+            if memory > MEMORY and self.runs_at_once > 8:
+                self.runs_at_once = max(8, 8 * (self.runs_at_once // 16))
+                continue
+            self._compiled = train
+        return self._compiled
+
+    def _some(self):
+        return dict.fromkeys(self.traced, 0.5)
+
+    def _inputs(self, runs):
+        starts = {
+            seed: stacked(*(self._start(seed, restart) for restart in range(self.restarts)))
+            for seed in {run.seed for run in runs}
+        }
+        return (
+            np.array([run.order_seed for run in runs], np.uint32),
+            stacked(*(starts[run.seed] for run in runs)),
+            np.array([run.init_scale for run in runs], np.float32),
+            {n: np.array([run.settings[n] for run in runs], np.float32) for n in self.traced},
+        )
+
+
+def stacked(*trees: Any) -> Any:
+    """The trees as one, of arrays with a new first axis.
+
+    Example:
+      >>> print(stacked({"a": 1.0}, {"a": 2.0}))
+      {'a': array([1., 2.])}
+    """
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *map(jax.device_get, trees))
+
+
+def _runs_at_once(problem, runs):
+    """Few enough for the progress bar to move; a multiple of 8, to share among devices."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(_starts(problem))))
+    most = max(8, min(256, 2**27 // (4 * size)))
+    chunks = -(-runs // most)
+    return 8 * -(-runs // (8 * chunks))
+
+
+def _starts(problem):
+    return lambda: problem.start(jax.random.key(0))[0]
+
+
+def _one_run(problem, arm, static, times, record):
+    """The function (examples, order_seed, starts, init_scale, settings) -> one run's results.
+
+    `examples` are the rows to train and to evaluate on; `starts` the initial weights and model
+    state of each restart.
+    """
+    stretches = times.evaluations // arm.restarts
+    examples_in_all = problem.examples
+    epoch = examples_in_all // arm.batch_size
+    few_params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(_starts(problem)))) <= 2
+
+    def evaluated(params, state, update, examples, settings):
+        data, test = examples
+        squared = jnp.asarray(optax.tree.norm(update, squared=True))
+        found = dict(problem.evaluate(params, state, test))
+        found["kinetic_energy"] = squared / (
+            2 * ({**static, **settings}.get("learning_rate", jnp.nan))
+        )
+        if few_params:
+            found["params"] = jax.flatten_util.ravel_pytree(params)[0]
+        rows = jax.tree.map(lambda x: x[:MEASURED_ROWS], data)
+
+        def loss(params):
+            return problem.value_and_state(params, state, rows)[0]
+
+        if "gradient_norm" in record:
+            found["gradient_norm"] = optax.tree.norm(jax.grad(loss)(params))
+        if "sharpness" in record:
+            found["sharpness"] = sharpness(loss, params)
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
+
+    def one_start(examples, order_key, noise_key, start, init_scale, settings):
+        data, _ = examples
+        params, state = start
+        params = problem.scale(params, init_scale)
+        tx = optax.with_extra_args_support(arm.make_transform(**settings, **static))
+        order = jnp.arange(examples_in_all)
+
+        def step(carry, count):
+            params, state, _, tx_state, order = carry
+            batch = None
+            if data is not None:
+                # The count is the same for all runs, so that they branch together.
+                order = jax.lax.cond(
+                    count % epoch == 0,
+                    lambda key, order: jax.random.permutation(key, examples_in_all),
+                    lambda key, order: order,
+                    jax.random.fold_in(order_key, count // epoch),
+                    order,
+                )
+                first = count % epoch * arm.batch_size
+                rows = jax.lax.dynamic_slice_in_dim(order, first, arm.batch_size)
+                batch = jax.tree.map(lambda x: jnp.asarray(x)[rows], data)
+            (value, state), grads = jax.value_and_grad(problem.value_and_state, has_aux=True)(
+                params, state, batch
+            )
+            key = jax.random.fold_in(noise_key, count)
+            updates, tx_state = tx.update(grads, tx_state, params, value=value, key=key)
+            updates = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, params)
+            return (mj.apply_updates(params, updates), state, updates, tx_state, order), None
+
+        def stretch(carry, counts):
+            carry, _ = jax.lax.scan(step, carry, counts)
+            return carry, evaluated(*carry[:3], examples, settings)
+
+        still = jax.tree.map(jnp.zeros_like, params)
+        first = evaluated(params, state, still, examples, settings)
+        counts = jnp.arange(stretches * times.interval).reshape(stretches, times.interval)
+        carry = (params, state, still, tx.init(params), order)
+        (params, state, *_), later = jax.lax.scan(stretch, carry, counts)
+        curve = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
+        final = jax.flatten_util.ravel_pytree(params)[0].astype(jnp.float32)
+        ended = {"final_params": final} if "final_params" in record else {}
+        return curve, ended, problem.value_and_state(params, state, data)[0]
+
+    def train(examples, order_seed, starts, init_scale, settings):
+        def one(each):
+            restart, start = each
+            _, order_key, noise_key = keys(order_seed, order_seed, restart)
+            return one_start(examples, order_key, noise_key, start, init_scale, settings)
+
+        curves, ended, losses = jax.lax.map(one, (jnp.arange(arm.restarts), starts))
+        best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+
+        def joined(curves):
+            """One restart after the other, and at the end the best."""
+            return jnp.concatenate([curves[0], *curves[1:, 1:]]).at[-1].set(curves[best, -1])
+
+        return jax.tree.map(joined, curves) | jax.tree.map(lambda x: x[best], ended)
+
+    return train
+
+
+def sharpness(loss: Any, params: Any) -> jax.Array:
+    """The Hessian eigenvalue of largest magnitude, by power iteration on Hessian-vector products.
+
+    Args:
+      loss: `loss(params) -> scalar`.
+      params: where.
+
+    Returns:
+      The Rayleigh quotient after 30 iterations from a fixed random direction: a lower bound of
+      the magnitude.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(sharpness(lambda w: 2 * w[0] ** 2 + w[1] ** 2, jnp.ones(2)))
+      4.0
+    """
+
+    def product(v):
+        return jax.jvp(jax.grad(loss), (params,), (v,))[1]
+
+    def unit(v):
+        norm = optax.tree.norm(v)
+        return optax.tree.scale(1 / jnp.where(norm > 0, norm, 1), v)
+
+    start = unit(optax.tree.random_like(jax.random.key(0), params))
+    v = jax.lax.fori_loop(0, POWER_ITERATIONS, lambda _, v: unit(product(v)), start)
+    return jnp.asarray(optax.tree.vdot(v, product(v)))
