@@ -1,8 +1,9 @@
-"""`python docs/picture.py` draws the README's picture: what momentum does, and to luck.
+"""`python docs/picture.py` draws the README's picture: what momentum does, and to the spread.
 
-On the left the README's example, with and without momentum; on the right how wide the final test
-loss is spread over the initial weights, from the committed `study/*/summary.json`. The picture
-holds the numbers that it was drawn from, by which a test finds one that is out of date.
+On the left the README's example, with and without momentum; on the right how much the final loss
+on digits varies across initial weights, against the effective learning rate, from the committed
+`study/digits/numbers.json`. The picture holds the numbers that it was drawn from, by which a test
+finds one that is out of date.
 """
 
 import json
@@ -17,8 +18,8 @@ from momentum_jax.study import plots
 
 DOCS = Path(__file__).parent
 PICTURE = DOCS / "_static" / "momentum.png"
-CONTRASTS = ("same rate", "same effective rate", "tuned")
-PROBLEMS = {"digits": "digits", "mnist1d": "MNIST-1D"}
+FAMILIES = ("mu 0", "mu 0.9")
+SCALE = 1.0
 
 
 def ravine(w):
@@ -41,21 +42,25 @@ def walk(mu, steps=60):
     return jnp.concatenate([start[None], path])
 
 
-def spreads(problem):
-    """By contrast, the ratio of spreads with mu 0.9 to that without momentum: low, value, high."""
-    summary = json.loads((DOCS / "study" / problem / "summary.json").read_text())
+def spreads(found, family):
+    """By effective learning rate, the spread over the initial weights: [low, value, high]."""
+    table = found["arms"]
+    rows = zip(*(table[name] for name in table), strict=True)
+    chosen = (dict(zip(table, row, strict=True)) for row in rows)
     return {
-        row["contrast"]: [row["spread"]["ratio"][key] for key in ("low", "value", "high")]
-        for row in summary["pooled_comparisons"] or summary["comparisons"]
-        if row["arm"].startswith("mu 0.9 at") or row["arm"] == "mu 0.9, tuned"
+        f"{row['effective_rate']:g}": [row["low"], row["value"], row["high"]]
+        for row in chosen
+        if (row["family"], row["scale"], row["measure"]) == (family, SCALE, "spread")
     }
 
 
 def numbers():
-    """All that the picture shows: the path without momentum and with it, and the spreads."""
+    """All that the picture shows: the paths, the spreads, and the edge for plain descent."""
+    found = json.loads((DOCS / "study" / "digits" / "numbers.json").read_text())
     return {
         "paths": {f"mu {mu}": walk(mu).tolist() for mu in (0, 0.9)},
-        "spreads": {problem: spreads(problem) for problem in PROBLEMS},
+        "spreads": {family: spreads(found, family) for family in FAMILIES},
+        "edge": mj.theory.stability_limit(0.0) / found["initial_sharpness"][f"{SCALE:g}"],
     }
 
 
@@ -66,33 +71,30 @@ def main():
     plots.path(ravine, {k: jnp.array(v) for k, v in drawn["paths"].items()}, left).legend()
     left.set_title("A ravine, 60 steps at learning rate 0.02", fontsize=10)
 
-    for place, (problem, label) in enumerate(PROBLEMS.items()):
-        found = drawn["spreads"][problem]
-        low, value, high = zip(*(found[contrast] for contrast in CONTRASTS), strict=True)
-        at = [y + 0.12 * (2 * place - 1) for y in range(len(CONTRASTS))]
+    for family, found, marker, color in zip(
+        FAMILIES, drawn["spreads"].values(), "os", plots.COLORS, strict=False
+    ):
+        # Beyond the edge nearly all runs end at the loss cap.
+        below = {float(x): y for x, y in found.items() if float(x) < drawn["edge"]}
+        low, value, high = zip(*below.values(), strict=True)
+        bars = [
+            [v - x for v, x in zip(value, low, strict=True)],
+            [x - v for v, x in zip(value, high, strict=True)],
+        ]
         right.errorbar(
-            value,
-            at,
-            xerr=[
-                [v - x for v, x in zip(value, low, strict=True)],
-                [x - v for v, x in zip(value, high, strict=True)],
-            ],
-            fmt="os"[place],
-            capsize=3,
-            label=label,
+            list(below), value, bars, marker=marker, color=color, capsize=3, ms=5, label=family
         )
-    right.axvline(1, color="0.5", linewidth=1, linestyle="--")
-    right.set_xscale("log")
-    right.set_xticks([0.25, 0.5, 1, 2, 3], ["0.25", "0.5", "1", "2", "3"])
-    right.minorticks_off()
-    right.set_ylim(len(CONTRASTS) - 0.5, -0.5)
-    right.set_yticks(
-        range(len(CONTRASTS)),
-        ["same\nlearning rate", "same effective\nlearning rate", "each tuned"],
+    right.axvline(drawn["edge"], color="0.4", linestyle=":", label="edge of stability, mu 0")
+    right.set(xscale="log", yscale="log", xlim=(0.016, 2.4), ylim=(0.02, 0.6))
+    right.set_xticks(
+        [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]
     )
-    right.set_xlabel("spread over 100 initial weights, mu 0.9 / mu 0")
-    right.set_title("Does it take the luck out of the initial weights?", fontsize=10)
-    right.legend()
+    right.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
+    right.minorticks_off()
+    right.set_xlabel("effective learning rate, learning_rate / (1 - mu)")
+    right.set_ylabel("spread of the final loss")
+    right.set_title("Digits: spread across initial weights, with 95% intervals", fontsize=10)
+    right.legend(loc="upper left", fontsize=9)
     figure.savefig(PICTURE, dpi=110, metadata={"Description": json.dumps(drawn)})
 
 

@@ -567,3 +567,44 @@ def test_the_interval_of_a_spread_covers_the_truth_of_normal_values():
     found = table[table.measure == "spread"]
     covered = ((found.low <= 3) & (found.high >= 3)).mean()
     assert 0.87 <= covered <= 0.99
+
+
+def test_noise_that_the_weights_do_not_make_is_in_the_total_spread_alone():
+    """Equal variance between units, three times the noise within them in one arm."""
+    random = np.random.default_rng(31)
+    units = random.normal(size=(1, 1, 400, 1))
+    noise = random.normal(size=(2, 1, 400, 4)) * np.array([0.3, 3.0])[:, None, None, None]
+    table = compare(study(50 + units + noise))
+    weights, total, ranges = (
+        one(table, question, scale=1.0) for question in ("spread", "total spread", "robust spread")
+    )
+    expected = math.sqrt((1 + 9) / (1 + 0.09))
+    assert total["low"] < expected < total["high"]
+    assert ranges["value"] == pytest.approx(expected, rel=0.2)
+    assert weights["low"] < 1 < weights["high"]
+    flat = (50 + units + noise).reshape(2, -1)
+    ratio = flat[1].std() / flat[0].std()
+    assert total["value"] == pytest.approx(ratio, rel=1e-9)
+    # With one run a unit there is one spread.
+    assert "total spread" not in set(compare(study(50 + units + noise[..., :1])).question)
+
+
+def test_where_the_scales_disagree_it_is_said():
+    random = np.random.default_rng(32)
+    loss = correlated(random, 2, 2, 100)
+    loss[1, 0] = 10 + (loss[1, 0] - 10) / 3
+    loss[1, 1] = 10 + (loss[1, 1] - 10) * 3
+    built = study(loss)
+    said = disagreements(compare(built), built)
+    assert said[0] == (
+        "The scales disagree: compared with arm 0, the spread of arm 1 is lower at initial scale "
+        "1, but higher at 2."
+    )
+
+
+def test_few_units_have_no_interval_and_no_p():
+    loss = correlated(np.random.default_rng(33), 2, 1, 5)
+    table = compare(study(loss, solved={"loss": 10.0}))
+    found: Any = table[~table.question.isin(["rescued", "lost"])]
+    assert found[["low", "high", "p", "p_adjusted"]].isna().values.all()
+    assert set(found.note) == {"fewer than 6 units: no interval"}

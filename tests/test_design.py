@@ -96,6 +96,7 @@ def test_without_momentum_there_are_learning_rates_and_no_effective_ones():
         ({"arms": [FAMILIES[0].at(0.1)]}, "need each other: give both or neither"),
         ({"arms": [], "rates": ()}, r"arms=\(\) must have at least one arm"),
         ({"rates": [0.1], "tuning_seeds": 2}, "needs two or more rates to choose from"),
+        ({"contrasts": [Contrast("tuned", "mu 0", ("mu 0.9",))]}, "needs tuning_seeds"),
         ({"margin": 0.0}, "margin=0.0 must be above 0"),
     ],
 )
@@ -186,6 +187,55 @@ def test_a_study_is_resumed_and_extended_without_training_again(tmp_path, traine
     shared = wide.sel(arm=results.arm, init_scale=[1.0])
     np.testing.assert_array_equal(shared.loss, results.loss)
     assert [arm.name for arm in Study.load(tmp_path).arms] == ["mu 0", "mu 0.9", "mu 0.5"]
+    assert json.loads(wide.attrs["notes"]) == []
+    (tmp_path / "summary.json").write_text("{}")  # a report has been written
+    late = dataclasses.replace(wider, seeds=range(7), init_scales=(1.0, 2.0, 3.0)).run(tmp_path)
+    (note,) = json.loads(late.attrs["notes"])
+    assert note.startswith("This study was extended in seeds, init_scales after a report had been")
+    assert json.loads(Study.load(tmp_path).run(tmp_path).attrs["notes"]) == [note]
+
+
+def test_the_primary_comparison_stays_what_it_was_begun_with(tmp_path):
+    begun = small()
+    begun.save(tmp_path)
+    other = [FAMILIES[0], *make.with_momentum(["0.5"]), FAMILIES[1]]
+    with pytest.raises(ValueError, match="holds another study, which differs in primary"):
+        small(arms=other).save(tmp_path)
+    more = dataclasses.replace(Study.load(tmp_path), arms=other)
+    more.save(tmp_path)
+    assert more.the_primary == begun.the_primary
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_a_study_may_be_made_of_numpy_numbers_and_static_types(tmp_path):
+    typed = Arm("typed", optax.sgd, learning_rate=0.1, accumulator_dtype=jnp.bfloat16,
+                static=["accumulator_dtype"])  # fmt: skip
+    seeds: Any = np.arange(3)
+    scales: Any = np.ones(1)
+    study = small(arms=[*FAMILIES, typed], seeds=seeds, init_scales=scales)
+    results = study.run(tmp_path)
+    assert results.sizes["arm"] == 7
+    with pytest.raises(ValueError, match="of the arm 'typed' cannot be imported"):
+        Study.load(tmp_path)
+
+
+def test_a_family_beside_an_arm_of_its_own_rate_is_compared_with_it():
+    adam = Arm("Adam", optax.adam, learning_rate=0.1)
+    assert small(arms=[FAMILIES[0], adam]).the_primary == Primary("Adam", "mu 0 at 0.1")
+
+
+def test_tuning_takes_the_steps_of_each_family(monkeypatch):
+    seen = []
+    run = design.run
+
+    def watched(problem, arms, seeds, *rest, **settings):
+        seen.append([arm.steps for arm in arms])
+        return run(problem, arms, seeds, *rest, **settings)
+
+    monkeypatch.setattr(design, "run", watched)
+    long = Arm("long", optax.sgd, learning_rate=0.1, steps=40)
+    small(arms=[*FAMILIES, long], tuning_seeds=2).run()
+    assert seen[0] == [5] * 6
 
 
 @pytest.mark.parametrize(
@@ -193,16 +243,16 @@ def test_a_study_is_resumed_and_extended_without_training_again(tmp_path, traine
     [
         ({"steps": 6}, "steps"),
         ({"seeds": range(3)}, "seeds"),
-        ({"arms": FAMILIES[:1]}, "arms"),
+        ({"arms": FAMILIES[:1]}, "arms, primary"),
         ({"order_seeds": [0, 1]}, "order_seeds"),
-        ({"learning_rate": 1.0, "margin": 0.2}, "learning_rate, margin"),
+        ({"learning_rate": 1.0, "margin": 0.2}, "learning_rate, primary, margin"),
         ({"problem": problems.find("safran-shamir")}, "problem"),
         ({"tuning_seeds": 2}, "tuning_seeds"),
     ],
 )
 def test_a_folder_with_another_study_is_refused(tmp_path, changes, names):
     small().save(tmp_path)
-    with pytest.raises(ValueError, match=f"holds another study, which differs in {names}: only"):
+    with pytest.raises(ValueError, match=f"holds another study, which differs in {names}: arms"):
         small(**changes).save(tmp_path)
     assert Study.load(tmp_path).to_json() == small().to_json()
 

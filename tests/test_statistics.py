@@ -186,13 +186,21 @@ def test_log_range_has_the_error_of_a_bootstrap():
     random = np.random.default_rng(5)
     values = random.normal(size=(60, 2))
     value, influence = statistics.log_range(values)
-    means = values.mean(1)
-    low, high = np.quantile(means, [0.1, 0.9])
+    low, high = np.quantile(values, [0.1, 0.9])
     assert value == pytest.approx(math.log(high - low))
-    drawn = np.quantile(means[random.integers(0, 60, (4000, 60))], [0.1, 0.9], axis=1)
+    drawn = np.quantile(values[random.integers(0, 60, (4000, 60))], [0.1, 0.9], axis=(1, 2))
     error = influence.std() / len(influence) ** 0.5
     assert error == pytest.approx(np.log(drawn[1] - drawn[0]).std(), rel=0.1)
     assert np.isnan(statistics.log_range(np.r_[np.ones(19), 2.0][:, None]).value)
+
+
+def test_a_diverged_run_has_the_worst_metric_whatever_its_sign():
+    ends = {"loss": [[[[np.nan]], [[1.0]], [[1.0]]]], "r2": [[[[np.nan]], [[-3.0]], [[0.5]]]]}
+    dims = ["arm", "init_scale", "seed", "step"]
+    metrics = '[{"name": "r2", "larger_is_better": true}]'
+    built = xr.Dataset({n: (dims, np.swapaxes(v, 1, 2)) for n, v in ends.items()})
+    found = statistics.final(built.assign_attrs(metrics=metrics, loss_cap=5.0)).r2.values.ravel()
+    np.testing.assert_array_equal(found, [-3.0, -3.0, 0.5])
 
 
 # The tests of a ratio of spreads.

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,35 @@ def test_a_damaged_chunk_is_named_and_trained_again(tmp_path, trained, damage):
     assert trained == [8]
     xr.testing.assert_equal(again, whole)
     run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)  # and is whole again: no warning
+    assert path.with_suffix(".damaged").exists()
+
+
+def test_whatever_bit_flips_a_chunk_is_missing_or_whole(tmp_path):
+    store = storing.Store(tmp_path, {})
+    store.add(["a"], {"loss": np.arange(4.0)})
+    path = next(tmp_path.glob("*.npz"))
+    content = path.read_bytes()
+    random = np.random.default_rng(0)
+    for place, bit in zip(
+        random.integers(0, len(content), 300), random.integers(0, 8, 300), strict=True
+    ):
+        path.write_bytes(
+            content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            again = storing.Store(tmp_path, {})
+        if "a" in again:
+            np.testing.assert_array_equal(again["a"]["loss"], np.arange(4.0))
 
 
 def test_a_damaged_fingerprint_is_one_line_with_its_name(tmp_path):
     run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)
     (tmp_path / storing.FINGERPRINT).write_text("{oh")
     with pytest.raises(ValueError, match=r"fingerprint\.json is damaged: it is not JSON"):
+        run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)
+    (tmp_path / storing.FINGERPRINT).write_text("[]")
+    with pytest.raises(ValueError, match=r"fingerprint\.json is damaged: it is not a JSON object"):
         run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)
     (tmp_path / storing.FINGERPRINT).write_bytes(b"\xff\xfe\xfd")
     with pytest.raises(ValueError, match=r"fingerprint\.json is damaged"):

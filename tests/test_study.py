@@ -17,7 +17,9 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from momentum_jax.study import Study, design
+import momentum_jax as mj
+from momentum_jax import study
+from momentum_jax.study import Study, design, problems
 from momentum_jax.study.__main__ import main
 from momentum_jax.study.options import parse
 
@@ -177,7 +179,14 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
     assert dict(second.sizes) | {"seed": 8, "arm": 6, "init_scale": 2} == dict(second.sizes)
     shared = second.loss.sel(arm=first.arm, seed=first.seed, init_scale=first.init_scale)
     np.testing.assert_array_equal(shared, first.loss)
-    assert "in 0 s" not in (Path(two) / "report.md").read_text()
+    begun = " ".join([*arguments, "--seeds", "6"])
+    added = "--seeds 8 --mu 0.9 --init-scale 2"
+    assert (
+        f"\npython -m momentum_jax.study {begun}\npython -m momentum_jax.study {added}\n"
+        in (Path(two) / "report.md").read_text()
+    )
+    main(["--resume", two])  # nothing new: no command of its own
+    assert (Path(two) / "report.md").read_text().count("momentum_jax.study --") == 2
     capsys.readouterr()
 
     main(["compare", one, two])
@@ -188,6 +197,25 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
     both = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert set(both.arm) >= {"mu 0.5 at 0.5"}
     assert {"value_1", "value_2"} <= set(both.columns)
+
+
+def test_two_arms_that_differ_in_the_rate_alone_are_not_credited_to_momentum(tmp_path):
+    """Plain descent twice: whatever is found is said of the arms, and not of momentum."""
+    rates = [
+        study.Arm(f"plain at {rate}", mj.momentum, learning_rate=rate, mu=0.0)
+        for rate in (0.5, 0.1)
+    ]
+    results = study.run(problems.find("digits"), rates, range(8), range(2), steps=20)
+    study.report(results, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "momentum" not in summary["verdict"]["sentence"]
+    assert "plain at 0.1" in summary["verdict"]["sentence"]
+    assert summary["question"] == (
+        "Does the result of training depend less on the random initial weights with plain at 0.1 "
+        "than with plain at 0.5?"
+    )
+    page = (tmp_path / "report.md").read_text().split("## Reproduction")[0]
+    assert re.findall(r"\w*momentum\w*", page) == ["momentum_jax"]  # where error rates are
 
 
 def test_csv_is_the_table_and_nothing_else(tmp_path, capsys):
@@ -300,6 +328,8 @@ def test_defaults_are_the_problems_and_quick_is_less(own):
     quick = parse(["--quick"]).study
     assert (len(quick.seeds), len(quick.init_scales), quick.tuning_seeds) == (20, 1, 0)
     assert [arm.name for arm in quick.arms] == ["mu 0", "mu 0.9"]
+    given = parse(["--quick", "--rates", "0.1", "0.2", "0.3"]).study
+    assert given.rates == (0.1, 0.2, 0.3)
     mixed = parse(["--quick", "--seeds", "5", "--controls", "--order-seeds", "paired"]).study
     assert (len(mixed.seeds), len(mixed.arms), mixed.order_seeds) == (5, 4, None)
     assert parse(["--learning-rate", "0.5"]).study.rates[0] == 0.05

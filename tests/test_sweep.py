@@ -267,6 +267,15 @@ def test_a_schedule_that_branches_on_its_settings_needs_them_static():
     np.testing.assert_allclose(result.params.sel(arm="slow", seed=1)[0], path, rtol=1e-4, atol=1e-6)
 
 
+def test_a_static_learning_rate_may_be_a_schedule():
+    schedule = optax.cosine_decay_schedule(0.1, 10)
+    arm = Arm("cosine", optax.sgd, static=["learning_rate"], learning_rate=schedule)
+    result = run(uneven_bowl(), [arm], seeds=[0, 1], steps=10)
+    path = trained_alone(uneven_bowl(), arm, 1, 1.0, 10)
+    np.testing.assert_allclose(result.params.sel(seed=1)[0, 0], path, rtol=1e-4, atol=1e-6)
+    assert result.kinetic_energy.isnull().all()  # it has no one rate
+
+
 def test_an_arm_may_take_steps_of_its_own_number():
     """Twice the steps at half the rate on a line: the same end, at moments of its own."""
     line = Problem(draw_pair, lambda w: w.sum(), name="line")
@@ -383,6 +392,12 @@ def test_the_dataset_survives_a_file(tmp_path):
     )
 
 
+def test_one_arm_has_no_primary_comparison():
+    assert run(uneven_bowl(), [PLAIN], [0], steps=1).attrs["primary"] == "null"
+    both = run(uneven_bowl(), [PLAIN, HEAVY], [0], steps=1, contrasts=[])
+    assert both.attrs["primary"] == "null"
+
+
 def test_params_keep_their_dtype():
     def loss(w):
         assert w.dtype == jnp.bfloat16
@@ -397,7 +412,7 @@ def test_params_keep_their_dtype():
 def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
     fixed = Problem(lambda key: jnp.ones(3), problem.loss, {}, problem.data, name="fixed")
     whole, part = PLAIN, PLAIN.replaced(batch_size=8)
-    for arm, orders in ((whole, None), (whole, range(2)), (part, [0])):
+    for arm, orders in ((whole, None), (part, [0])):
         with pytest.raises(ValueError, match="same weights for different keys, and there is no"):
             run(fixed, [arm], range(3), orders, steps=1)
     said = json.loads(run(fixed, [part], range(3), steps=1).attrs["notes"])
@@ -405,8 +420,9 @@ def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
         "init(key) of fixed returns the same weights for different keys: what varies here is the "
         "data order alone."
     ]
-    with pytest.raises(ValueError, match="vary the data order alone, but fixed has no order"):
-        run(fixed, [whole], [0], range(3), steps=1)
+    for seeds in ([0], range(3)):
+        with pytest.raises(ValueError, match="vary the data order, but problem has none: leave"):
+            run(problem, [whole], seeds, range(3), steps=1)
     assert json.loads(run(problem, [part], range(3), steps=1).attrs["notes"]) == []
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from momentum_jax import _command
-from momentum_jax.study import design, sweep
+from momentum_jax.study import design, storing, sweep
 from momentum_jax.study.options import PROGRAM, Parser, parse, without_places
 from momentum_jax.study.report import terminal_text, write
 from momentum_jax.study.side_by_side import compare_studies
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if jax.process_index() == 0:
         _open_folder(options)
+        _calls(options)
         _say_what(options)
     _command.on_interrupt_say(f"{PROGRAM}: stopped; finished runs are kept: --resume {options.out}")
     started = time.monotonic()
@@ -69,15 +70,28 @@ def _say_what(options):
 
 def _report(options, results, seconds):
     provenance = json.loads(results.attrs["provenance"])
-    provenance["seconds"] = round(seconds, 1)
-    if options.resume is None:
-        command = [*PROGRAM.split(), *without_places(options.arguments)]
-        provenance["command"] = shlex.join(command)
+    calls = _calls(options, seconds)
+    provenance["seconds"] = round(sum(call["seconds"] for call in calls), 1)
+    provenance["command"] = "\n".join(call["command"] for call in calls if call["command"])
     results.attrs["provenance"] = json.dumps(provenance)
     paths, table = write(results, options.out, progress=True)
     print(table.to_csv(index=False) if options.csv else f"\n{terminal_text(results, table)}\n")
     for path in paths:
         print(f"wrote {path}", file=sys.stderr if options.csv else sys.stdout)
+
+
+def _calls(options, seconds=0.0):
+    """What was typed for this study so far, with its seconds: kept beside it."""
+    path = options.out / "calls.json"
+    calls = storing.read_json(path) if path.exists() else []
+    if not seconds:
+        words = without_places(options.arguments)
+        command = shlex.join([*PROGRAM.split(), *words]) if words or not options.resume else ""
+        calls.append({"command": command, "seconds": 0.0})
+    else:
+        calls[-1]["seconds"] = seconds
+    storing.write_whole(path, json.dumps(calls).encode())
+    return calls
 
 
 def _open_folder(options):

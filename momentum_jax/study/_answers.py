@@ -10,6 +10,8 @@ import xarray as xr
 from momentum_jax.study import spread_tests, statistics
 from momentum_jax.study._pairs import Pair
 
+SPREADS = ("spread", "total spread", "robust spread", "log spread")
+TOTALS = {"total spread": statistics.log_total_spread}
 COUNTS = ("rescued", "lost")
 PAIRED = ("failures", "lower loss")
 FEW = f"fewer than {statistics.FEWEST} units: no interval"
@@ -42,17 +44,22 @@ class Runs:
         self.metrics = [each["name"] for each in json.loads(dataset.attrs.get("metrics", "[]"))]
         # What a ratio of standard deviations is taken of.
         self.spreads = {"spread": loss}
+        if self.replicates > 1:
+            self.spreads["total spread"] = loss
         if (loss > 0).all():
             self.spreads["log spread"] = np.log(loss)
         for name in self.metrics:
             self.spreads[f"{name} spread"] = self.values[name]
         self.measured = {
-            **{name: statistics.log_spread(values) for name, values in self.spreads.items()},
+            **{
+                name: TOTALS.get(name, statistics.log_spread)(values)
+                for name, values in self.spreads.items()
+            },
             "robust spread": statistics.log_range(loss),
             "loss": statistics.middle(loss),
             **{name: statistics.mean(self.values[name]) for name in self.metrics},
         }
-        names = ["spread", "robust spread", "log spread", "failures", *COUNTS, "loss", "lower loss"]
+        names = [*SPREADS, "failures", *COUNTS, "loss", "lower loss"]
         names += [name for metric in self.metrics for name in (metric, f"{metric} spread")]
         self.questions = [name for name in names if name in (*self.measured, *PAIRED, *COUNTS)]
 
@@ -73,7 +80,7 @@ class Runs:
         """The estimate and its standard error, for choices of arms (choice, scale)."""
         if question in PAIRED:
             scores = self.scores(question, arms, baselines, scales) / self.per_unit(scales)
-            # With a unit more for either arm, as Bonett and Price (2012), Adjusted Wald
+            # With one unit added in favour of each arm, as Bonett and Price (2012), Adjusted Wald
             # confidence interval for a difference of binomial proportions based on paired data.
             count = self.count + 2
             centre = scores.sum(1) / count
@@ -135,8 +142,7 @@ def answer(
             note = f"without initial scale {left_out}: no spread in one of the arms"
         arms, baselines, scales = arms[defined], baselines[defined], scales[defined]
     value = runs.value(question, arms, baselines, scales)
-    few = runs.count < statistics.FEWEST
-    if few and question not in PAIRED:
+    if runs.count < statistics.FEWEST:
         return Answer(_finish(question, value), nothing, note=FEW)
 
     choices, chosen = np.stack([arms, baselines])[None], np.zeros(1, int)
@@ -161,8 +167,6 @@ def answer(
             shares = (1 + scores / runs.per_unit(scales)) / 2
             wilson = [statistics.proportion(shares, level) for level in levels]
             intervals = [(2 * low - 1, 2 * high - 1) for low, high in wilson]
-    if few:
-        intervals, note = nothing, FEW
     if is_ratio(question) and not np.isfinite(intervals[0]).all():
         note = note or "no ratio can be excluded"
     p_exchange = math.nan

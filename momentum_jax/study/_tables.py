@@ -16,6 +16,7 @@ from momentum_jax.study.contrasts import Contrast, contrasts, primary
 # Questions, and the headings of their columns.
 RATIOS = {
     "spread": "standard deviation",
+    "total spread": "of all runs",
     "robust spread": "10-90% range",
     "log spread": "standard deviation of log loss",
 }
@@ -241,7 +242,6 @@ def tuned_rates(dataset: xr.Dataset) -> list[dict[str, Any]]:
         return []
     losses = dataset.tuning_loss.transpose("arm", "init_scale", "tuning_seed")
     rates = dataset.effective_rate.values
-    rates = np.where(np.isfinite(rates), rates, np.arange(len(rates)))
     found = []
     for family in dict.fromkeys(dataset.family.values.tolist()):
         chosen = (dataset.family.values == family) & np.isfinite(losses.values).all((1, 2))

@@ -296,14 +296,19 @@ def controls(learning_rate: float, batch_size: int = 32) -> list[Arm]:
 
 
 def to_json(arm: Arm) -> dict[str, Any]:
-    """An arm for `json.dumps`; a function that cannot be imported is kept as None.
+    """An arm for `json.dumps`; what cannot be made again from text is kept as None.
 
     Example:
       >>> to_json(baseline())["make_transform"]
       'momentum_jax._momentum:momentum'
     """
     fields = {field.name: getattr(arm, field.name) for field in dataclasses.fields(arm)}
-    return {**fields, "make_transform": _reference(arm.make_transform)}
+    fields["make_transform"] = _reference(arm.make_transform)
+    for name in arm.static:
+        if not _is_plain(arm.settings[name]):
+            fields["make_transform"] = None
+            fields["settings"] = {**fields["settings"], name: repr(arm.settings[name])}
+    return fields
 
 
 def from_json(fields: Mapping[str, Any]) -> Arm:
@@ -334,14 +339,15 @@ def _reference(function):
     """Where it can be imported from, as text; of a partial also its keywords; or None."""
     if isinstance(function, functools.partial):
         inner = _reference(function.func)
-        plain = (str, int, float, bool, type(None))
-        if inner is None or function.args:
-            return None
-        if not all(isinstance(value, plain) for value in function.keywords.values()):
+        if inner is None or function.args or not all(map(_is_plain, function.keywords.values())):
             return None
         return [inner, dict(function.keywords)]
     where = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
     return where if _imported(where) is function else None
+
+
+def _is_plain(value):
+    return value is None or isinstance(value, (str, int, float))
 
 
 def _imported(where):

@@ -33,7 +33,9 @@ def families(dataset: xr.Dataset, scale: float) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     at = dataset.sel(init_scale=scale)
     rates = at.get("effective_rate", xr.full_like(at.arm, np.nan, float))
-    rates = rates.fillna(at.learning_rate) if "learning_rate" in at.coords else rates
+    if "learning_rate" in at.coords:
+        mu = at.mu.fillna(0) if "mu" in at.coords else 0.0
+        rates = rates.fillna(at.learning_rate / (1 - mu))
     order = np.argsort(rates.values, kind="stable")
     for name in dict.fromkeys(at.family.values.tolist()):
         arms = [i for i in order if at.family.values[i] == name and np.isfinite(rates.values[i])]
@@ -81,7 +83,7 @@ def rate_curve(
       learning rate
     """
     ends, raw = (each.sel(init_scale=scale) for each in (final(dataset), dataset.isel(step=-1)))
-    capped = ~(raw.loss <= ends.loss * (1 + 1e-6))
+    capped = ~(raw.loss <= ends.loss + 1e-6 * abs(ends.loss))
     logarithmic = quantity == "spread" or (quantity == "loss" and bool((ends.loss >= 0).all()))
     bars: list[float] = []
     extent: list[float] = []

@@ -163,9 +163,9 @@ no data order to vary: all runs of an arm would be equal. Draw the weights from 
                     "equal. Draw the weights from the key."
                 )
             return [f"{same}: what varies here is the data order alone."]
-    elif order_seeds is not None and len(order_seeds) > 1 and not shuffled:
+    if order_seeds is not None and len(order_seeds) > 1 and not shuffled:
         raise ValueError(
-            f"order_seeds={list(order_seeds)} vary the data order alone, but {problem.name} has "
-            "no order: give several seeds, or batches smaller than the data."
+            f"order_seeds={list(order_seeds)} vary the data order, but {problem.name} has none: "
+            "leave order_seeds=None, or give batches smaller than the data."
         )
     return []

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from momentum_jax.study import contrasts as plan
 from momentum_jax.study import statistics
-from momentum_jax.study._answers import Runs, answer
+from momentum_jax.study._answers import SPREADS, Runs, answer
 from momentum_jax.study._pairs import TUNED, coordinate, every_pair, is_primary, key
 from momentum_jax.study.descriptions import describe as describe
 
@@ -248,8 +248,8 @@ def disagreements(table: pd.DataFrame, dataset: xr.Dataset) -> list[str]:
       dataset: what it was computed from.
 
     Returns:
-      A sentence for each scale, and for all combined, at which measures of spread and failures, or
-      loss, failures and metrics, point in different directions.
+      A sentence where scales point in different directions, and one for each scale, and for all
+      combined, at which measures of spread and failures, or loss, failures and metrics, do.
 
     Example:
       >>> disagreements(compare(xr.Dataset(
@@ -263,7 +263,7 @@ def disagreements(table: pd.DataFrame, dataset: xr.Dataset) -> list[str]:
         return []
     metrics = json.loads(dataset.attrs.get("metrics", "[]"))
     # By question: whether a ratio below 1, or a negative difference, goes under the first word.
-    spreads = ["spread", "robust spread", "log spread"]
+    spreads = [*SPREADS]
     spreads += [f"{metric['name']} spread" for metric in metrics]
     widths = dict.fromkeys([*spreads, "failures"], True)
     results = {"loss": True, "failures": True}
@@ -271,6 +271,17 @@ def disagreements(table: pd.DataFrame, dataset: xr.Dataset) -> list[str]:
     rows = _of_primary(table, primary)
     scales = rows.scale.dropna().unique()
     sentences = []
+    for question in ("spread", "total spread"):
+        here = rows[(rows.question == question) & rows.scale.notna()]
+        below, above = (
+            ", ".join(f"{scale:g}" for scale in here.scale[chosen])
+            for chosen in (here.high < 1, here.low > 1)
+        )
+        if below and above:
+            sentences.append(
+                f"The scales disagree: compared with {primary.baseline}, the {question} of "
+                f"{primary.arm} is lower at initial scale {below}, but higher at {above}."
+            )
     for scale in scales if len(scales) == 1 else [*scales, math.nan]:
         here = rows[rows.scale.isna() if math.isnan(scale) else rows.scale == scale]
         where = "Combined over scales" if math.isnan(scale) else f"At initial scale {scale:g}"

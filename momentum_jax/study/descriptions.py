@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from momentum_jax.study import spread_tests, statistics
-from momentum_jax.study._answers import Runs
+from momentum_jax.study._answers import SPREADS, Runs
 from momentum_jax.study._pairs import coordinate
 
 
@@ -43,7 +43,7 @@ def describe(dataset: xr.Dataset) -> pd.DataFrame:
             "mean loss": (loss.mean(), *statistics.bootstrap(np.mean, loss)),
             "interquartile mean loss": (middle(loss.ravel()), *statistics.bootstrap(middle, loss)),
         }
-        for name in ("spread", "robust spread", "log spread"):
+        for name in SPREADS:
             if name in runs.measured:
                 found[name] = _spread(runs, name, place, scale)
         for name, values in shares.items():

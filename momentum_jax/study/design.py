@@ -28,7 +28,9 @@ FIRST_TUNING_SEED = 1_000_000
 PROBES = 8
 
 FILE = "study.json"
-# What may be added to a study that has been begun: without it, all runs stay what they are.
+# What was added after a report had been written, in the same file.
+EXTENDED = "extended"
+# What may grow in a study that already has runs; everything else must stay as it is.
 EXTENDABLE = ("arms", "rates", "seeds", "order_seeds", "init_scales", "tuning_seeds")
 
 
@@ -61,8 +63,8 @@ class Study:
       record: see `run`.
 
     Raises:
-      ValueError: families without rates, or rates without families; a tuning of less than two
-        rates; a study with nothing to train.
+      ValueError: families without rates, or rates without families; tuning over fewer than
+        two rates; a study with nothing to train.
 
     Example:
       >>> from momentum_jax.study.arms import baseline, with_momentum
@@ -96,10 +98,12 @@ class Study:
         def put(name, value):
             object.__setattr__(self, name, value)
 
-        for name in ("arms", "seeds", "init_scales", "record"):
-            put(name, tuple(getattr(self, name)))
-        for name in ("order_seeds", "contrasts"):
-            put(name, None if getattr(self, name) is None else tuple(getattr(self, name)))
+        put("arms", tuple(self.arms))
+        put("record", tuple(self.record))
+        put("seeds", tuple(map(int, self.seeds)))
+        put("init_scales", tuple(map(float, self.init_scales)))
+        put("order_seeds", None if self.order_seeds is None else tuple(map(int, self.order_seeds)))
+        put("contrasts", None if self.contrasts is None else tuple(self.contrasts))
         rates = sorted(set(self.rates))
         families = [arm for arm in self.arms if arm.is_family]
         if bool(families) != bool(rates):
@@ -120,6 +124,8 @@ class Study:
                 f"tuning_seeds={self.tuning_seeds} needs two or more rates to choose from, but "
                 f"rates={rates}."
             )
+        if not self.tuning_seeds and any(each.kind == "tuned" for each in self.contrasts or ()):
+            raise ValueError("a tuned contrast needs tuning_seeds: give 10, for example.")
         has_none = self.problem.data is not None and self.problem.validation_data is None
         if self.tuning_seeds and has_none:
             put("problem", self.problem.with_validation())
@@ -169,7 +175,7 @@ class Study:
                 arm.at(other).name
                 for arm in rest
                 for other in self.rates
-                if other != rate and math.isclose(other * one_minus_mu(arm), wanted, rel_tol=0.01)
+                if other != rate and math.isclose(other * one_minus_mu(arm), wanted, rel_tol=1e-6)
             ]
             if same:
                 yield Contrast("same rate", first.at(rate).name, tuple(same), wanted)
@@ -182,7 +188,7 @@ class Study:
         if self.primary is not None:
             return self.primary
         families = [self._primary_arm(arm) for arm in self.arms if arm.is_family]
-        pair = families or self.all_arms
+        pair = families + [arm for arm in self.arms if not arm.is_family]
         return Primary(pair[1].name, pair[0].name, self.margin) if len(pair) > 1 else None
 
     @property
@@ -228,10 +234,9 @@ class Study:
             if self.tuning_seeds:
                 tuning = run(
                     self.problem.for_tuning(),
-                    self._at_rates,
+                    self._for_tuning(),
                     range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.tuning_seeds),
                     **common,
-                    steps=self.counts["steps"],
                     evaluations=1,
                     folder=None if folder is None else folder / "tuning",
                     progress="tuning" if progress else None,
@@ -250,11 +255,25 @@ class Study:
                 folder=None if folder is None else folder / "runs",
                 progress="training" if progress else None,
             )
+        if folder is not None:
+            notes = json.loads(results.attrs["notes"]) + [
+                f"This study was extended in {grown} after a report had been written: what is "
+                "decided with results at hand is exploratory."
+                for grown in storing.read_json(folder / FILE)[EXTENDED]
+            ]
+            results.attrs["notes"] = json.dumps(notes)
         if tuning is not None:
             loss = final(tuning).loss.rename(seed="tuning_seed")
             results["tuning_loss"] = loss.reindex(arm=results.arm.values)
         results["initial_sharpness"] = ("init_scale", "probe"), self._initial_sharpness()
         return results
+
+    def _for_tuning(self):
+        """The arms at all rates, with as many steps as in the study itself."""
+        times = timetable(self.problem, self.all_arms, self.steps, self.evaluations)
+        return [
+            arm.replaced(steps=time.steps) for arm, time in zip(self._at_rates, times, strict=False)
+        ]
 
     def _initial_sharpness(self):
         """The largest Hessian eigenvalue of the training loss at some initial weights."""
@@ -279,7 +298,7 @@ class Study:
         fields["problem"] = self.problem.source
         fields["arms"] = [to_json(arm) for arm in self.arms]
         fields["contrasts"] = self.contrasts and [as_json(each) for each in self.contrasts]
-        fields["primary"] = self.primary and as_json(self.primary)
+        fields["primary"] = self.the_primary and as_json(self.the_primary)
         return json.loads(json.dumps(fields))
 
     def check_folder(self, folder: Path) -> None:
@@ -295,15 +314,22 @@ class Study:
         changed = [name for name, value in mine.items() if not _extends(name, begun, value)]
         if changed:
             raise ValueError(
-                f"{folder} holds another study, which differs in {', '.join(changed)}: only "
-                f"{', '.join(EXTENDABLE)} can be extended. Give another folder."
+                f"{folder} holds another study, which differs in {', '.join(changed)}: "
+                f"{', '.join(EXTENDABLE)} can only grow (tuning cannot be added later), and all "
+                "else must stay. Give another folder."
             )
 
     def save(self, folder: Path) -> None:
         """Writes study.json, unless the folder has a study that this one does not extend."""
         folder.mkdir(parents=True, exist_ok=True)
         self.check_folder(folder)
-        storing.write_whole(folder / FILE, json.dumps(self.to_json(), indent=1).encode())
+        mine = self.to_json()
+        begun = storing.read_json(folder / FILE) if (folder / FILE).exists() else mine
+        grown = [name for name, value in mine.items() if value != begun[name]]
+        mine[EXTENDED] = begun.get(EXTENDED, [])
+        if grown and (folder / "summary.json").exists():
+            mine[EXTENDED].append(", ".join(grown))
+        storing.write_whole(folder / FILE, json.dumps(mine, indent=1).encode())
 
     @staticmethod
     def load(folder: str | Path, problem: Problem | None = None) -> "Study":
@@ -322,6 +348,7 @@ class Study:
         fields = storing.read_json(path)
         try:
             source = fields.pop("problem")
+            fields.pop(EXTENDED, None)
             if problem is None and source is None:
                 raise ValueError(f"{path}: the problem was made in a program: give problem=.")
             fields["arms"] = [from_json(arm) for arm in fields["arms"]]
@@ -335,7 +362,7 @@ class Study:
 
 
 def _extends(name: str, begun: Any, value: Any) -> bool:
-    """Whether a field is that of the study that was begun, or more of the same."""
+    """Whether a field is that of the stored study, or has that and more."""
     if not isinstance(begun, Mapping) or name not in begun:
         return False
     before = begun[name]

@@ -286,10 +286,14 @@ def _energy(typical, figure):
     kinetic, potential = run.kinetic_energy.values, run.loss.values
     nothing = np.full_like(kinetic, np.nan)
     measured = Measurement(kinetic, potential, kinetic + potential, *[nothing] * 5)
-    axes = plots.energies(measured, figure.subplots(), run.step.values)
-    axes.plot(other.step, other.loss, color="0.6", ls=":", label=f"loss of {label(baseline)}")
+    axes = plots.energies(measured, figure.subplots(), _steps(run))
+    axes.plot(_steps(other), other.loss, color="0.6", ls=":", label=f"loss of {label(baseline)}")
     axes.set_title(_where(run), fontsize="small")
     axes.legend(fontsize="small")
+
+
+def _steps(run):
+    return run.steps_taken.values if "steps_taken" in run.coords else run.step.values
 
 
 def _where(run):

@@ -56,12 +56,12 @@ def double_well(noise: float = 0.0) -> Problem:
     lower than the barrier stays in its valley.
 
     Args:
-      noise: the deviation, in each coordinate, of the gradient noise of a batch of one; for a
-        batch of n it is this over sqrt(n). 0 makes the problem deterministic, without data.
+      noise: the standard deviation, in each coordinate, of the gradient noise of a batch of one;
+        for a batch of n it is this over sqrt(n). 0 makes the problem deterministic, without data.
 
     Returns:
       The problem. A run is solved if its final loss is at most 0.3, which only the deep valley
-      holds; it is charged at most the height of the barrier.
+      holds; the loss cap is the height of the barrier.
 
     Raises:
       ValueError: a noise that is negative or not finite.
@@ -101,14 +101,14 @@ def quadratic(condition: float = 1000.0, dimensions: int = 20, noise: float = 0.
         f(w) = 1/2 sum_i c_i w_i^2,   c_i = condition^(-(i - 1) / (dimensions - 1))
 
     The curvatures c_i go from L = 1 to 1 / condition in equal ratios. They lie along the axes,
-    which is no loss of generality: gradient descent, with momentum or without, does not see a
-    rotation. Weights start normal with variance 1.
+    without loss of generality: gradient descent, with momentum or without, is invariant to
+    rotations. Weights start normal with variance 1.
 
     Args:
       condition: the largest curvature over the smallest.
       dimensions: how many params.
-      noise: the deviation, in each coordinate, of the gradient noise of a batch of one; for a
-        batch of n it is this over sqrt(n). 0 makes the problem deterministic, without data.
+      noise: the standard deviation, in each coordinate, of the gradient noise of a batch of one;
+        for a batch of n it is this over sqrt(n). 0 makes the problem deterministic, without data.
 
     Returns:
       The problem. A run is solved if its final loss is at most a ten-thousandth of
@@ -198,7 +198,7 @@ def safran_shamir(units: int = 10) -> Problem:
       The problem. A run is solved if its final loss is at most 1e-3, and otherwise ended in a
       spurious minimum or was not given the time to end: the lowest spurious minimum that
       gradient descent found has a loss of 0.0251 for 6 units, 0.0187 for 10 and 0.0113 for 20.
-      A run is charged at most the loss of a student that says 0 always.
+      The loss cap is the loss of a student whose output is always 0.
 
     Raises:
       ValueError: fewer than 2 units.
@@ -216,7 +216,7 @@ def safran_shamir(units: int = 10) -> Problem:
         raise ValueError(f"units={units} must be at least 2.")
 
     def loss(w):
-        with jax.default_matmul_precision("highest"):  # an accelerator's default has few bits
+        with jax.default_matmul_precision("highest"):  # accelerators default to low precision
             return exactly(w)
 
     def exactly(w):

@@ -203,7 +203,7 @@ def _new(options):
     scales, steps = sorted(fallbacks["init_scales"]), fallbacks["steps"]
     seeds, tuning_seeds, mus, controls = 40, 10, ["0.9", "0.99"], True
     if options.quick:
-        scales, rates = [scales[len(scales) // 2]], sorted(rates)[::2]
+        scales, rates = [scales[len(scales) // 2]], options.rates or sorted(rates)[::2]
         seeds, tuning_seeds, mus, controls = 20, 0, ["0.9"], False
     if options.batch_size and not with_data:
         raise ValueError(f"--batch-size: {problem.name} has no data to draw batches from")
@@ -261,7 +261,7 @@ def _extended(options):
     if others := sorted(set(given) - {*EXTENSIONS, "resume", "csv", "distributed"}):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise ValueError(
-            f"--resume {folder}: the study says how it was begun; {names} cannot be changed"
+            f"--resume {folder}: {names} cannot be changed in a study that was started"
         )
     study = Study.load(folder)
     changes: dict[str, Any] = {}
@@ -280,7 +280,8 @@ def _extended(options):
     if options.mu:
         sizes = list(dict.fromkeys(arm.batch_size for arm in study.arms))
         names = {arm.name for arm in study.arms}
-        new = [arm for arm in _arms(sizes, options.mu, None) if arm.name not in names]
+        made = _arms(sizes, options.mu, None)
+        new = [arm for arm in made if arm.settings["mu"] > 0 and arm.name not in names]
         steps = {arm.batch_size: arm.steps for arm in study.arms}
         changes["arms"] = (*study.arms, *(a.replaced(steps=steps[a.batch_size]) for a in new))
     study = dataclasses.replace(study, **changes)
@@ -297,6 +298,7 @@ def without_places(arguments: Sequence[str]) -> list[str]:
     """
     places = Parser(add_help=False, allow_abbrev=False)
     places.add_argument("--out")
+    places.add_argument("--resume")
     places.add_argument("--csv", action="store_true")
     places.add_argument("--distributed", nargs="*")
     return places.parse_known_args(list(arguments))[1]

@@ -23,7 +23,7 @@ RESERVED = {
     "tuning_loss", "initial_sharpness", "arm", "init_scale", "seed", "order_seed", "step", "probe",
     "tuning_seed", "param", "landscape_0", "landscape_1", "family", "effective_rate", "mu",
     "learning_rate", "nesterov", "batch_size", "restarts", "steps_taken", "spread", "log spread",
-    "robust spread", "failures", "rescued", "lost", "lower loss",
+    "robust spread", "total spread", "failures", "rescued", "lost", "lower loss",
 }  # fmt: skip
 
 

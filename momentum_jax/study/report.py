@@ -226,7 +226,6 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
         | found._asdict()
         | {
             "problem": dataset.attrs["problem"],
-            "heading": KINDS.get(main.kind, "") if main else "",
             "pictures": {each.name: _image(each) for each in drawn},
             "spreads": compared(main, RATIOS, "spread"),
             "losses": compared(main, losses),

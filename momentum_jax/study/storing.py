@@ -10,7 +10,6 @@ import io
 import json
 import os
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,13 @@ class Store:
                 write_whole(folder / FINGERPRINT, json.dumps(fingerprint).encode())
         wait_for_all()
         began = read_json(folder / FINGERPRINT)
+        if not isinstance(began, Mapping):
+            raise ValueError(f"{folder / FINGERPRINT} is damaged: it is not a JSON object.")
         other = [name for name, value in fingerprint.items() if began.get(name) != value]
         if other:
             raise ValueError(
                 f"{folder} holds runs of another study, which differs in {', '.join(other)}. "
-                "Give what it was begun with, or another folder."
+                "Use what it was started with, or give another folder."
             )
         self.read()
 
@@ -80,7 +81,8 @@ class Store:
         for path in sorted(self._folder.glob("*.npz")):
             try:
                 self._keep(*_read_chunk(path))
-            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            except Exception as error:  # what a flipped bit raises is not documented
+                path.rename(path.with_suffix(".damaged"))
                 warnings.warn(
                     f"{path} is damaged ({type(error).__name__}): its runs are trained again.",
                     stacklevel=2,

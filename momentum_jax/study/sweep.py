@@ -69,7 +69,8 @@ def run(
         among them; by default 20, or up to 200 without data. Rounded up to a multiple of the
         `restarts` of each arm, so that all take equally many gradients.
       contrasts: which arms are compared; by default the first arm with all others.
-      primary: the comparison that decides; by default the second arm with the first.
+      primary: the comparison that decides; by default, if there are no contrasts either, the
+        second arm with the first.
       record: any of "gradient_norm", "sharpness" (the largest Hessian eigenvalue; both of the
         training loss, over its first 512 rows, at each evaluation) and "final_params".
       folder: where finished runs are kept. Runs that are there already are not trained again, so
@@ -85,7 +86,7 @@ def run(
 
     Raises:
       ValueError: no arm, two arms of one name, a batch larger than the training data, a contrast
-        of unknown arms, settings that fit no initial scale, runs without any randomness, a folder
+        of unknown arms, settings not as many as initial scales, runs without randomness, a folder
         with runs of another problem or in use by another process; a function of the problem or
         of an arm that fails (see `problem.check`).
       OSError: a folder that cannot be written to.
@@ -104,8 +105,8 @@ def run(
     if contrasts is None:
         others = tuple(arm.name for arm in arms[1:])
         contrasts = [Contrast("arms", arms[0].name, others)] if others else []
-    if primary is None and len(arms) > 1:
-        primary = Primary(arms[1].name, arms[0].name)
+        if primary is None and others:
+            primary = Primary(others[0], arms[0].name)
     check_contrasts(arms, contrasts, primary)
     notes = check_randomness(problem, arms, seeds, order_seeds)
     times = timetable(problem, arms, steps, evaluations)
@@ -186,7 +187,8 @@ def _plan(problem, arms, times, seeds, order_seeds, init_scales, record, stored)
         runs = {}
         for i, (j, scale), (k, seed), (m, order_seed) in grid:
             settings = {n: v for n, v in arms[i].settings_at(j).items() if n not in arm.static}
-            one = Run(seed, seed if order_seed is None else order_seed, float(scale), settings)
+            order = seed if order_seed is None else order_seed
+            one = Run(int(seed), int(order), float(scale), settings)
             key = storing.digest(base, repr((*one.__dict__.values(),)))
             runs[key] = one
             places[(i, j, k) if order_seed is None else (i, j, k, m)] = key

@@ -207,9 +207,9 @@ def _one_run(problem, arm, static, times, record):
         data, test = examples
         squared = jnp.asarray(optax.tree.norm(update, squared=True))
         found = dict(problem.evaluate(params, state, test))
-        found["kinetic_energy"] = squared / (
-            2 * ({**static, **settings}.get("learning_rate", jnp.nan))
-        )
+        rate = {**static, **settings}.get("learning_rate", jnp.nan)
+        # A static rate may be a schedule.
+        found["kinetic_energy"] = squared / (2 * (jnp.nan if callable(rate) else rate))
         if few_params:
             found["params"] = jax.flatten_util.ravel_pytree(params)[0]
         rows = jax.tree.map(lambda x: x[:MEASURED_ROWS], data)

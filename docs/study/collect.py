@@ -1,0 +1,77 @@
+"""`python docs/study/collect.py FOLDER NAME` keeps what the page needs of a finished study.
+
+Writes `docs/study/NAME/numbers.json`, with numbers of four significant digits, and the pictures of
+the page. Tables are kept as columns: {"arm": [...], "value": [...], ...}.
+"""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+
+from momentum_jax import study
+
+HERE = Path(__file__).parent
+QUESTIONS = (
+    "spread", "total spread", "log spread", "robust spread", "failures", "rescued", "lost", "loss", "accuracy",
+)  # fmt: skip
+TUNED = ("spread", "failures", "rescued", "lost", "loss")
+MEASURES = ("spread", "total spread", "interquartile mean loss", "failed", "mean accuracy")
+PICTURES = ("rate-curves", "variance-shares", "path-rescued", "path-lost")
+COMPARED = (
+    "contrast", "arm", "baseline", "effective_rate", "scale", "question", "value", "low", "high",
+    "p_adjusted", "adjusted_low", "adjusted_high",
+)  # fmt: skip
+DESCRIBED = ("arm", "family", "effective_rate", "scale", "measure", "value", "low", "high")
+SHARES = ("arm", "family", "effective_rate", "scale", "source", "share", "low", "high")
+
+
+def columns(table, names):
+    """The columns of these names, for JSON: without nan, and rounded."""
+
+    def rounded(value):
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+
+    return {name: [rounded(value) for value in table[name].tolist()] for name in names}
+
+
+def main(folder, name):
+    """Copies."""
+    summary = json.loads((folder / "summary.json").read_text())
+    dataset = xr.load_dataset(folder / "results.nc", engine="scipy")
+    table = pd.read_csv(folder / "comparisons.csv")
+    arms = study.describe(dataset)
+    kept = {
+        key: summary[key]
+        for key in ("problem", "design", "primary", "verdict", "disagreements", "tuned_rates")
+    }
+    kept |= {"provenance": summary["provenance"], "sizes": dict(dataset.sizes)}
+    kept["steps"] = int(dataset.step[-1])
+    kept["initial_sharpness"] = {
+        f"{scale:g}": float(
+            f"{float(dataset.initial_sharpness.sel(init_scale=scale).median()):.4g}"
+        )
+        for scale in dataset.init_scale.values
+    }
+    tuned = table.contrast.str.startswith("tuned")
+    asked = table.question.isin(QUESTIONS) & (table.contrast != "same rate")
+    kept["comparisons"] = columns(table[asked & (~tuned | table.question.isin(TUNED))], COMPARED)
+    kept["arms"] = columns(arms[arms.measure.isin(MEASURES)], DESCRIBED)
+    if summary["design"] == "crossed":
+        kept["components"] = columns(study.variance_components(dataset), SHARES)
+    out = HERE / name
+    out.mkdir(exist_ok=True)
+    (out / "numbers.json").write_text(json.dumps(kept, allow_nan=False) + "\n")
+    for picture in PICTURES:
+        if (folder / f"{picture}.png").exists():
+            shutil.copy(folder / f"{picture}.png", out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,157 @@
+"""`python docs/study/page.py` writes index.md from index.md.j2 and the committed numbers.
+
+Every number on the page comes out of `docs/study/*/numbers.json`, by the functions below. A test
+compares the page with what this writes.
+"""
+
+import json
+from pathlib import Path
+
+import jinja2
+from matplotlib.figure import Figure
+
+from momentum_jax.study import plots
+
+HERE = Path(__file__).parent
+PAGE = HERE / "index.md"
+
+# Problems with networks, as the page calls them.
+NETWORKS = {
+    "digits": "Digits, MLP with one hidden layer",
+    "deep-mlp": "Digits, MLP with eight hidden layers",
+    "mnist1d": "MNIST-1D, convolutional network",
+    "mnist-conv": "MNIST, convolutional network with BatchNorm",
+    "sequence": "Generated sequences, transformer",
+}
+
+
+class Numbers:
+    """The numbers of one study."""
+
+    def __init__(self, name: str) -> None:
+        """Reads them."""
+        self.all = json.loads((HERE / name / "numbers.json").read_text())
+        self.verdict = self.all["verdict"]
+        self.primary = self.all["primary"]
+        self.sizes = self.all["sizes"]
+        self.steps = self.all["steps"]
+
+    def rows(self, table, **chosen):
+        """The rows of a table that have these values."""
+        columns = self.all[table]
+        for row in zip(*columns.values(), strict=True):
+            fields = dict(zip(columns, row, strict=True))
+            if all(fields[name] == value for name, value in chosen.items()):
+                yield fields
+
+    def row(self, table, **chosen):
+        """The one row that has these values."""
+        found = list(self.rows(table, **chosen))
+        assert len(found) == 1, (chosen, len(found))
+        return found[0]
+
+    def compared(self, arm, baseline, scale=None, question="spread", contrast=None):
+        """One comparison; without a contrast, the first that has it."""
+        chosen = dict(arm=arm, baseline=baseline, scale=scale, question=question)
+        if contrast is not None:
+            chosen["contrast"] = contrast
+        return next(self.rows("comparisons", **chosen))
+
+    def ratio(self, *which, **how):
+        """Value and adjusted interval, of the primary comparison the unadjusted one."""
+        row = self.compared(*which, **how)
+        combined = row["scale"] is None and row["question"] == "spread"
+        is_primary = combined and (row["arm"], row["baseline"]) == (
+            self.primary["arm"],
+            self.primary["baseline"],
+        )
+        low, high = ("low", "high") if is_primary else ("adjusted_low", "adjusted_high")
+        return f"{text(row['value'])} [{text(row[low])}, {text(row[high])}]"
+
+    def count(self, *which, **how):
+        """A count, such as that of the rescued."""
+        return int(self.compared(*which, **how)["value"])
+
+    def share(self, arm, scale, source="weights"):
+        """A share of the variance, with its interval."""
+        row = self.row("components", arm=arm, scale=scale, source=source)
+        return f"{row['share']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+
+    def shares(self, arm, source="weights"):
+        """The least and the largest share over the scales."""
+        found = [row["share"] for row in self.rows("components", arm=arm, source=source)]
+        return f"{min(found):.0%} to {max(found):.0%}"
+
+    def described(self, arm, scale, measure):
+        """A measure of one arm."""
+        return text(self.row("arms", arm=arm, scale=scale, measure=measure)["value"])
+
+    def ratios(self, family, base="mu 0", contrast="same effective rate", question="spread"):
+        """By effective rate, the combined rows of a family against another."""
+        arms = {row["arm"]: row["family"] for row in self.rows("arms")}
+        return [
+            row
+            for row in self.rows("comparisons", contrast=contrast, scale=None, question=question)
+            if arms[row["arm"]] == family and arms[row["baseline"]] == base
+        ]
+
+
+def text(value):
+    """Three significant digits."""
+    if value is None:
+        return "undefined"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def draw() -> None:
+    """The ratios of all networks against the effective learning rate, as ratios.png."""
+    figure = Figure((9, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhspan(1 / 1.1, 1.1, color="0.9", label="equivalent: 0.909 to 1.1")
+    axes.axhline(1, color="0.5", linewidth=0.8)
+    for place, (name, title) in enumerate(NETWORKS.items()):
+        found = Numbers(name).ratios("mu 0.9")
+        rows = [row for row in found if row["adjusted_low"] and row["adjusted_high"]]
+        value, low, high = (
+            [row[c] for row in rows] for c in ("value", "adjusted_low", "adjusted_high")
+        )
+        bars = [
+            [v - x for v, x in zip(value, low, strict=True)],
+            [x - v for v, x in zip(value, high, strict=True)],
+        ]
+        at = [row["effective_rate"] * 1.05 ** (place - 2) for row in rows]
+        looks = {"color": plots.COLORS[place], "marker": "os^Dv"[place]}
+        axes.errorbar(at, value, bars, ms=5, lw=0.8, capsize=2, label=title, **looks)
+    axes.set(xscale="log", yscale="log", ylim=(0.3, 3.3))
+    axes.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
+    axes.set_yticks([0.3, 0.5, 0.7, 1, 1.5, 2, 3])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    axes.set_xlabel("effective learning rate, learning_rate / (1 - mu)")
+    axes.set_ylabel("spread with mu 0.9 / with mu 0")
+    axes.legend(loc="upper left", fontsize=8)
+    figure.savefig(HERE / "ratios.png", dpi=110)
+
+
+def render() -> str:
+    """The page."""
+    names = [path.parent.name for path in HERE.glob("*/numbers.json")]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["text"] = text
+    template = environment.get_template("index.md.j2")
+    of = {name: Numbers(name) for name in names}
+    most_steps = max(of[name].steps for name in NETWORKS)
+    return template.render(networks=NETWORKS, of=of, most_steps=most_steps)
+
+
+if __name__ == "__main__":
+    draw()
+    PAGE.write_text(render())
