@@ -520,7 +520,14 @@ def _check_update_dtype(path, update, param):
         ):
             return
     elif jnp.issubdtype(param, jnp.integer) and jnp.issubdtype(update, jnp.integer):
-        return
+        # By their ranges: outside 64-bit mode JAX has no type that holds both int32 and uint32.
+        held, added = jnp.iinfo(param), jnp.iinfo(update)
+        if held.min <= added.min and added.max <= held.max:
+            return
+        raise TypeError(
+            f"the update {at(path)} is {update}, which may be beyond {param}, the dtype of the "
+            f"param, and would wrap around. Convert it: update.astype({param}), if its values fit."
+        )
     raise TypeError(
         f"the update {at(path)} is {update}, which cannot be added to a param that is {param} "
         f"without losing part of it. {_LEAVE_OUT}"
