@@ -5,6 +5,8 @@ arrays pass as they are.
 """
 
 import math
+import operator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -13,7 +15,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-Hyperparameter: TypeAlias = jax.typing.ArrayLike | np.generic | optax.Schedule
+# A number, in any type that holds one.
+Number: TypeAlias = jax.typing.ArrayLike | np.generic
+Hyperparameter: TypeAlias = Number | optax.Schedule
 
 
 def _is_finite_and_not_negative(x):
@@ -25,7 +29,8 @@ _RULES = {
     "learning_rate": (
         _is_finite_and_not_negative,
         "must be finite and not negative",
-        "0.1 is an example, 0 stands still; to climb instead of descend, negate the gradients",
+        "0.1 is an example, 0 adds no gradient to the velocity; to climb instead of descend, "
+        "negate the gradients",
     ),
     "mu": (
         lambda x: -1 < x <= 1,
@@ -50,10 +55,29 @@ _RULES["lr"] = _RULES["base_lr"] = _RULES["learning_rate"]
 _RULES["momentum"] = (lambda x: 0 <= x <= 1, "must be in [0, 1]", _RULES["mu"][2])
 
 
-def require(name: str, value: Any, fits: Any, rule: str) -> None:
-    """Raises a ValueError with the value and the rule, also for what is not finite."""
-    if not (fits and math.isfinite(value)):
-        raise ValueError(f"{name}={value!r} must be {rule}.")
+def require(name: str, value: Any, fits: Callable[[float], bool], rule: str) -> float:
+    """Returns a number as a Python float, in whatever type it comes; raises with value and rule.
+
+    For what is computed on the host: a traced value is refused.
+    """
+    _refuse_traced(name, value)
+    _check_type(name, value, "a real number", "a float")
+    number = _as_float(value)
+    if not (math.isfinite(number) and fits(number)):
+        raise ValueError(f"{name}={number} must be {rule}.")
+    return number + 0.0  # 0 for -0
+
+
+def require_whole(name: str, value: Any, least: int) -> int:
+    """Returns an integer of any type as a Python int; raises with the value and the rule."""
+    _refuse_traced(name, value)
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or whole < least or math.isinf(_as_float(whole)):
+        raise ValueError(f"{name}={value} must be a whole number, at least {least}.")
+    return whole
 
 
 def check(name: str, given: Any, *, called: str = "") -> Any:
@@ -75,6 +99,13 @@ def resolve(name: str, given: Any, override: Any, count: Any, *, called: str = "
     return given
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Raises a TypeError unless it is a boolean, of Python or NumPy."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r} must be True or False.")
+    return bool(value)
+
+
 def check_inner(inner: Any) -> None:
     """Raises a TypeError unless it is an Optax transformation, for what goes around one."""
     if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
@@ -84,10 +115,14 @@ def check_inner(inner: Any) -> None:
         )
 
 
+def is_known(value: Any) -> bool:
+    """Whether a checked hyperparameter is a number that can be read: no schedule, not traced."""
+    return isinstance(value, float) or (isinstance(value, jax.Array) and _can_be_read(value))
+
+
 def is_zero(value: Any) -> bool:
     """Whether a checked hyperparameter is 0 and stays so."""
-    known = isinstance(value, float) or (isinstance(value, jax.Array) and _can_be_read(value))
-    return known and float(value) == 0
+    return is_known(value) and float(value) == 0
 
 
 def check_value(name: str, value: Any, *, called: str = "", read_arrays: bool = True) -> Any:
@@ -96,28 +131,16 @@ def check_value(name: str, value: Any, *, called: str = "", read_arrays: bool = 
     Of a traced value only the dtype and the shape are checked.
     """
     called = called or name
-    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
-        raise TypeError(
-            f"{called}={value!r} must be a real number, a scalar array or (when the transform is "
-            "made) a schedule: a function of the step's count."
-        )
-    dtype = getattr(value, "dtype", None) or np.dtype(type(value))
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(
-            f"{called}={value} is {dtype}, but must be a real number. Give a float: "
-            f"{_RULES[name][2]}."
-        )
-    if np.shape(value) != ():
-        raise ValueError(
-            f"{called} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a "
-            "sweep, optax.partition for groups of params with their own values."
-        )
+    _check_type(
+        called,
+        value,
+        "a real number, a scalar array or (when the transform is made) a schedule: a function of "
+        "the step's count",
+        f"a float: {_RULES[name][2]}",
+    )
     if isinstance(value, jax.Array) and not (read_arrays and _can_be_read(value)):
         return value
-    try:
-        number = float(value)
-    except OverflowError:  # An integer beyond the floats.
-        number = math.inf if int(value) > 0 else -math.inf
+    number = _as_float(value)
     fits, rule, remedy = _RULES[name]
     if not fits(number):
         raise ValueError(f"{called}={number} {rule}. {remedy}.")
@@ -126,3 +149,32 @@ def check_value(name: str, value: Any, *, called: str = "", read_arrays: bool = 
 
 def _can_be_read(array):
     return not isinstance(array, Tracer) and array.is_fully_replicated
+
+
+def _check_type(called, value, wanted, remedy):
+    """Raises on all that is not a real scalar, by what is known of it without its value."""
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
+        raise TypeError(f"{called}={value!r} must be {wanted}.")
+    dtype = getattr(value, "dtype", None) or np.dtype(type(value))
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{called}={value} is {dtype}, but must be a real number. Give {remedy}.")
+    if np.shape(value) != ():
+        raise ValueError(
+            f"{called} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a "
+            "sweep, optax.partition for groups of params with their own values."
+        )
+
+
+def _refuse_traced(name, value):
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name}={value} is traced, but must be known: it is computed with outside JAX. Give a "
+            "float, and make no argument of jit, grad or vmap of it."
+        )
+
+
+def _as_float(value):
+    try:
+        return float(value)
+    except OverflowError:  # An integer beyond the floats.
+        return math.inf if int(value) > 0 else -math.inf

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import export
 
 from momentum_jax import _velocity
-from momentum_jax._hyperparameters import Hyperparameter, check, is_zero, resolve
+from momentum_jax._hyperparameters import Hyperparameter, check, check_flag, is_zero, resolve
 
 
 def inside(v, g, learning_rate, mu):
@@ -28,14 +27,16 @@ def _inside_nesterov(v, g, learning_rate, mu):
     return v, mu * v - learning_rate * g
 
 
+# The order of the sums is Optax's. A compiler fuses one of the two products with the sum, and it
+# chooses by the order: where the gradient ends in a product, another order is other bits.
 def _outside(m, g, mu, dampening):
-    m = mu * m + (1 - dampening) * g
+    m = (1 - dampening) * g + mu * m
     return m, m
 
 
 def _outside_nesterov(m, g, mu, dampening):
-    m = mu * m + (1 - dampening) * g
-    return m, mu * m + g
+    m = (1 - dampening) * g + mu * m
+    return m, g + mu * m
 
 
 class MomentumState(NamedTuple):
@@ -82,10 +83,14 @@ def momentum(
 
     Args:
       learning_rate: a float, a scalar array (traced or not), or a schedule: a function of the
-        number of steps taken, from 0. Finite, at least 0.
+        number of steps taken, from 0. Finite, at least 0. A learning rate of 0 does not stop
+        the params: the velocity coasts, v <- mu * v. To freeze a param, give None in place of
+        its gradient: its velocity waits. `reset_velocity` ends the motion.
       mu: the momentum coefficient, in (-1, 1], given in the same ways. Under
         `optax.inject_hyperparams` give `hyperparam_dtype=jnp.float32` too, or Optax rounds both
-        to the params' dtype, where 0.999 may be 1.
+        to the params' dtype, where 0.999 may be 1. It also needs
+        `static_args=("nesterov", "velocity_dtype")`, or it takes a type such as `jnp.bfloat16`
+        for a schedule, because a type can be called.
       nesterov: whether the update looks one step ahead.
       velocity_dtype: the dtype to store the velocities of real params in: float32, float64,
         bfloat16, float16 or int8. None is the param's own, widened to at least float32. Those of
@@ -102,7 +107,12 @@ def momentum(
       An Optax transformation. `init(params)` returns a `MomentumState` at rest.
       `update(grads, state, params=None, *, learning_rate=None, mu=None)` returns the updates,
       in the gradients' dtypes, and the next state; the keywords override what was given here
-      for that call and never recompile. A gradient that is None, an `optax.MaskedNode` or
+      for that call and never recompile. bfloat16 gradients have bfloat16 updates, which move
+      float32 params by up to 1 / 256 more or less than they should; the velocity is not
+      affected. For full updates convert the gradients first:
+      `jax.tree.map(lambda g: g.astype(jnp.float32), grads)`. For complex params give the
+      conjugate of what `jax.grad` returns, `jax.tree.map(jnp.conj, grads)`, which is the
+      direction of ascent. A gradient that is None, an `optax.MaskedNode` or
       float0 means no update and an untouched velocity. Both functions are compiled. Values
       that are traced (under jit or vmap) are used as they are, unchecked.
 
@@ -154,8 +164,9 @@ def trace(
         update = m
         update = g + mu * m        with nesterov: the new m
 
-    `optax.chain(mj.trace(mu), optax.scale_by_learning_rate(learning_rate))` is `optax.sgd`, under
-    jit to the bit. With the learning rate outside, a change of it acts on the whole velocity at
+    `optax.chain(mj.trace(mu), optax.scale_by_learning_rate(learning_rate))` is `optax.sgd`: in
+    float32 and float64 under jit to the bit, wherever the gradient is computed (tested on CPU).
+    With the learning rate outside, a change of it acts on the whole velocity at
     once; with `momentum` it acts on new gradients only. The states of the two have one type and
     differ in sign and scale: neither continues the other.
 
@@ -203,6 +214,12 @@ def apply_updates(params: Any, updates: Any) -> Any:
     The sum is taken at least float32 wide and rounded once to the param's dtype. Each param
     keeps its dtype, weak type and sharding. `optax.apply_updates` gives the same values to arrays.
 
+        param             updates that are added; all others are refused
+        floating point    floating point, integers (converted to at least float32)
+        complex           complex, floating point, integers
+        integer           integers of a dtype whose every value the param's dtype holds
+        bool              none
+
     Args:
       params: a tree of arrays.
       updates: a tree of the same structure and shapes, as `update` returns it. None, an
@@ -213,7 +230,8 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
     Raises:
       ValueError: trees or shapes that do not match.
-      TypeError: an update that the param's dtype would truncate; a param that is no array.
+      TypeError: an update that the param's dtype would truncate or wrap around; a param that is
+        no array.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -226,14 +244,13 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
 
 def _looks_ahead(nesterov, mu) -> bool:
-    if not isinstance(nesterov, (bool, np.bool_)):
-        raise TypeError(f"nesterov={nesterov!r} must be True or False.")
+    nesterov = check_flag("nesterov", nesterov)
     if nesterov and is_zero(check("mu", mu)):
         raise ValueError(
             "nesterov=True has no effect at mu=0: there is no velocity to look ahead along. "
             "Give a mu above 0, or leave nesterov out."
         )
-    return bool(nesterov)
+    return nesterov
 
 
 def transformation(

@@ -7,7 +7,7 @@ the recurrence, is handed in.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -221,24 +221,108 @@ def scale(held: Any, factor: Any, mask: Any) -> Any:
 
 def inner_product(grads: PyTree, held: PyTree) -> jax.Array:
     """The sum of `grad * held` over all leaves that have a gradient; real, at least float32."""
-    return inner_products(grads, held)[1]
+    total = jnp.zeros((), jnp.float32)
+    for _, grad, leaf in _wide_pairs(grads, held):
+        product = jnp.sum(jnp.real(grad.conj() * leaf))
+        width = np.promote_types(total.dtype, product.dtype)
+        total = total.astype(width) + product.astype(width)
+    return total
 
 
-def inner_products(grads: PyTree, held: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sums of `grad^2`, `grad * held` and `held^2` over all leaves that have a gradient."""
-    totals = [jnp.zeros((), jnp.float32)] * 3
-    for products in inner_products_by_leaf(grads, held).values():
-        width = np.promote_types(totals[0].dtype, products[0].dtype)
-        totals = [a.astype(width) + b.astype(width) for a, b in zip(totals, products, strict=True)]
-    gg, gh, hh = totals
-    return gg, gh, hh
+class Products(NamedTuple):
+    """The sums of `grad^2`, `grad * held` and `held^2`, where floats hold no square of theirs.
+
+    Attributes:
+      gg: the first, of the gradients divided by 2^g_exponent.
+      gh: the second, of both divided by theirs.
+      hh: the third, of what is held divided by 2^h_exponent.
+      g_exponent: so that the largest gradient is between 1 and 2 when divided; an int32 scalar.
+      h_exponent: the same of what is held.
+    """
+
+    gg: jax.Array
+    gh: jax.Array
+    hh: jax.Array
+    g_exponent: jax.Array
+    h_exponent: jax.Array
 
 
-def inner_products_by_leaf(
-    grads: PyTree, held: PyTree
-) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-    """The same sums for each leaf that has a gradient, by its path."""
-    found = {}
+def products(grads: PyTree, held: PyTree) -> Products:
+    """The `Products` over all leaves that have a gradient; real, at least float32."""
+    total = None
+    for found in products_by_leaf(grads, held).values():
+        total = found if total is None else _sum_of_products(total, found)
+    zero, exponent = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return total or Products(zero, zero, zero, exponent, exponent)
+
+
+def products_by_leaf(grads: PyTree, held: PyTree) -> dict[str, Products]:
+    """The `Products` of each leaf that has a gradient, by its path."""
+    return {
+        jax.tree_util.keystr(path): _products(_real_parts(grad), _real_parts(leaf))
+        for path, grad, leaf in _wide_pairs(grads, held)
+    }
+
+
+def times_power_of_2(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """`x * 2^exponent`, rounded once, also where floats do not hold the power."""
+    info = jnp.finfo(x.dtype)
+    for _ in range(3):
+        part = jnp.clip(exponent, info.minexp, info.maxexp - 1)
+        exponent = exponent - part
+        bits = (part.astype(f"int{info.bits}") - (info.minexp - 1)) << info.nmant
+        x = x * jax.lax.bitcast_convert_type(bits, x.dtype)
+    return x
+
+
+def exponent_of(x: jax.Array) -> jax.Array:
+    """The whole number e with 2^e <= |x| < 2^(e + 1); the least of the dtype for 0, inf and NaN."""
+    x = jax.lax.stop_gradient(x)
+    usual = jnp.isfinite(x) & (x != 0)
+    exponent = jnp.frexp(jnp.where(usual, x, jnp.ones_like(x)))[1].astype(jnp.int32) - 1
+    return jnp.where(usual, exponent, jnp.int32(jnp.finfo(x.dtype).minexp))
+
+
+def _sum_of_products(first, second):
+    width = np.promote_types(first.gg.dtype, second.gg.dtype)
+    g = jnp.maximum(first.g_exponent, second.g_exponent)
+    h = jnp.maximum(first.h_exponent, second.h_exponent)
+    least = jnp.int32(jnp.finfo(width).minexp)
+
+    def powers(each):
+        # One factor after the other: what is infinite stays so, and is no NaN.
+        by_g, by_h = (
+            times_power_of_2(jnp.ones((), width), jnp.maximum(exponent, least))
+            for exponent in (each.g_exponent - g, each.h_exponent - h)
+        )
+        gg, gh, hh = (x.astype(width) for x in each[:3])
+        return gg * by_g * by_g, gh * by_g * by_h, hh * by_h * by_h
+
+    gg, gh, hh = (a + b for a, b in zip(powers(first), powers(second), strict=True))
+    return Products(gg, gh, hh, g, h)
+
+
+def _products(grad_parts, held_parts):
+    def scaled(parts):
+        largest = [jnp.max(jnp.abs(x), initial=0) for x in parts]
+        exponent = exponent_of(functools.reduce(jnp.maximum, largest))
+        power = times_power_of_2(jnp.ones((), parts[0].dtype), exponent)
+        return [x / power for x in parts], exponent
+
+    (g, g_exponent), (h, h_exponent) = scaled(grad_parts), scaled(held_parts)
+    gg, gh, hh = (
+        functools.reduce(jnp.add, [jnp.sum(a * b) for a, b in zip(*pair, strict=True)])
+        for pair in ((g, g), (g, h), (h, h))
+    )
+    return Products(gg, gh, hh, g_exponent, h_exponent)
+
+
+def _real_parts(x):
+    return [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
+
+
+def _wide_pairs(grads, held):
+    """(path, gradient, what is held) of each leaf that has a gradient, both in one wide dtype."""
     for path, grad, leaf in zip_leaves("gradients", grads, "velocity", held)[1]:
         if is_absent(grad):
             continue
@@ -246,10 +330,7 @@ def inner_products_by_leaf(
         leaf = read(leaf)
         _check_gradient_dtype(path, grad.dtype, leaf.dtype)
         dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
-        grad, leaf = reshard_alike(grad.astype(dtype), leaf), leaf.astype(dtype)
-        pairs = ((grad, grad), (grad, leaf), (leaf, leaf))
-        found[jax.tree_util.keystr(path)] = tuple(jnp.sum(jnp.real(a.conj() * b)) for a, b in pairs)
-    return found
+        yield path, reshard_alike(grad.astype(dtype), leaf), leaf.astype(dtype)
 
 
 def with_value(held: Any, value: Any) -> Any:
@@ -439,7 +520,14 @@ def _check_update_dtype(path, update, param):
         ):
             return
     elif jnp.issubdtype(param, jnp.integer) and jnp.issubdtype(update, jnp.integer):
-        return
+        # By their ranges: outside 64-bit mode JAX has no type that holds both int32 and uint32.
+        held, added = jnp.iinfo(param), jnp.iinfo(update)
+        if held.min <= added.min and added.max <= held.max:
+            return
+        raise TypeError(
+            f"the update {at(path)} is {update}, which may be beyond {param}, the dtype of the "
+            f"param, and would wrap around. Convert it: update.astype({param}), if its values fit."
+        )
     raise TypeError(
         f"the update {at(path)} is {update}, which cannot be added to a param that is {param} "
         f"without losing part of it. {_LEAVE_OUT}"

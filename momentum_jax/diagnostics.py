@@ -1,6 +1,7 @@
 """What momentum is doing, in a few scalars a step: energies, alignment, gain.
 
-All is computed from the gradient and the velocity in one pass, inside jit or outside. To keep
+All is computed from the gradient and the velocity, inside jit or outside: once for their largest
+values and once for their sums, so that nothing is 0 or infinite because its square is. To keep
 it in the state of a chain, let `optax.monitor` measure behind `momentum` (its updates are the
 velocity) with the gradient as an extra argument, or keep the gradient with `optax.snapshot`.
 """
@@ -31,7 +32,8 @@ class Measurement(NamedTuple):
       gain: |v| / (learning_rate |g|): how many plain steps this step is worth. Under a constant
         gradient it rises to 1 / (1 - mu). 0 where g is 0.
       speed: |v| / sqrt(learning_rate).
-      effective_learning_rate: learning_rate / (1 - mu); infinite at mu 1.
+      effective_learning_rate: learning_rate / (1 - mu); infinite at mu 1, but 0 at a learning
+        rate of 0.
       friction: (1 - mu) / sqrt(learning_rate).
 
     Example:
@@ -136,26 +138,38 @@ def measure_by_leaf(
 
 
 def _check(learning_rate, mu):
-    return check_value("learning_rate", learning_rate), check_value("mu", mu)
+    learning_rate, mu = check_value("learning_rate", learning_rate), check_value("mu", mu)
+    # 1 - mu before it is rounded to the arrays' width, where mu may be 1.
+    return learning_rate, 1.0 - mu if isinstance(mu, float) else _rest(mu)
 
 
 @_velocity.inlined_jit
-def _measure(grads, velocity, learning_rate, mu, loss):
-    return _of_products(*_velocity.inner_products(grads, velocity), learning_rate, mu, loss)
+def _rest(mu):
+    return 1 - mu.astype(jnp.promote_types(mu.dtype, jnp.float32))
 
 
 @_velocity.inlined_jit
-def _measure_by_leaf(grads, velocity, learning_rate, mu):
+def _measure(grads, velocity, learning_rate, rest, loss):
+    return _of_products(_velocity.products(grads, velocity), learning_rate, rest, loss)
+
+
+@_velocity.inlined_jit
+def _measure_by_leaf(grads, velocity, learning_rate, rest):
     return {
-        path: _of_products(*products, learning_rate, mu, None)
-        for path, products in _velocity.inner_products_by_leaf(grads, velocity).items()
+        path: _of_products(products, learning_rate, rest, None)
+        for path, products in _velocity.products_by_leaf(grads, velocity).items()
     }
 
 
-def _of_products(gg, gv, vv, learning_rate, mu, loss):
-    learning_rate, mu = (jnp.asarray(value, vv.dtype) for value in (learning_rate, mu))
+def _of_products(products, learning_rate, rest, loss):
+    gg, gv, vv, g_exponent, v_exponent = products
+    learning_rate, rest = (jnp.asarray(value, vv.dtype) for value in (learning_rate, rest))
     g, v = jnp.sqrt(gg), jnp.sqrt(vv)
-    kinetic = _ratio(vv, 2 * learning_rate)
+    # Powers of 2 come last, all at once: the parts of a result may be beyond the floats.
+    exponent = _velocity.exponent_of(learning_rate)
+    rate = _velocity.times_power_of_2(learning_rate, -exponent)
+    kinetic = _velocity.times_power_of_2(_ratio(vv, 2 * rate), 2 * v_exponent - exponent)
+    gain = _ratio(_ratio(v, rate), g)
     if loss is not None:
         loss = jnp.asarray(loss)
         kinetic, loss = (
@@ -165,12 +179,13 @@ def _of_products(gg, gv, vv, learning_rate, mu, loss):
         kinetic_energy=kinetic,
         potential_energy=loss,
         total_energy=None if loss is None else kinetic + loss,
-        # Each by its own length first: their product may be beyond the floats.
         alignment=jnp.clip(_ratio(_ratio(-gv, g), v), -1, 1),
-        gain=_ratio(_ratio(v, learning_rate), g),
-        speed=_ratio(v, jnp.sqrt(learning_rate)),
-        effective_learning_rate=learning_rate / (1 - mu),
-        friction=_ratio(1 - mu, jnp.sqrt(learning_rate)),
+        gain=_velocity.times_power_of_2(gain, v_exponent - g_exponent - exponent),
+        speed=_velocity.times_power_of_2(_ratio(v, jnp.sqrt(learning_rate)), v_exponent),
+        effective_learning_rate=jnp.where(
+            learning_rate == 0, jnp.zeros_like(rest), learning_rate / rest
+        ),
+        friction=_ratio(rest, jnp.sqrt(learning_rate)),
     )
 
 

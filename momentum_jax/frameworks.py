@@ -63,7 +63,14 @@ import optax
 
 from momentum_jax import _carry
 from momentum_jax._carry import ToParams
-from momentum_jax._hyperparameters import Hyperparameter, check, check_value, is_zero
+from momentum_jax._hyperparameters import (
+    Hyperparameter,
+    check,
+    check_flag,
+    check_value,
+    is_known,
+    is_zero,
+)
 from momentum_jax._momentum import MomentumState, momentum, trace
 
 PyTree = Any
@@ -125,10 +132,15 @@ def torch_sgd(
     """
     lr, momentum = check("lr", lr), check("momentum", momentum)
     dampening = check_value("dampening", dampening)
-    if nesterov and (_is_off(momentum) or (isinstance(dampening, float) and dampening != 0)):
+    nesterov, maximize = check_flag("nesterov", nesterov), check_flag("maximize", maximize)
+    # Of traced values nothing is known.
+    dampened = is_known(dampening) and not is_zero(dampening)
+    if nesterov and (is_zero(momentum) or dampened):
+        values: tuple[Any, ...] = momentum, dampening
+        numbers = (float(x) if is_known(x) else x for x in values)
         raise ValueError(
-            f"nesterov=True needs a momentum above 0 and no dampening, but momentum={momentum} "
-            f"and dampening={dampening}. PyTorch refuses this too."
+            "nesterov=True needs a momentum above 0 and no dampening, but "
+            "momentum={} and dampening={}. PyTorch refuses this too.".format(*numbers)
         )
     steps: list[Any] = [optax.scale(-1.0)] if maximize else []
     steps += _coupled_decay(weight_decay)
@@ -176,11 +188,11 @@ def keras_sgd(
       Keras' documentation of keras.optimizers.SGD.
     """
     learning_rate = check("learning_rate", learning_rate)
-    momentum = check("momentum", momentum)
+    momentum, nesterov = check("momentum", momentum), check_flag("nesterov", nesterov)
     if _is_off(momentum):
         step: Any = _chain(_scale(learning_rate))
     else:
-        step = _momentum(learning_rate, momentum, nesterov=nesterov)
+        step = _momentum(learning_rate, momentum, nesterov=nesterov and not is_zero(momentum))
     if weight_decay is None:
         return step
     decay = _coupled_decay(weight_decay)
@@ -230,7 +242,7 @@ def optax_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Optax' `optax.sgd`, with the stricter state of `momentum_jax.trace`.
 
-    In float32 and float64 the same to the bit under jit.
+    In float32 and float64 the same to the bit under jit (tested on CPU).
 
         m <- momentum * m + g
         w <- w - learning_rate * m,  with nesterov  w - learning_rate * (g + momentum * m)
@@ -259,10 +271,11 @@ def optax_sgd(
       Optax' documentation of optax.sgd and optax.trace.
     """
     step = _scale(check("learning_rate", learning_rate))
+    nesterov = check_flag("nesterov", nesterov)
     if momentum is None:
         return _chain(step)
     mu = check("mu", momentum, called="momentum")
-    return _chain(trace(mu, nesterov=nesterov and not _is_off(mu)), step)
+    return _chain(trace(mu, nesterov=nesterov and not is_zero(mu)), step)
 
 
 def torch_hyperparameters(
@@ -376,7 +389,8 @@ def load_torch(
         where a param has no buffer yet.
       to_params: the function that gives the params from the weights, a dict by name. It is
         called with NumPy arrays of these names and must only move values: rename, reshape,
-        transpose, split, join.
+        transpose, split, join. PyTorch's gradient of a complex weight, and so its buffer, is
+        the conjugate of what `jax.grad` returns: give `update` jax.tree.map(jnp.conj, grads).
       count: the number of steps taken, for schedules to continue from. PyTorch's SGD does not
         save it; a scheduler does, as `last_epoch` where it steps once a batch. A schedule of
         momentum itself cannot be seen in the state: give it for that too.

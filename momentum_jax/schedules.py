@@ -4,16 +4,17 @@ Each works on Python ints and on traced arrays, and is given in place of a numbe
 `momentum_jax.momentum(0.1, mu=schedules.sutskever())`.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from momentum_jax._hyperparameters import require
+from momentum_jax._hyperparameters import Number, require, require_whole
 
 
-def sutskever(mu_max: float = 0.99, period: int = 250) -> optax.Schedule:
+def sutskever(mu_max: Number = 0.99, period: Number = 250) -> optax.Schedule:
     """Momentum that rises by steps: mu = min(1 - 2^(-1 - log2(floor(count / period) + 1)), mu_max).
 
     That is 1/2, 3/4, 5/6, 7/8, ... for `period` steps each, up to `mu_max`.
@@ -38,9 +39,17 @@ def sutskever(mu_max: float = 0.99, period: int = 250) -> optax.Schedule:
       Sutskever, Martens, Dahl and Hinton (2013), On the importance of initialization and
       momentum in deep learning, equation 5.
     """
-    require("mu_max", mu_max, 0 <= mu_max <= 1, "in [0, 1]")
-    require("period", period, _is_whole(period) and period >= 1, "a whole number, at least 1")
-    return lambda count: jnp.minimum(1 - 0.5 / (jnp.asarray(count) // period + 1), mu_max)
+    highest = require("mu_max", mu_max, lambda x: 0 <= x <= 1, "in [0, 1]")
+    length = require_whole("period", period, 1)
+
+    def mu(count):
+        count = jnp.asarray(count)
+        # A period beyond the counts would be beyond their dtype.
+        periods = count // length if length <= _most(count) else jnp.zeros_like(count)
+        # 1 is added to a float: to the largest count it would be the smallest.
+        return jnp.minimum(1 - 0.5 / (_float(periods) + 1), highest)
+
+    return mu
 
 
 def nesterov() -> optax.Schedule:
@@ -62,10 +71,11 @@ def nesterov() -> optax.Schedule:
       O(1/k^2), in the form of O'Donoghue and Candes (2015), Adaptive restart for accelerated
       gradient schemes.
     """
-    return lambda count: _float(count) / (jnp.asarray(count) + 3)
+    # 3 is added to a float: to the largest counts it would be a negative number.
+    return lambda count: jnp.minimum(_float(count) / (_float(count) + 3), 1)
 
 
-def demon(total_steps: int, mu_init: float = 0.9) -> optax.Schedule:
+def demon(total_steps: Number, mu_init: Number = 0.9) -> optax.Schedule:
     """Momentum that decays to 0: what a gradient adds in all to later updates falls linearly.
 
         left = 1 - count / total_steps
@@ -93,21 +103,32 @@ def demon(total_steps: int, mu_init: float = 0.9) -> optax.Schedule:
       Chen, Wolfe, Li and Kyrillidis (2022), Demon: improved neural network training with
       momentum decay.
     """
-    whole = _is_whole(total_steps) and total_steps >= 1
-    require("total_steps", total_steps, whole, "a whole number, at least 1")
-    require("mu_init", mu_init, 0 <= mu_init < 1, "in [0, 1)")
+    total = require_whole("total_steps", total_steps, 1)
+    start = require("mu_init", mu_init, lambda x: 0 <= x < 1, "in [0, 1)")
 
     def mu(count):
-        left = jnp.maximum(1 - _float(count) / total_steps, 0)
-        return mu_init * left / (1 - mu_init + mu_init * left)
+        left = _part_left(jnp.asarray(count), total)
+        return jnp.minimum(start * left / (1 - start + start * left), start)
 
     return mu
+
+
+def _part_left(count, total):
+    """1 - count / total, in [0, 1]; of integers the difference is taken before it is rounded."""
+    if not jnp.issubdtype(count.dtype, jnp.integer):
+        return jnp.clip(1 - _float(count) / float(total), 0, 1)
+    last = min(total, _most(count))  # What is beyond the counts is beyond their dtype.
+    left = _float(last - jnp.clip(count, 0, last))
+    left = left / min(float(total), float(jnp.finfo(left.dtype).max))
+    # Compiled, a division by a constant is a product, which may be above 1.
+    return jnp.minimum(left + (total - last) / total, 1)
+
+
+def _most(count):
+    """The largest count there can be."""
+    return jnp.iinfo(count.dtype).max if jnp.issubdtype(count.dtype, jnp.integer) else math.inf
 
 
 def _float(count: Any) -> jax.Array:
     """The count in the widest float that there is: 64-bit mode keeps its digits."""
     return jnp.asarray(count, jnp.result_type(float))
-
-
-def _is_whole(value):
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,14 +1,19 @@
-"""What momentum does to quadratics, noise and energy, in closed form: plain floats, no JAX.
+"""What momentum does to quadratics, noise and energy, in closed form: on the host, without JAX.
 
 Throughout: v <- mu * v - learning_rate * g, w <- w + v; a function whose curvatures lie between
 strong_convexity and smoothness (m and L in the literature, L / m the condition number); rates
-are those of the distance to the minimum, per step.
+are those of the distance to the minimum, per step. Numbers may be of any type that holds a known
+real number, such as a NumPy scalar; results are Python floats, right to a few units in the last
+place. What is below 1 is never rounded to 1: neither a rate nor a `mu` of a `Tuning`, nor the
+radius of an iteration that converges.
 """
 
 import math
+import sys
+from fractions import Fraction
 from typing import NamedTuple
 
-from momentum_jax._hyperparameters import require
+from momentum_jax._hyperparameters import Number, require
 
 
 class Tuning(NamedTuple):
@@ -91,7 +96,7 @@ class QHMSettings(NamedTuple):
     nu: float
 
 
-def gradient_descent(smoothness: float, strong_convexity: float) -> Tuning:
+def gradient_descent(smoothness: Number, strong_convexity: Number) -> Tuning:
     """The best learning rate without momentum: 2 / (L + m), rate (k - 1) / (k + 1), k = L / m.
 
     Args:
@@ -113,10 +118,11 @@ def gradient_descent(smoothness: float, strong_convexity: float) -> Tuning:
       Polyak (1964), Some methods of speeding up the convergence of iteration methods.
     """
     big, small = _curvatures(smoothness, strong_convexity)
-    return Tuning(2 / (big + small), 0.0, (big - small) / (big + small))
+    middle = big / 2 + small / 2
+    return _tuning(big, 1 / middle, 0.0, (big / 2 - small / 2) / middle)
 
 
-def heavy_ball(smoothness: float, strong_convexity: float) -> Tuning:
+def heavy_ball(smoothness: Number, strong_convexity: Number) -> Tuning:
     """The best momentum on quadratics: the rate is (sqrt k - 1) / (sqrt k + 1), k = L / m.
 
         learning_rate = 4 / (sqrt L + sqrt m)^2
@@ -144,12 +150,13 @@ def heavy_ball(smoothness: float, strong_convexity: float) -> Tuning:
       Recht and Packard (2016), Analysis and design of optimization algorithms via integral
       quadratic constraints, for the cycle.
     """
-    big, small = (math.sqrt(c) for c in _curvatures(smoothness, strong_convexity))
-    rate = (big - small) / (big + small)
-    return Tuning(4 / (big + small) ** 2, rate**2, rate)
+    big, small = _curvatures(smoothness, strong_convexity)
+    roots = math.sqrt(big) + math.sqrt(small)
+    rate = (big - small) / roots / roots  # sqrt L - sqrt m, taken as such, loses its digits.
+    return _tuning(big, 4 / roots / roots, rate * rate, rate)
 
 
-def nesterov(smoothness: float, strong_convexity: float, *, tuned: bool = False) -> Tuning:
+def nesterov(smoothness: Number, strong_convexity: Number, *, tuned: bool = False) -> Tuning:
     """Nesterov's momentum for strongly convex functions, or its best settings on quadratics.
 
         standard: learning_rate = 1 / L,         mu = (sqrt k - 1) / (sqrt k + 1),
@@ -172,8 +179,8 @@ def nesterov(smoothness: float, strong_convexity: float, *, tuned: bool = False)
 
     Example:
       >>> from momentum_jax.theory import nesterov
-      >>> nesterov(smoothness=9.0, strong_convexity=1.0)
-      Tuning(learning_rate=0.1111111111111111, mu=0.5, rate=0.6666666666666667)
+      >>> nesterov(smoothness=4.0, strong_convexity=1.0)
+      Tuning(learning_rate=0.25, mu=0.3333333333333333, rate=0.5)
       >>> nesterov(smoothness=5.0, strong_convexity=1.0, tuned=True)
       Tuning(learning_rate=0.25, mu=0.3333333333333333, rate=0.5)
 
@@ -183,13 +190,16 @@ def nesterov(smoothness: float, strong_convexity: float, *, tuned: bool = False)
     """
     big, small = _curvatures(smoothness, strong_convexity)
     if tuned:
-        root = math.sqrt(3 * big / small + 1)
-        return Tuning(4 / (3 * big + small), (root - 2) / (root + 2), 1 - 2 / root)
-    root = math.sqrt(big / small)
-    return Tuning(1 / big, (root - 1) / (root + 1), 1 - 1 / root)
+        middle = 0.75 * big + 0.25 * small
+        one = 1 + math.sqrt(small) / math.sqrt(middle)
+        rate = 0.75 * (big - small) / middle / one
+        return _tuning(big, 1 / middle, rate / one, rate, nesterov=True)
+    one = 1 + math.sqrt(small) / math.sqrt(big)
+    rate = (big - small) / big / one
+    return _tuning(big, 1 / big, rate / one, rate, nesterov=True)
 
 
-def triple_momentum(smoothness: float, strong_convexity: float) -> TripleMomentumTuning:
+def triple_momentum(smoothness: Number, strong_convexity: Number) -> TripleMomentumTuning:
     """The fastest method known for smooth strongly convex functions: rate r = 1 - 1 / sqrt k.
 
         learning_rate = (1 + r) / L        mu = r^2 / (2 - r)
@@ -218,17 +228,18 @@ def triple_momentum(smoothness: float, strong_convexity: float) -> TripleMomentu
       method for minimizing strongly convex functions.
     """
     big, small = _curvatures(smoothness, strong_convexity)
-    rate = 1 - math.sqrt(small / big)
+    root = math.sqrt(small) / math.sqrt(big)  # 1 - rate
+    rate = _fastest(big, small)
     return TripleMomentumTuning(
         learning_rate=(1 + rate) / big,
-        mu=rate**2 / (2 - rate),
+        mu=_below_1(rate**2 / (2 - rate)),
         gamma=rate**2 / ((1 + rate) * (2 - rate)),
-        delta=rate**2 / (1 - rate**2),
+        delta=rate**2 / (root * (1 + rate)),
         rate=rate,
     )
 
 
-def stability_limit(mu: float, *, nesterov: bool = False) -> float:
+def stability_limit(mu: Number, *, nesterov: bool = False) -> float:
     """The largest learning_rate * curvature that converges on a quadratic.
 
         2 (1 + mu),  with nesterov  2 (1 + mu) / (1 + 2 mu),  or 1 - 1 / mu for mu < -1/3
@@ -254,14 +265,11 @@ def stability_limit(mu: float, *, nesterov: bool = False) -> float:
       The roots of z^2 - (1 + mu - a) z + mu and z^2 - (1 + mu) (1 - a) z + mu (1 - a), with
       a = learning_rate * curvature, lie in the unit circle (Jury's criterion).
     """
-    _check_mu(mu)
-    if not nesterov:
-        return 2 * (1 + mu)
-    return 2 * (1 + mu) / (1 + 2 * mu) if mu >= -1 / 3 else 1 - 1 / mu
+    return float(_limit(_check_mu(mu), nesterov))
 
 
 def spectral_radius(
-    learning_rate: float, mu: float, curvature: float, *, nesterov: bool = False
+    learning_rate: Number, mu: Number, curvature: Number, *, nesterov: bool = False
 ) -> float:
     """What the distance to the minimum of a quadratic is multiplied by a step, in the long run.
 
@@ -289,21 +297,26 @@ def spectral_radius(
     Source:
       Polyak (1964), as above; Sutskever and others (2013), theorem 2.1, for Nesterov's.
     """
-    _check_learning_rate(learning_rate, zero=True)
-    _check_mu(mu)
-    require("curvature", curvature, True, "finite")
-    a = learning_rate * curvature
+    rate = Fraction(_check_learning_rate(learning_rate, zero=True))
+    mu_ = Fraction(_check_mu(mu))
+    a = rate * Fraction(require("curvature", curvature, _any, "finite"))
+    # Exactly, for the side of 1 may hang on a last digit.
     if nesterov:
-        trace, determinant = (1 + mu) * (1 - a), mu * (1 - a)
+        trace, determinant = (1 + mu_) * (1 - a), mu_ * (1 - a)
     else:
-        trace, determinant = 1 + mu - a, mu
+        trace, determinant = 1 + mu_ - a, mu_
     discriminant = trace**2 - 4 * determinant
     if discriminant < 0:
-        return math.sqrt(determinant)
-    return (abs(trace) + math.sqrt(discriminant)) / 2
+        radius, excess = _root(determinant), determinant - 1
+    else:
+        radius = (abs(trace) + _root(discriminant)) / 2
+        excess = max(abs(trace) - 1 - determinant, determinant - 1)
+    if excess == 0:
+        return 1.0
+    return _below_1(_float(radius)) if excess < 0 else max(_float(radius), _ABOVE_1)
 
 
-def effective_learning_rate(learning_rate: float, mu: float) -> float:
+def effective_learning_rate(learning_rate: Number, mu: Number) -> float:
     """How far a gradient moves the params in all: learning_rate / (1 - mu).
 
     Args:
@@ -324,12 +337,11 @@ def effective_learning_rate(learning_rate: float, mu: float) -> float:
     Source:
       The sum of the geometric series of mu.
     """
-    _check_learning_rate(learning_rate, zero=True)
-    require("mu", mu, -1 < mu < 1, "in (-1, 1): at 1 the sum has no limit")
-    return learning_rate / (1 - mu)
+    rate = _check_learning_rate(learning_rate, zero=True)
+    return rate / (1 - require("mu", mu, _inside, "in (-1, 1): at 1 the sum has no limit"))
 
 
-def friction(learning_rate: float, mu: float) -> float:
+def friction(learning_rate: Number, mu: Number) -> float:
     """The friction of the ball: (1 - mu) / sqrt(learning_rate).
 
     Momentum is q'' + friction q' + grad f = 0 with unit mass in time steps of
@@ -353,13 +365,12 @@ def friction(learning_rate: float, mu: float) -> float:
     Source:
       Qian (1999), On the momentum term in gradient descent learning algorithms.
     """
-    _check_learning_rate(learning_rate)
-    _check_mu(mu)
-    return (1 - mu) / math.sqrt(learning_rate)
+    rate = _check_learning_rate(learning_rate)
+    return (1 - _check_mu(mu)) / math.sqrt(rate)
 
 
 def stationary_variance(
-    learning_rate: float, mu: float, curvature: float, noise_variance: float
+    learning_rate: Number, mu: Number, curvature: Number, noise_variance: Number
 ) -> StationaryVariance:
     """How widely params and velocity scatter about the minimum of a quadratic, in noise.
 
@@ -387,22 +398,22 @@ def stationary_variance(
       The fixed point of the second moments of (w, v); Mandt, Hoffman and Blei (2017), Stochastic
       gradient descent as approximate Bayesian inference, in the limit of small learning rates.
     """
-    _check_learning_rate(learning_rate)
-    require("mu", mu, -1 < mu < 1, "in (-1, 1): without friction there is no stationary state")
-    require("curvature", curvature, curvature > 0, "above 0")
-    require("noise_variance", noise_variance, noise_variance >= 0, "at least 0")
-    room = 2 * (1 + mu) - learning_rate * curvature
-    require(
-        "learning_rate * curvature",
-        learning_rate * curvature,
-        room > 0,
-        f"below {2 * (1 + mu)}, the stability limit at mu={mu}",
-    )
-    scale = learning_rate * noise_variance / ((1 - mu) * room)
-    return StationaryVariance(scale * (1 + mu) / curvature, 2 * learning_rate * scale)
+    rate = Fraction(_check_learning_rate(learning_rate))
+    rule = "in (-1, 1): without friction there is no stationary state"
+    mu_ = Fraction(require("mu", mu, _inside, rule))
+    c = Fraction(require("curvature", curvature, _above_0, "above 0"))
+    noise = Fraction(require("noise_variance", noise_variance, lambda x: x >= 0, "at least 0"))
+    room = 2 * (1 + mu_) - rate * c
+    if room <= 0:
+        raise ValueError(
+            f"learning_rate * curvature={_float(rate * c)} must be below {float(2 * (1 + mu_))}, "
+            f"the stability limit at mu={float(mu_)}."
+        )
+    scale = rate * noise / ((1 - mu_) * room)
+    return StationaryVariance(_float(scale * (1 + mu_) / c), _float(2 * rate * scale))
 
 
-def no_escape_bound(mu: float, smoothness: float) -> float:
+def no_escape_bound(mu: Number, smoothness: Number) -> float:
     """The largest learning rate at which no run climbs above its start: 2 (1 - mu) / L.
 
     Up to it the energy f(w) + mu |v|^2 / (2 learning_rate) never rises, for any function whose
@@ -429,12 +440,11 @@ def no_escape_bound(mu: float, smoothness: float) -> float:
       The descent lemma, applied to the energy: f(w + v) <= f(w) + g . v + L |v|^2 / 2, and
       g = (mu * last v - v) / learning_rate.
     """
-    require("mu", mu, 0 <= mu < 1, "in [0, 1)")
-    require("smoothness", smoothness, smoothness > 0, "above 0")
-    return 2 * (1 - mu) / smoothness
+    rest = 1 - require("mu", mu, lambda x: 0 <= x < 1, "in [0, 1)")
+    return 2 * rest / require("smoothness", smoothness, _above_0, "above 0")
 
 
-def qhm_from_pid(kp: float, ki: float, kd: float) -> QHMSettings:
+def qhm_from_pid(kp: Number, ki: Number, kd: Number) -> QHMSettings:
     """A PID controller of the gradient, as quasi-hyperbolic momentum.
 
         e = -g;  d <- mu * d + (1 - mu) * (e - last e);  s <- s + e
@@ -462,13 +472,14 @@ def qhm_from_pid(kp: float, ki: float, kd: float) -> QHMSettings:
     Source:
       Ma and Yarats (2019), Quasi-hyperbolic momentum and Adam for deep learning, section 4.
     """
-    require("kp", kp, kp < 0, "below 0: only then does it smooth its derivative")
-    require("ki", ki, ki > 0, "above 0")
-    require("kd", kd, kd > 0, "above 0")
-    return QHMSettings(ki, kd / (kd - kp), kp**2 / (ki * kd))
+    rule = "below 0: only then does it smooth its derivative"
+    p = Fraction(require("kp", kp, lambda x: x < 0, rule))
+    i = Fraction(require("ki", ki, _above_0, "above 0"))
+    d = Fraction(require("kd", kd, _above_0, "above 0"))
+    return QHMSettings(float(i), _below_1(float(d / (d - p))), _float(p**2 / (i * d)))
 
 
-def qhm_from_accsgd(delta: float, kappa: float, xi: float, epsilon: float = 0.7) -> QHMSettings:
+def qhm_from_accsgd(delta: Number, kappa: Number, xi: Number, epsilon: Number = 0.7) -> QHMSettings:
     """Accelerated SGD (AccSGD), as quasi-hyperbolic momentum.
 
         a = 1 - epsilon^2 xi / kappa
@@ -497,18 +508,19 @@ def qhm_from_accsgd(delta: float, kappa: float, xi: float, epsilon: float = 0.7)
       Kidambi, Netrapalli, Jain and Kakade (2018), On the insufficiency of existing momentum
       schemes for stochastic optimization; Ma and Yarats (2019), as above.
     """
-    require("delta", delta, delta > 0, "above 0")
-    require("kappa", kappa, kappa >= 1, "at least 1")
-    require("xi", xi, 0 < xi <= math.sqrt(kappa), "in (0, sqrt(kappa)]")
-    require("epsilon", epsilon, 0 < epsilon < 1, "in (0, 1)")
+    short = Fraction(require("delta", delta, _above_0, "above 0"))
+    k = Fraction(require("kappa", kappa, lambda x: x >= 1, "at least 1"))
+    most = math.sqrt(k)
+    x = Fraction(require("xi", xi, lambda x: 0 < x <= most, "in (0, sqrt(kappa)]"))
+    e = Fraction(require("epsilon", epsilon, lambda x: 0 < x < 1, "in (0, 1)"))
     return QHMSettings(
-        learning_rate=delta * epsilon * (1 + xi) / (1 + epsilon),
-        mu=(kappa - epsilon**2 * xi) / (kappa + epsilon * xi),
-        nu=(epsilon * xi - 1) / (epsilon * (1 + xi)),
+        learning_rate=_float(short * e * (1 + x) / (1 + e)),
+        mu=_below_1(float((k - e**2 * x) / (k + e * x))),
+        nu=_float((e * x - 1) / (e * (1 + x))),
     )
 
 
-def qhm_from_synthesized_nesterov(gamma: float, beta1: float, beta2: float) -> QHMSettings:
+def qhm_from_synthesized_nesterov(gamma: Number, beta1: Number, beta2: Number) -> QHMSettings:
     """A synthesized Nesterov variant, as quasi-hyperbolic momentum.
 
         x <- x + beta1 * (x - last x) - gamma * g(y),   y = x + beta2 * (x - last x)
@@ -535,14 +547,15 @@ def qhm_from_synthesized_nesterov(gamma: float, beta1: float, beta2: float) -> Q
     Source:
       Lessard, Recht and Packard (2016), as above; Ma and Yarats (2019), as above.
     """
-    require("gamma", gamma, gamma > 0, "above 0")
-    require("beta1", beta1, -1 < beta1 < 1 and beta1 != 0, "in (-1, 1) and not 0")
-    require("beta2", beta2, True, "finite")
-    return QHMSettings(gamma / (1 - beta1), beta1, 1 - beta2 * (1 - beta1) / beta1)
+    rate = Fraction(require("gamma", gamma, _above_0, "above 0"))
+    rule = "in (-1, 1) and not 0"
+    mu = Fraction(require("beta1", beta1, lambda x: _inside(x) and x != 0, rule))
+    ahead = Fraction(require("beta2", beta2, _any, "finite"))
+    return QHMSettings(_float(rate / (1 - mu)), float(mu), _float(1 - ahead * (1 - mu) / mu))
 
 
 def qhm_from_robust_momentum(
-    smoothness: float, strong_convexity: float, rate: float
+    smoothness: Number, strong_convexity: Number, rate: Number
 ) -> QHMSettings:
     """The robust momentum method, as quasi-hyperbolic momentum.
 
@@ -574,20 +587,22 @@ def qhm_from_robust_momentum(
       strongly convex functions; Ma and Yarats (2019), as above.
     """
     big, small = _curvatures(smoothness, strong_convexity)
-    k = big / small
-    require("smoothness / strong_convexity", k, k > 1, "above 1")
-    fastest, slowest = 1 - 1 / math.sqrt(k), 1 - 1 / k
-    fits = fastest <= rate <= slowest
-    require("rate", rate, fits, f"in [{fastest}, {slowest}] for these curvatures")
-    scale = (1 - rate) ** 2 * (1 + rate)
+    _check_condition(big, small)
+    fastest, slowest = _fastest(big, small), (big - small) / big
+    rule = f"in [{fastest}, {slowest}] for these curvatures"
+    # Computed in another order, an end of the range differs in its last digits.
+    given = require("rate", rate, lambda x: fastest - _SLACK <= x <= slowest + _SLACK, rule)
+    k = Fraction(big) / Fraction(small)
+    r = min(max(Fraction(given), 1 - _root(1 / k)), 1 - 1 / k)
+    scale = (1 - r) ** 2 * (1 + r)
     return qhm_from_synthesized_nesterov(
-        gamma=k * scale / big,
-        beta1=k * rate**3 / (k - 1),
-        beta2=rate**3 / ((k - 1) * scale),
+        gamma=_float(k * scale / Fraction(big)),
+        beta1=_below_1(_float(k * r**3 / (k - 1))),
+        beta2=_float(r**3 / ((k - 1) * scale)),
     )
 
 
-def qhm_from_triple_momentum(smoothness: float, strong_convexity: float) -> QHMSettings:
+def qhm_from_triple_momentum(smoothness: Number, strong_convexity: Number) -> QHMSettings:
     """The triple momentum method, as quasi-hyperbolic momentum.
 
     The params of QHM are the y of `TripleMomentumTuning`, where the gradient is taken.
@@ -611,27 +626,86 @@ def qhm_from_triple_momentum(smoothness: float, strong_convexity: float) -> QHMS
     Source:
       Van Scoy, Freeman and Lynch (2018), as above; Ma and Yarats (2019), as above.
     """
+    _check_condition(*_curvatures(smoothness, strong_convexity))
     tuning = triple_momentum(smoothness, strong_convexity)
-    k = smoothness / strong_convexity
-    require("smoothness / strong_convexity", k, k > 1, "above 1")
     return qhm_from_synthesized_nesterov(tuning.learning_rate, tuning.mu, tuning.gamma)
 
 
+_BELOW_1, _ABOVE_1 = math.nextafter(1, 0), math.nextafter(1, 2)
+_SLACK = 4 * sys.float_info.epsilon
+
+
+def _tuning(big, learning_rate, mu, rate, nesterov=False):
+    """The settings, with what is below 1 below 1, and with a learning rate that converges."""
+    mu, rate = _below_1(mu), _below_1(rate)
+    limit = _limit(mu, nesterov)
+    # At condition numbers from 1e15 on, a learning rate that is rounded up is beyond the limit.
+    while Fraction(learning_rate) * Fraction(big) >= limit:
+        learning_rate = math.nextafter(learning_rate, 0)
+    return Tuning(learning_rate, mu, rate)
+
+
+def _limit(mu, nesterov):
+    """The stability limit, exactly."""
+    mu = Fraction(mu)
+    if not nesterov:
+        return 2 * (1 + mu)
+    return 2 * (1 + mu) / (1 + 2 * mu) if 3 * mu >= -1 else 1 - 1 / mu
+
+
+def _fastest(big, small):
+    """1 - sqrt(m / L), where 1 - x would lose its digits."""
+    return _below_1((big - small) / big / (1 + math.sqrt(small) / math.sqrt(big)))
+
+
+def _root(square):
+    """The square root of a fraction, to 120 bits."""
+    product = square.numerator * square.denominator
+    shift = max(0, 128 - product.bit_length() // 2)
+    return Fraction(math.isqrt(product << 2 * shift), square.denominator << shift)
+
+
+def _float(exact):
+    """The nearest float; infinite beyond the largest."""
+    try:
+        return float(exact)
+    except OverflowError:
+        return math.inf if exact > 0 else -math.inf
+
+
+def _below_1(x):
+    """What is below 1, but may have been rounded to it."""
+    return min(x, _BELOW_1)
+
+
 def _curvatures(smoothness, strong_convexity):
-    require("strong_convexity", strong_convexity, strong_convexity > 0, "above 0")
-    require(
-        "smoothness",
-        smoothness,
-        smoothness >= strong_convexity,
-        f"at least strong_convexity={strong_convexity}",
-    )
-    return smoothness, strong_convexity
+    small = require("strong_convexity", strong_convexity, _above_0, "above 0")
+    rule = f"at least strong_convexity={small}"
+    return require("smoothness", smoothness, lambda x: x >= small, rule), small
+
+
+def _check_condition(big, small):
+    if big == small:
+        raise ValueError("smoothness / strong_convexity=1.0 must be above 1.")
 
 
 def _check_learning_rate(learning_rate, zero=False):
-    fits = learning_rate > 0 or (zero and learning_rate == 0)
-    require("learning_rate", learning_rate, fits, "at least 0" if zero else "above 0")
+    if zero:
+        return require("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+    return require("learning_rate", learning_rate, _above_0, "above 0")
 
 
 def _check_mu(mu):
-    require("mu", mu, -1 < mu <= 1, "in (-1, 1]")
+    return require("mu", mu, lambda x: -1 < x <= 1, "in (-1, 1]")
+
+
+def _above_0(x):
+    return x > 0
+
+
+def _inside(mu):
+    return -1 < mu < 1
+
+
+def _any(_):
+    return True

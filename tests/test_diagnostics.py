@@ -1,6 +1,9 @@
 """The measurements are those of their formulas, by hand in NumPy, and work in a training loop."""
 
+import itertools
+import math
 import re
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -208,3 +211,103 @@ def test_bad_input_is_refused(call, message):
     """As by the optimizer."""
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         call()
+
+
+def exact(g, v, learning_rate, mu):
+    """The measurements of lists of floats, without rounding but for the roots."""
+    lr, rest = Fraction(learning_rate), 1 - Fraction(mu)
+    gg, gv, vv = (
+        sum(Fraction(a) * Fraction(b) for a, b in zip(one, other, strict=True))
+        for one, other in ((g, g), (g, v), (v, v))
+    )
+
+    def root(x):
+        """To 100 digits."""
+        shift = 10**400
+        return Fraction(math.isqrt(x.numerator * shift**2 // x.denominator), shift)
+
+    return {
+        "kinetic_energy": vv / (2 * lr),
+        "alignment": -gv / (root(gg) * root(vv)),
+        "gain": root(vv) / (root(gg) * lr),
+        "speed": root(vv / lr),
+        "effective_learning_rate": lr / rest,
+        "friction": rest / root(lr),
+    }
+
+
+SIZES = [1e-30, 1e-20, 1.0, 1e20, 1e30]
+
+
+@pytest.mark.parametrize("by", ["measure", "measure_by_leaf", "jit"])
+@pytest.mark.parametrize("mu", [0.0, 0.9, 1 - 1e-12])
+def test_at_the_ends_of_the_floats(by, mu):
+    """0 or infinite only where no float32 is near, though the squares of 1e-30 and 1e30 are."""
+    calls = {
+        "measure": measure,
+        "measure_by_leaf": lambda g, v, **given: by_leaf(g, v, **given)["['w']"],
+        "jit": lambda g, v, *, learning_rate, mu: jax.jit(
+            lambda g, v, rate: measure(g, v, learning_rate=rate, mu=mu)
+        )(g, v, learning_rate),
+    }
+    least, most = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
+    for of_g, of_v, rate in itertools.product(SIZES, SIZES, [1e-30, 0.25, 1e30]):
+        g = np.array([3 * of_g, -of_g, 0.5 * of_g], np.float32)
+        v = np.array([-of_v, -2 * of_v, 1e-3 * of_v], np.float32)
+        learning_rate = np.float32(rate)
+        found = calls[by]({"w": g}, {"w": v}, learning_rate=learning_rate, mu=mu)
+        for name, value in exact(g.tolist(), v.tolist(), float(learning_rate), mu).items():
+            got, size = float(getattr(found, name)), abs(value)
+            if least < size < most:
+                assert got == pytest.approx(float(value), rel=1e-5), (name, of_g, of_v, rate)
+            else:
+                assert got in (0, np.inf), (name, got)
+
+
+def test_leaves_of_very_different_sizes_are_summed():
+    """The largest counts, the others do no harm: neither zeros, nor the infinite."""
+    g = {"a": jnp.full(3, 1e-30), "b": jnp.full(2, 1e-25), "zero": jnp.zeros(2)}
+    v = {"a": jnp.full(3, -1e30), "b": jnp.zeros(2), "zero": jnp.zeros(2)}
+    found = measure(g, v, learning_rate=1e30, mu=0.5)
+    assert float(found.kinetic_energy) == pytest.approx(1.5e30, rel=1e-6)
+    assert float(found.alignment) == pytest.approx(1e-5 * math.sqrt(1.5), rel=1e-5)
+    v = {"a": jnp.full(1, jnp.inf), "b": jnp.full(1, 1e-30)}
+    infinite = measure({"a": jnp.ones(1), "b": jnp.ones(1)}, v, **SETTINGS)
+    assert float(infinite.kinetic_energy) == np.inf
+
+
+def test_complex_velocities_at_the_ends():
+    """Modulus by modulus."""
+    g, v = jnp.array([1e30 + 1e30j]), jnp.array([-1e-30 - 1e-30j])
+    found = measure(g, v, learning_rate=1e-30, mu=0.5)
+    assert float(found.alignment) == pytest.approx(1)
+    assert float(found.kinetic_energy) == pytest.approx(1e-30)
+    assert float(found.gain) == pytest.approx(1e-30)
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.0])
+def test_a_learning_rate_of_0_has_no_effect(mu):
+    """0, not NaN, also without friction."""
+    found = measure(jnp.ones(2), jnp.ones(2), learning_rate=-0.0, mu=mu, loss=1.0)
+    assert all(np.isfinite(value) for value in found)
+    assert float(found.effective_learning_rate) == 0
+
+
+@pytest.mark.parametrize("kind", [float, np.float64, np.array])
+def test_a_mu_that_float32_would_round_to_1(kind):
+    """1 - mu is taken before."""
+    found = measure(jnp.ones(2), jnp.ones(2), learning_rate=0.25, mu=kind(1 - 1e-12))
+    rest = 1 - (1 - 1e-12)
+    assert float(found.effective_learning_rate) == pytest.approx(0.25 / rest, rel=1e-6)
+    assert float(found.friction) == pytest.approx(2 * rest, rel=1e-6)
+
+
+def test_differentiable_through_the_scaling():
+    """The powers of 2 are constants."""
+    g = jnp.array([3.0, -4.0])
+
+    def energy(v):
+        return measure(g, v, learning_rate=0.25, mu=0.5).kinetic_energy
+
+    v = jnp.array([1.0, 2.5])
+    np.testing.assert_allclose(jax.grad(energy)(v), v / 0.25, rtol=1e-6)

@@ -1,5 +1,7 @@
 """How learning_rate, mu and dampening arrive, which values are refused, and what compiles anew."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,9 @@ import reference
 from compiles import count_compiles
 
 import momentum_jax as mj
+
+package: Any = mj  # Given what is no number, on purpose.
+frameworks, schedules, theory = package.frameworks, package.schedules, package.theory
 
 # All numbers here are sums of a few powers of two: float32 holds them exactly.
 GRADS = list(np.array([[1.0, -2.0], [0.5, 4.0], [-0.25, 1.0]], np.float32))
@@ -302,7 +307,7 @@ def test_c9_a_traced_value_is_used_as_it_is(factory, name, value, way):
 )
 @each_way
 def test_c9_the_ends_of_the_range_are_accepted(factory, name, value, way):
-    """A frozen and a fast learning rate, no friction, no memory, negative momentum."""
+    """No learning rate and a fast one, no friction, no memory, negative momentum."""
     np.testing.assert_array_equal(way(factory, name, value), expected(factory, name, value))
 
 
@@ -523,3 +528,188 @@ def test_c8_no_value_compiles_anew_inside_jit(factory, name, way, kind):
         for value in values:
             use(value)
     assert compiles.count == 1, compiles
+
+
+# The same rule for every type of number, in every function.
+
+ONES = np.ones(2, np.float32)
+
+
+def updated(tx, **overrides):
+    """One update of ones."""
+    return jax.tree.leaves(tx.update(ONES, tx.init(ONES), ONES, **overrides)[0])
+
+
+def measured(learning_rate, mu):
+    found = mj.diagnostics.measure(ONES, ONES, learning_rate=learning_rate, mu=mu)
+    by_leaf = mj.diagnostics.measure_by_leaf(ONES, ONES, learning_rate=learning_rate, mu=mu)
+    return jax.tree.leaves((found, by_leaf))
+
+
+def reset(scale):
+    return jax.tree.leaves(mj.reset_velocity(mj.momentum(0.1).init(ONES), scale=scale))
+
+
+def loaded(learning_rate):
+    state = mj.momentum(0.1).init(ONES)
+    inside = frameworks.inside_from_outside(state, state, learning_rate=learning_rate)
+    outside = frameworks.outside_from_inside(state, state, learning_rate=learning_rate)
+    return jax.tree.leaves((inside, outside))
+
+
+# name: (what a user calls with a number, one that is right, those that are not)
+CALLS = {
+    "momentum, learning_rate": (lambda x: updated(mj.momentum(x)), 0.5, [-0.5, np.inf]),
+    "momentum, mu": (lambda x: updated(mj.momentum(0.5, x)), 0.5, [-1.0, 1.5, np.nan]),
+    "momentum, mu with nesterov": (
+        lambda x: updated(mj.momentum(0.5, x, nesterov=True)),
+        0.5,
+        [0.0, -0.0, -1.0],
+    ),
+    "momentum, override": (lambda x: updated(mj.momentum(0.5), mu=x), 0.5, [1.5]),
+    "trace, mu": (lambda x: updated(mj.trace(x)), 0.5, [1.5]),
+    "trace, mu with nesterov": (lambda x: updated(mj.trace(x, nesterov=True)), 0.5, [0.0, -0.0]),
+    "trace, dampening": (lambda x: updated(mj.trace(0.5, dampening=x)), 0.5, [np.inf]),
+    "qhm, learning_rate": (lambda x: updated(mj.qhm(x)), 0.5, [-0.5]),
+    "qhm, mu": (lambda x: updated(mj.qhm(0.5, x)), 0.5, [1.5]),
+    "qhm, nu": (lambda x: updated(mj.qhm(0.5, 0.5, x)), 0.5, [np.nan]),
+    "aggmo, learning_rate": (lambda x: updated(mj.aggmo(x)), 0.5, [-0.5]),
+    "aggmo, mus": (lambda x: updated(mj.aggmo(0.5, (0.0, x))), 0.5, [1.5]),
+    "aggmo, override": (lambda x: updated(mj.aggmo(0.5, (0.5,)), mus=(x,)), 0.5, [1.5]),
+    "reset_velocity": (reset, 0.5, [np.inf]),
+    "measure, learning_rate": (lambda x: measured(x, 0.5), 0.5, [-0.5]),
+    "measure, mu": (lambda x: measured(0.5, x), 0.5, [1.5, -1.0]),
+    "torch_sgd, lr": (lambda x: updated(frameworks.torch_sgd(x)), 0.5, [-0.5]),
+    "torch_sgd, momentum": (lambda x: updated(frameworks.torch_sgd(0.5, x)), 0.5, [-0.5, 1.5]),
+    "torch_sgd, momentum with nesterov": (
+        lambda x: updated(frameworks.torch_sgd(0.5, x, nesterov=True)),
+        0.5,
+        [0.0, -0.0],
+    ),
+    "torch_sgd, dampening": (lambda x: updated(frameworks.torch_sgd(0.5, 0.5, x)), 0.5, [np.nan]),
+    "torch_sgd, dampening with nesterov": (
+        lambda x: updated(frameworks.torch_sgd(0.5, 0.5, x, nesterov=True)),
+        0.0,
+        [0.5],
+    ),
+    "torch_sgd, weight_decay": (
+        lambda x: updated(frameworks.torch_sgd(0.5, weight_decay=x)),
+        0.5,
+        [-0.5],
+    ),
+    "keras_sgd": (lambda x: updated(frameworks.keras_sgd(0.5, x, nesterov=True)), 0.0, [-0.5]),
+    "keras_sgd, weight_decay": (
+        lambda x: updated(frameworks.keras_sgd(0.5, weight_decay=x)),
+        0.5,
+        [-0.5],
+    ),
+    "caffe_sgd": (lambda x: updated(frameworks.caffe_sgd(x, 0.5, 0.5)), 0.5, [-0.5]),
+    "optax_sgd": (lambda x: updated(frameworks.optax_sgd(0.5, x, nesterov=True)), 0.0, [1.5]),
+    "inside and outside": (loaded, 0.5, [0.0, -0.0, -0.5]),
+    "sutskever": (lambda x: [schedules.sutskever(x)(300)], 0.5, [1.5, -0.5, np.nan]),
+    "demon": (lambda x: [schedules.demon(10, x)(5)], 0.5, [1.0, np.inf]),
+    "gradient_descent": (lambda x: theory.gradient_descent(2.0, x), 0.5, [0.0, 3.0]),
+    "heavy_ball": (lambda x: theory.heavy_ball(x, 0.25), 0.5, [0.125, np.inf]),
+    "nesterov": (lambda x: theory.nesterov(x, 0.25), 0.5, [0.125]),
+    "triple_momentum": (lambda x: theory.triple_momentum(x, 0.25), 0.5, [0.125]),
+    "stability_limit": (lambda x: [theory.stability_limit(x)], 0.5, [-1.0, 1.5]),
+    "spectral_radius": (lambda x: [theory.spectral_radius(x, x, x)], 0.5, [-0.5]),
+    "curvature": (lambda x: [theory.spectral_radius(0.5, 0.5, x)], 0.5, [np.inf]),
+    "effective_learning_rate": (
+        lambda x: [theory.effective_learning_rate(0.5, x)],
+        0.5,
+        [1.0, np.nan],
+    ),
+    "friction": (lambda x: [theory.friction(x, 0.5)], 0.5, [0.0, -0.0]),
+    "stationary_variance": (
+        lambda x: theory.stationary_variance(0.5, 0.5, x, 0.5),
+        0.5,
+        [0.0, 6.0],
+    ),
+    "no_escape_bound": (lambda x: [theory.no_escape_bound(x, 2.0)], 0.5, [1.0]),
+    "qhm_from_pid": (lambda x: theory.qhm_from_pid(-0.5, x, 0.5), 0.5, [0.0]),
+    "qhm_from_accsgd": (lambda x: theory.qhm_from_accsgd(0.5, 4.0, x), 0.5, [3.0]),
+    "qhm_from_synthesized_nesterov": (
+        lambda x: theory.qhm_from_synthesized_nesterov(0.5, x, 0.5),
+        0.5,
+        [0.0, 1.0],
+    ),
+    "qhm_from_robust_momentum": (
+        lambda x: theory.qhm_from_robust_momentum(4.0, 1.0, x),
+        0.5,
+        [0.25, 1.0],
+    ),
+    "qhm_from_triple_momentum": (
+        lambda x: theory.qhm_from_triple_momentum(1.0, x),
+        0.5,
+        [1.0, 0.0],
+    ),
+}
+TYPES = {
+    "np.float32": np.float32,
+    "np.float64": np.float64,
+    "0-d": np.array,
+    "0-d float32": lambda x: np.array(x, np.float32),
+    "JAX": jnp.float32,
+    "JAX weak": jnp.asarray,
+}
+WHOLE_TYPES = {"int": int, "np.int64": np.int64, "0-d int8": lambda x: np.array(x, np.int8)}
+WHOLE_TYPES["JAX int32"] = jnp.int32
+
+
+def said(call, value):
+    """The type of the error and its words."""
+    with pytest.raises((ValueError, TypeError)) as error:
+        call(value)
+    return error.type, str(error.value)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_c3_checked_alike_in_any_type(as_shipped, name):
+    """What a float gives, every type of the same known value gives: the result and the error."""
+    call, good, bad = CALLS[name]
+    for make_number in TYPES.values():
+        for found, correct in zip(call(make_number(good)), call(good), strict=True):
+            np.testing.assert_array_equal(found, correct)
+    for value in bad:
+        whole = WHOLE_TYPES if np.isfinite(value) and value == int(value) else {}
+        for make_number in {**TYPES, **whole}.values():
+            kind, words = said(call, make_number(value))
+            assert (kind, words.replace("-0.0", "0.0")) == (
+                said(call, value)[0],
+                said(call, value)[1].replace("-0.0", "0.0"),
+            )
+
+
+NOT_NUMBERS = [True, np.True_, np.array(True), 0.5j, "0.5", None, np.ones(1), jnp.ones((1,))]
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "override" not in name])
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=lambda value: f"{type(value).__name__} {value}")
+def test_c3_what_is_no_real_scalar_is_refused_everywhere(as_shipped, name, value):
+    """Not by what Python, NumPy or JAX make of it further on."""
+    if value is None and name in ("optax_sgd", "keras_sgd, weight_decay"):
+        return  # No momentum, and no decay.
+    said(CALLS[name][0], value)
+
+
+@pytest.mark.parametrize("name", ["sutskever", "demon", "stability_limit", "heavy_ball"])
+def test_c3_what_is_computed_on_the_host_refuses_a_traced_value(as_shipped, name):
+    """By name, and with the remedy."""
+    with pytest.raises(TypeError, match="is traced, but must be known"):
+        jax.jit(CALLS[name][0])(0.5)
+
+
+def test_under_inject_hyperparams_what_is_no_number_is_static():
+    """As the docstring says; a type for velocity_dtype would be called, and is refused."""
+    given: dict[str, Any] = dict(learning_rate=0.5, mu=0.25, nesterov=True)
+    given["velocity_dtype"] = jnp.bfloat16
+    inject = optax.inject_hyperparams
+    tx = inject(mj.momentum, static_args=("nesterov", "velocity_dtype"))(**given)
+    state: Any = tx.init(GRADS[0])
+    assert state.inner_state.velocity.dtype == jnp.bfloat16
+    updates, state = jax.jit(tx.update)(GRADS[0], state)
+    np.testing.assert_array_equal(updates, run(mj.momentum(**given))[0])
+    assert sorted(state.hyperparams) == ["learning_rate", "mu"]
+    with pytest.raises(TypeError, match="name it in static_args"):
+        inject(mj.momentum)(**given).init(GRADS[0])

@@ -319,6 +319,79 @@ def test_trace_then_learning_rate_is_optax_sgd_to_the_bit(whole_step, nesterov, 
     )
 
 
+NUMBERS = np.random.default_rng(13).normal(size=(32, 12)).astype(np.float32)
+# name: (a loss, the shapes of its params). In most the gradient ends in a product, which a compiler
+# fuses with what comes after it in the same step.
+LOSSES = {
+    "square": (lambda w: jnp.sum((w - 2) ** 2), (500,)),
+    "scaled": (lambda w: 0.37 * jnp.sum(NUMBERS[0, 0] * w * (w - 1)), (500,)),
+    "quartic": (lambda w: jnp.mean((w**2 - 1) ** 2), (500,)),
+    "scalar": (lambda w: 0.7 * (w - 2) ** 2, ()),
+    "decay": (lambda w: jnp.sum(jax.nn.softplus(3 * w)) + 0.05 * jnp.sum(w**2), (500,)),
+    "layers": (
+        lambda w: jnp.mean((jnp.tanh(NUMBERS[:, :7] @ w["a"] + w["b"]) @ w["c"]) ** 2),
+        {"a": (7, 16), "b": (16,), "c": (16, 3)},
+    ),
+}
+
+
+def train(tx, apply_updates, name, dtype, in_scan):
+    """Params and losses of 20 steps, each with its gradient compiled into it."""
+    loss, shapes = LOSSES[name]
+    rng = np.random.default_rng(14)
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape) / 3, dtype),
+        shapes,
+        is_leaf=lambda shape: isinstance(shape, tuple),
+    )
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        params = apply_updates(params, updates)
+        return (params, state), (params, value)
+
+    if in_scan:
+        return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=20)[1])(params)
+    carry, step, found = (params, tx.init(params)), jax.jit(step), []
+    for _ in range(20):
+        carry, each = step(carry, None)
+        found.append(each)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rate", ["constant", "up and down"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@both_read_outs
+@pytest.mark.parametrize("in_scan", [False, True], ids=["step", "scan"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_trace_is_optax_sgd_to_the_bit_with_the_gradient_in_the_step(
+    name, in_scan, nesterov, weight_decay, rate, dtype, request
+):
+    """Whatever a compiler makes of gradient and step together."""
+    if dtype == "float64":
+        request.getfixturevalue("x64")
+    decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
+    expected = train(
+        optax.chain(decay, optax.sgd(RATES[rate], 0.9, nesterov=nesterov)),
+        optax.apply_updates,
+        name,
+        dtype,
+        in_scan,
+    )
+    frameworks = mj.frameworks
+    for tx in (
+        optax.chain(
+            decay, mj.trace(0.9, nesterov=nesterov), optax.scale_by_learning_rate(RATES[rate])
+        ),
+        optax.chain(decay, frameworks.optax_sgd(RATES[rate], 0.9, nesterov=nesterov)),
+        frameworks.torch_sgd(RATES[rate], 0.9, weight_decay=weight_decay, nesterov=nesterov),
+    ):
+        assert_same_bits(train(tx, mj.apply_updates, name, dtype, in_scan), expected)
+
+
 @both_read_outs
 @pytest.mark.parametrize("mu", [0.5, 0.9, 0.99])
 def test_momentum_at_a_constant_learning_rate_is_optax_sgd_to_rounding(mu, nesterov):
@@ -535,6 +608,70 @@ def test_params_and_state_keep_their_avals_on_eight_devices(jitted, nesterov, ax
         assert velocity.sharding.is_equivalent_to(shardings[name], velocity.ndim), name
 
 
+@each_form
+@both_read_outs
+def test_complex_params_want_the_conjugate_of_the_gradient(form, nesterov):
+    """As jax.grad returns it, the imaginary part climbs."""
+
+    def loss(w):
+        return jnp.abs(w - (3 - 2j)) ** 2 / 2
+
+    def run(convert):
+        tx, w = form(0.1, 0.9, nesterov), jnp.complex64(1 + 1j)
+        state = tx.init(w)
+        for _ in range(300):
+            updates, state = tx.update(convert(jax.grad(loss)(w)), state, w)
+            w = mj.apply_updates(w, updates)
+        return w
+
+    np.testing.assert_allclose(run(jnp.conj), 3 - 2j, atol=1e-4)
+    assert not abs(run(lambda g: g) - (3 - 2j)) < 1e3
+
+
+def test_the_conjugate_is_what_pytorch_gives():
+    """So that a buffer of PyTorch's goes on with it."""
+    torch = pytest.importorskip("torch")
+    w = torch.tensor(1 + 1j, requires_grad=True)
+    (((w - (3 - 2j)).abs() ** 2) / 2).backward()
+    ours = jax.grad(lambda w: jnp.abs(w - (3 - 2j)) ** 2 / 2)(jnp.complex64(1 + 1j))
+    np.testing.assert_allclose(jnp.conj(ours), complex(w.grad), rtol=1e-5)
+
+
+def test_a_learning_rate_of_0_lets_the_velocity_coast_and_none_freezes():
+    """It goes mu / (1 - mu) of its last step further; a param without a gradient stays."""
+    tx: Any = mj.momentum(0.5, 0.75)
+    g = jnp.ones(2)
+    updates, state = tx.update(g, tx.init(g))
+    further = 0
+    for _ in range(200):
+        update, state = tx.update(g, state, learning_rate=0.0)
+        further = further + update
+    np.testing.assert_allclose(further, 0.75 / 0.25 * updates, rtol=1e-5)
+    _, state = tx.update(g, tx.init(g))
+    frozen, after = tx.update(None, state)
+    assert frozen is None
+    assert_same_bits(after, state._replace(count=state.count + 1))
+    stopped = tx.update(g, mj.reset_velocity(state), learning_rate=0.0)[0]
+    np.testing.assert_array_equal(stopped, 0)
+
+
+def test_c4_what_bfloat16_gradients_cost_float32_params():
+    """Up to 1 / 256 of each update, nothing of the velocity; converted first, nothing."""
+    grads = normal_trees(15, 100, shapes={"w": (500,)})
+    narrow = [jax.tree.map(lambda g: jnp.asarray(g, jnp.bfloat16), g) for g in grads]
+    wide_grads = [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in narrow]
+    exact, velocities = reference.momentum([wide(g["w"]) for g in narrow], 0.1, 0.9)
+    for each, dtype, error in ((narrow, jnp.bfloat16, 2**-8), (wide_grads, np.float32, 1e-4)):
+        updates, states = run(mj.momentum(0.1, 0.9), each)
+        assert {u["w"].dtype for u in updates} == {np.dtype(dtype)}
+        found = np.stack([wide(u["w"]) for u in updates])
+        worst = np.max(np.abs(found - exact) / np.maximum(np.abs(exact), 0.01))
+        assert worst <= 1.01 * error
+        assert (worst > error / 2) == (dtype == jnp.bfloat16)
+        held = np.stack([wide(s.velocity["w"]) for s in states])
+        np.testing.assert_allclose(held, velocities, rtol=0, atol=1e-5)
+
+
 # apply_updates.
 
 
@@ -585,6 +722,41 @@ def test_apply_updates_is_that_of_optax_to_the_bit_in_64_bits(x64, theirs):
     pairs += [("complex64", u) for u in doubles]
     params, updates = mixed_trees(pairs)
     assert_same_bits(mj.apply_updates(params, updates), theirs(params, updates))
+
+
+INTEGERS = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+FLOATS = ["bfloat16", "float16", "float32", "float64"]
+COMPLEX = ["complex64", "complex128"]
+DTYPES = ["bool", *INTEGERS, *FLOATS, *COMPLEX]
+
+
+@pytest.mark.parametrize("update", DTYPES)
+@pytest.mark.parametrize("param", DTYPES)
+def test_c4_apply_updates_of_every_pair_of_dtypes(x64, param, update):
+    """What the sum can hold is added as in exact numbers; all else is refused, never wrapped."""
+    added = (
+        (param in COMPLEX and update != "bool")
+        or (param in FLOATS and update in INTEGERS + FLOATS)
+        or (param in INTEGERS and update in INTEGERS and np.can_cast(update, param, "safe"))
+    )
+    params, updates = {"w": jnp.asarray([1, 2], param)}, {"w": jnp.asarray([1, 3], update)}
+    for apply in (mj.apply_updates, jax.jit(mj.apply_updates)):
+        if not added:
+            with pytest.raises(TypeError, match=r"the update at \['w'\] is") as error:
+                apply(params, updates)
+            assert f"is {update}" in str(error.value)
+            assert param in str(error.value)
+            continue
+        moved = apply(params, updates)["w"]
+        assert moved.dtype == param
+        np.testing.assert_array_equal(np.asarray(moved, complex), [2, 5])
+
+
+@pytest.mark.parametrize(("param", "update"), [("int32", "uint32"), ("uint32", "int32")])
+def test_c4_a_sign_is_not_lost_outside_64_bit_mode(param, update):
+    """Where JAX has no type that holds both."""
+    with pytest.raises(TypeError, match="would wrap around"):
+        mj.apply_updates(jnp.ones(2, param), jnp.ones(2, update))
 
 
 @pytest.mark.parametrize("param", [1.5, 1.5 + 2j, 3, jnp.float32(1.5), jnp.bfloat16(1.5)], ids=repr)

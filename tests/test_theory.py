@@ -1,6 +1,8 @@
 """The theory is what the optimizer does: measured on quadratics, in noise, in energy."""
 
+import decimal
 import math
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -398,3 +400,184 @@ def test_what_is_out_of_range_is_refused(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# At the ends of the range, beside the formulas in 400 digits. --------------------------------
+
+CURVATURES = [
+    (1.0, 1.0),
+    (1e30, 1e30),
+    (1e-30, 1e-30),
+    (math.nextafter(1, 2), 1.0),
+    (1 + 1e-12, 1.0),
+    (1e12, 1.0),
+    (1e30, 1e18),
+    (1e-18, 1e-30),
+    (1e16, 1.0),
+    (1e30, 1e-30),
+]
+
+
+@pytest.fixture
+def digits():
+    """400 of them, and exponents without limit."""
+    with decimal.localcontext(prec=400, Emin=-(10**6), Emax=10**6):
+        yield
+
+
+def in_digits(big, small):
+    """Each tuning by its docstring."""
+    big, small = decimal.Decimal(big), decimal.Decimal(small)
+    k, one = big / small, decimal.Decimal(1)
+    root, root3 = k.sqrt(), (3 * k + 1).sqrt()
+    r = 1 - one / root
+    ball = (root - 1) / (root + 1)
+    return {
+        "gradient descent": (2 / (big + small), 0, (k - 1) / (k + 1)),
+        "heavy ball": (4 / (big.sqrt() + small.sqrt()) ** 2, ball**2, ball),
+        "Nesterov": (1 / big, ball, r),
+        "Nesterov, tuned": (4 / (3 * big + small), (root3 - 2) / (root3 + 2), 1 - 2 / root3),
+        "triple": (
+            (1 + r) / big,
+            r**2 / (2 - r),
+            r**2 / ((1 + r) * (2 - r)),
+            r**2 / (1 - r**2),
+            r,
+        ),
+    }
+
+
+@pytest.mark.parametrize(("big", "small"), CURVATURES)
+def test_tunings_at_the_ends(big, small, digits):
+    """Each number to 1e-14 of itself; below 1 stays below 1, and the settings converge."""
+    expected = in_digits(big, small)
+    for name, (make, nesterov) in TUNINGS.items():
+        tuning = make(big, small)
+        np.testing.assert_allclose(tuning, [float(x) for x in expected[name]], rtol=1e-14)
+        assert 0 <= tuning.mu < 1
+        assert 0 <= tuning.rate < 1
+        for curvature in (big, small):
+            radius = theory.spectral_radius(
+                tuning.learning_rate, tuning.mu, curvature, nesterov=nesterov
+            )
+            assert radius < 1
+    triple = theory.triple_momentum(big, small)
+    np.testing.assert_allclose(triple, [float(x) for x in expected["triple"]], rtol=1e-14)
+    assert 0 <= triple.mu < 1
+    assert 0 <= triple.rate < 1
+
+
+MUS = [0.0, 0.5, 0.9, 1 - 1e-12, math.nextafter(1, 0), 1.0, -0.2, -1 / 3, -0.5, -1 + 1e-12]
+
+
+def side(x):
+    """-1 where it converges, 1 where it diverges, 0 between."""
+    return (x > 1) - (x < 1)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mu", MUS)
+def test_spectral_radius_at_the_ends(mu, nesterov, digits):
+    """To 1e-15 of itself, and never on the wrong side of 1, also an ulp from the limit."""
+    limit = theory.stability_limit(mu, nesterov=nesterov)
+    near = [limit, *(math.nextafter(limit, end) for end in (0, math.inf))]
+    pairs = [(1.0, a) for a in (*near, 1e-12, 1e-20, 0.1, -1e-30, -1.0, (1 - mu) ** 2 / 4)]
+    pairs += [(rate, c) for rate in (0.0, 1e-30, 1e30) for c in (0.0, 1e-30, 1.0, 1e30, -1e30)]
+    for rate, curvature in pairs:
+        m, a = decimal.Decimal(mu), decimal.Decimal(rate) * decimal.Decimal(curvature)
+        trace, determinant = ((1 + m) * (1 - a), m * (1 - a)) if nesterov else (1 + m - a, m)
+        discriminant = trace**2 - 4 * determinant
+        expected = (
+            determinant.sqrt() if discriminant < 0 else (abs(trace) + discriminant.sqrt()) / 2
+        )
+        got = theory.spectral_radius(rate, mu, curvature, nesterov=nesterov)
+        assert got == pytest.approx(float(expected), rel=1e-15), (rate, curvature)
+        # The digits of a root end too: what is 1 to 390 of them is 1.
+        exact = side(expected) if abs(expected - 1) > decimal.Decimal("1e-390") else 0
+        assert side(got) == exact, (rate, curvature, got)
+
+
+def test_a_radius_beyond_the_floats_is_infinite():
+    assert theory.spectral_radius(1e300, 0.9, 1e300) == math.inf
+    assert theory.spectral_radius(1e160, 0.9, 1.0) == pytest.approx(1e160)
+
+
+@pytest.mark.parametrize("mu", [mu for mu in MUS if mu < 1])
+@pytest.mark.parametrize("rate", [1e-30, 0.1, 1e30])
+def test_the_numbers_of_the_ball_at_the_ends(mu, rate):
+    """Beside exact fractions."""
+    m, lr = Fraction(mu), Fraction(rate)
+    assert theory.stability_limit(mu) == pytest.approx(float(2 * (1 + m)), rel=1e-15)
+    effective = theory.effective_learning_rate(rate, mu)
+    assert effective == pytest.approx(float(lr / (1 - m)), rel=1e-15)
+    friction = float((1 - m) ** 2 / lr) ** 0.5
+    assert theory.friction(rate, mu) == pytest.approx(friction, rel=1e-15)
+    if mu >= 0:
+        bound = theory.no_escape_bound(mu, rate)
+        assert bound == pytest.approx(float(2 * (1 - m) / lr), rel=1e-15)
+    for part in (Fraction(1, 10**12), Fraction(1, 2), 1 - Fraction(1, 10**12)):
+        curvature = float(part * 2 * (1 + m) / lr)
+        c, noise = Fraction(curvature), Fraction(1e-3)
+        room = (1 - m) * (2 * (1 + m) - lr * c)
+        found = theory.stationary_variance(rate, mu, curvature, 1e-3)
+        assert found.params == pytest.approx(float(lr * noise * (1 + m) / (c * room)), rel=1e-15)
+        assert found.velocity == pytest.approx(float(2 * lr**2 * noise / room), rel=1e-15)
+    limit = math.nextafter(float(2 * (1 + m) / lr), math.inf)
+    with pytest.raises(ValueError, match="the stability limit at mu="):
+        theory.stationary_variance(rate, mu, math.nextafter(limit, math.inf), 1e-3)
+
+
+def test_the_variance_of_nothing_is_0_and_is_not_lost_on_the_way():
+    """Squares of 1e-200 are 0, but not what is left when they cancel."""
+    assert theory.stationary_variance(0.1, 0.9, 1.0, 0.0) == (0, 0)
+    found = theory.stationary_variance(1e-200, 0.5, 1.0, 1e-150)
+    assert found.params == pytest.approx(0.0, abs=0)  # 5e-351, below the floats
+    found = theory.stationary_variance(1e200, 0.0, 1e-200, 1e-300)
+    np.testing.assert_allclose(found, (1e100, 2e100), rtol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-30, 1.0, 1e30, 1e200])
+def test_the_relatives_of_qhm_at_the_ends(size):
+    """Beside exact fractions, with mu below 1."""
+    s = Fraction(size)
+    found = theory.qhm_from_pid(-size, size, 3 * size)
+    assert found == pytest.approx((size, 0.75, 1 / 3), rel=1e-15)
+    assert theory.qhm_from_pid(-1e-30, size, 1.0).mu < 1
+    found = theory.qhm_from_synthesized_nesterov(size, 1 - 1e-12, 0.5)
+    b = Fraction(1 - 1e-12)
+    exact = (s / (1 - b), b, 1 - (1 - b) / (2 * b))
+    assert found == pytest.approx([float(x) for x in exact], rel=1e-15)
+    if size >= 1:
+        found = theory.qhm_from_accsgd(0.1, size, math.sqrt(size))
+        d, e, x = Fraction(0.1), Fraction(0.7), Fraction(math.sqrt(size))
+        exact = (
+            d * e * (1 + x) / (1 + e),
+            (s - e**2 * x) / (s + e * x),
+            (e * x - 1) / (e * (1 + x)),
+        )
+        assert found == pytest.approx([float(x) for x in exact], rel=1e-15)
+        assert found.mu < 1
+
+
+@pytest.mark.parametrize(("big", "small"), [pair for pair in CURVATURES if pair[0] > pair[1]])
+def test_robust_and_triple_momentum_at_the_ends(big, small):
+    """All finite, mu in range, from the fastest rate to the slowest, however these are computed."""
+    k = big / small
+    fastest, slowest = 1 - 1 / math.sqrt(k), 1 - small / big
+    settings = [theory.qhm_from_triple_momentum(big, small)]
+    for rate in (fastest, theory.triple_momentum(big, small).rate, slowest, 1 - 1 / k):
+        settings.append(theory.qhm_from_robust_momentum(big, small, rate=rate))
+    for found in settings:
+        assert all(math.isfinite(x) for x in found)
+        assert 0 <= found.mu < 1
+        assert found.learning_rate > 0
+    if k < 1e24:  # Beyond, the last digit of mu is half of 1 - mu.
+        np.testing.assert_allclose(settings[2], settings[0], rtol=1e-3, atol=1e-15)
+
+
+def test_no_friction_is_between_converging_and_diverging():
+    """At mu 1, up to the limit, the radius is 1 and no more."""
+    for a in (1e-30, 1.0, 4.0):
+        assert theory.spectral_radius(a, 1.0, 1.0) == 1
+    assert theory.spectral_radius(math.nextafter(4, 5), 1.0, 1.0) > 1
+    assert theory.friction(1e30, 1.0) == 0
