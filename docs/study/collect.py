@@ -17,7 +17,8 @@ from momentum_jax import study
 
 HERE = Path(__file__).parent
 QUESTIONS = (
-    "spread", "total spread", "log spread", "robust spread", "failures", "rescued", "lost", "loss", "accuracy",
+    "spread", "total spread", "log spread", "robust spread", "failures", "rescued", "lost", "loss",
+    "accuracy",
 )  # fmt: skip
 TUNED = ("spread", "failures", "rescued", "lost", "loss")
 MEASURES = ("spread", "total spread", "interquartile mean loss", "failed", "mean accuracy")

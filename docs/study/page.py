@@ -72,6 +72,22 @@ class Numbers:
         """A count, such as that of the rescued."""
         return int(self.compared(*which, **how)["value"])
 
+    def clearest(self, family="mu 0.9"):
+        """Of the ratios of all runs that are below 1, intervals and all, the smallest."""
+        found = self.ratios(family, question="total spread")
+        below = [row for row in found if row["adjusted_high"] and row["adjusted_high"] < 1]
+        return min(below, key=lambda row: row["value"], default=None)
+
+    def tuned_arm(self, family, scale):
+        """The name of the arm at its tuned rate."""
+        [rate] = [
+            row["rate"]
+            for row in self.all["tuned_rates"]
+            if (row["family"], row["scale"]) == (family, scale)
+        ]
+        arms = self.rows("arms", family=family, effective_rate=rate, scale=scale, measure="spread")
+        return next(arms)["arm"]
+
     def share(self, arm, scale, source="weights"):
         """A share of the variance, with its interval."""
         row = self.row("components", arm=arm, scale=scale, source=source)
