@@ -139,10 +139,15 @@ def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
 
 def zeros_like(param: jax.Array, dtype: np.dtype) -> jax.Array:
     """Zeros of the param's shape, in its sharding."""
+    # Arrays in the memory of the host cannot be compared.
+    space = getattr(jax.typeof(param), "memory_space", None)
+    is_on_host = space is not None and space != jax.memory.Space.Device
+    param = jax.device_put(param, jax.memory.Space.Device) if is_on_host else param
     # Under jit, fresh zeros would be whole on each device, and invariant within shard_map.
     zero = jnp.zeros((), dtype)
     zeros = jnp.where(param == jnp.zeros((), param.dtype), zero, zero)
-    return hold_like(zeros, param, backward=True)
+    zeros = hold_like(zeros, param, backward=True)
+    return jax.device_put(zeros, space) if is_on_host else zeros
 
 
 def advance(

@@ -253,7 +253,7 @@ def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
     def place_like_param(path, leaf):
         owner = _owner(path, owners)
         shape, own = ((), ()) if owner is None else owners[owner]
-        if _HIDDEN in own and np.shape(leaf) == shape:
+        if owner is not None and _HIDDEN in own and np.shape(leaf) == shape:
             # It takes from the param the axes that are hidden here.
             leaf = hold_like(leaf, parts[owner], backward=True)
         return place(path, leaf)

@@ -156,7 +156,7 @@ def check(name, result, like):
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_arrays_stay_in_place_however_gradients_are_sharded(name, axis_type, way):
+def test_c2_arrays_stay_in_place_however_gradients_are_sharded(name, axis_type, way):
     """Every pair of four shardings of a param and of its gradient."""
     mesh = make_mesh(axis_type)
     tx = TRANSFORMS[name](mesh)
@@ -276,6 +276,22 @@ def test_zero1_leaves_params_in_place_that_are_part_of_their_gradient(name, way)
     for x, y, z in zip(*map(jax.tree.leaves, (moved[:2], like, expected[:2])), strict=True):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
         np.testing.assert_allclose(x, z, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
+def test_c7_velocities_of_params_in_the_memory_of_the_host_are_there_too(axis_type):
+    if not hasattr(jax.typeof(1.0), "memory_space"):
+        pytest.skip("this JAX does not say under jit where an array is")
+    mesh = make_mesh(axis_type)
+    for spec in SPECS:
+        sharding = NamedSharding(mesh, spec, memory_kind="pinned_host")
+        params = jax.device_put(jnp.ones((8, 16)), sharding)
+        for init in (momentum().init, jax.jit(momentum().init)):
+            state: Any = init(params)
+            velocity = state.velocity
+            assert velocity.sharding.is_equivalent_to(sharding, 2)
+            assert velocity.sharding.memory_kind == "pinned_host"
+            assert not np.any(velocity)
 
 
 @pytest.mark.parametrize("way", [run_jitted, run_scanned], ids=lambda way: way.__name__)
@@ -432,7 +448,7 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_arrays_stay_in_place_in_a_program_made_on_one_device(name, exported):
+def test_c7_arrays_stay_in_place_in_a_program_made_on_one_device(name, exported):
     mesh = make_mesh(AUTO)
     params, grads, updates = make(name, mesh)
     state = jax.tree.leaves(TRANSFORMS[name](mesh).init(params))
@@ -497,7 +513,7 @@ def compile_for_tpu(_):
     print(json.dumps(found))
 
 
-def test_programs_for_tpus_made_on_one_device_keep_shardings_and_donations(tmp_path):
+def test_c7_programs_for_tpus_made_on_one_device_keep_shardings_and_donations(tmp_path):
     """Needs the compiler alone, `pip install libtpu` in the version that jax[tpu] names."""
     pytest.importorskip("libtpu")
     printed = run_on_one_device(
