@@ -516,9 +516,9 @@ def compile_for_tpu(_):
 def test_c7_programs_for_tpus_made_on_one_device_keep_shardings_and_donations(tmp_path):
     """Needs the compiler alone, `pip install libtpu` in the version that jax[tpu] names."""
     pytest.importorskip("libtpu")
-    printed = run_on_one_device(
-        "tpu", tmp_path, TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost"
-    )
+    # Without the last one, the compiler is that of one process at a time.
+    tpu = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    printed = run_on_one_device("tpu", tmp_path, **tpu, ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     found = json.loads(printed)
     for name, result in found.items():
         assert result["kept"] == result["given"], name
