@@ -116,9 +116,8 @@ def momentum(
       float0 means no update and an untouched velocity. Both functions are compiled. Values
       that are traced (under jit or vmap) are used as they are, unchecked.
 
-      The velocity keeps its param's sharding. A jitted function that another calls for two
-      models of equal shapes is one piece of code, and ties the shardings of the two together:
-      give the inner one `inline=True`.
+      The velocity has its param's sharding and keeps it, also in loops, however the gradients
+      are sharded.
 
     Raises:
       ValueError: a value out of range; trees or shapes that do not match; nesterov at mu 0.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from momentum_jax._shard_alike import along_blocks, reshape, reshard_alike, shard_alike
+from momentum_jax._placement import along_blocks, hold_like, reshape, reshard_like, set_apart
 
 # Values a block, unless the last axes have another number: 1 + 4 / 64 bytes a value.
 BLOCK = 64
@@ -110,21 +110,18 @@ def read(held: Any) -> jax.Array:
     codes, scales = (jnp.asarray(x) for x in (held.codes, held.scales))
     a = (codes.astype(np.float32) - _dither(held.seed, codes)) / np.float32(LARGEST)
     share = jnp.where(codes == ZERO, np.float32(0), jnp.sign(a) * _expand(jnp.abs(a)))
-    return _spread(_of_quarters(scales), codes) * share
+    # Codes and scales may be sharded unlike one another, and each keep their sharding.
+    return _spread(_of_quarters(set_apart(scales)), codes) * share
 
 
 def store(value: jax.Array, held: Any, seed: jax.Array | None) -> Any:
     """A new value in the dtype, the blocks and the sharding of what is held."""
     if is_quantized(held):
         stored = quantize(value, held.scales.shape, seed)
-        return Quantized(
-            shard_alike(stored.codes, held.codes),
-            shard_alike(stored.scales, held.scales),
-            stored.seed,
-        )
+        return Quantized(stored.codes, hold_like(stored.scales, held.scales), stored.seed)
     if seed is not None:
         value = round_by_chance(value, _noise(seed, value), held.dtype)
-    return shard_alike(value.astype(held.dtype), held)
+    return value.astype(held.dtype)
 
 
 def quantize(value: jax.Array, shape: tuple[int, ...], seed: Any) -> Quantized:
@@ -161,13 +158,11 @@ def scale(held: Quantized, factor: jax.Array, mask: jax.Array) -> Quantized:
     value = read(held)
     factor = jnp.asarray(factor, np.float32)
     scaled = jnp.where(factor == 0, np.float32(0), factor * value)
-    mask = reshard_alike(jnp.broadcast_to(mask, value.shape), value)
     stored = store(jnp.where(mask, scaled, value), held, held.seed)
     changed = jnp.any(blocks(mask, held.scales.shape), axis=(-2, -1))
-    changed = reshard_alike(changed, held.scales)
     return Quantized(
         jnp.where(_spread(changed[..., None], held.codes), stored.codes, held.codes),
-        jnp.where(changed, stored.scales, held.scales),
+        jnp.where(hold_like(changed, held.scales), stored.scales, held.scales),
         held.seed,
     )
 
@@ -213,7 +208,7 @@ def _noise(seed, like):
     for axis, size in enumerate(like.shape):
         along = lax.broadcasted_iota(np.uint32, like.shape, axis)
         position = position * np.uint32(size % 2**32) + along
-    return _mix(reshard_alike(position, like) + seed)
+    return _mix(reshard_like(position, like) + seed)
 
 
 def _dither(seed, like):
@@ -275,4 +270,4 @@ def _spread(each, like):
     each = along_blocks(each, like, each.ndim - 2, BLOCK)
     spread = jnp.broadcast_to(each[..., None], (*each.shape[:-1], QUARTERS, quarter))
     spread = reshape(spread, (*each.shape[:-2], math.prod(spread.shape[-3:])))
-    return reshard_alike(reshape(spread[..., :length], like.shape), like)
+    return reshard_like(reshape(spread[..., :length], like.shape), like)

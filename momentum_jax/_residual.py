@@ -143,12 +143,12 @@ def _kept(updates, params, residual):
 @_velocity.inlined_jit
 def _kept_leaf(update, param, residual):
     wide = param.astype(np.float32)
-    wanted = _velocity.reshard_alike(update.astype(np.float32), param)
-    wanted = wanted + residual.astype(np.float32)
+    wanted = _velocity.take_in(update, param).astype(np.float32)
+    wanted = wanted + _velocity.hold_like(residual, param).astype(np.float32)
     update = _rounded(wide + wanted, param.dtype) - wide
     short = wanted - update
     short = jnp.where(jnp.isfinite(short), short, np.float32(0)).astype(residual.dtype)
-    return update, _velocity.shard_alike(short, residual)
+    return update, _velocity.hold_like(short, residual)
 
 
 def _rounded(total, dtype):

@@ -19,9 +19,9 @@ from jax.sharding import SingleDeviceSharding
 from momentum_jax import _narrow
 from momentum_jax._narrow import is_quantized as is_quantized
 from momentum_jax._narrow import read as read
-from momentum_jax._shard_alike import is_explicit
-from momentum_jax._shard_alike import reshard_alike as reshard_alike
-from momentum_jax._shard_alike import shard_alike as shard_alike
+from momentum_jax._placement import give_out, is_explicit, reshard_like
+from momentum_jax._placement import hold_like as hold_like
+from momentum_jax._placement import take_in as take_in
 
 PyTree = Any
 # (velocity, grad, *coefficients) -> (velocity, update): arrays of one dtype.
@@ -30,7 +30,7 @@ Recurrence = Callable[..., tuple[jax.Array, jax.Array]]
 _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 # Compiled when called from Python; within another program, operations of that program. From
-# JAX 0.11 `inline=True` means one lowering for equal calls, which ties their shardings together.
+# JAX 0.11 `inline=True` would make a function of that program, with one lowering for equal calls.
 _inline = getattr(jax, "Inline", None)
 inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
 
@@ -139,14 +139,15 @@ def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
 
 def zeros_like(param: jax.Array, dtype: np.dtype) -> jax.Array:
     """Zeros of the param's shape, in its sharding."""
-    if jax.device_count() == 1:
-        return jnp.zeros_like(param, dtype=dtype)
-    # Fresh zeros would all be on one device under jit. Chosen by the param, they take its
-    # sharding, and the partitioner does not see that both choices are equal.
+    # Arrays in the memory of the host cannot be compared.
+    space = getattr(jax.typeof(param), "memory_space", None)
+    is_on_host = space is not None and space != jax.memory.Space.Device
+    param = jax.device_put(param, jax.memory.Space.Device) if is_on_host else param
+    # Under jit, fresh zeros would be whole on each device, and invariant within shard_map.
     zero = jnp.zeros((), dtype)
-    rest = jnp.where(param == param, zero, zero)
-    # Of integers the compiler knows that they equal themselves.
-    return rest if jnp.issubdtype(dtype, jnp.inexact) else shard_alike(rest, param)
+    zeros = jnp.where(param == jnp.zeros((), param.dtype), zero, zero)
+    zeros = hold_like(zeros, param, backward=True)
+    return jax.device_put(zeros, space) if is_on_host else zeros
 
 
 def advance(
@@ -207,16 +208,21 @@ def advance_together(
 
 def scale(held: Any, factor: Any, mask: Any) -> Any:
     """`factor * held` where the mask says so; 0 if the factor is, whatever was held."""
+    like = jnp.asarray(held.codes if is_quantized(held) else held)
+    mask = jnp.asarray(mask)
+    if mask.ndim:
+        mask = take_in(mask, like)
+    else:
+        mask = reshard_like(jnp.broadcast_to(mask, like.shape), like)
     if is_quantized(held):
         return _narrow.scale(held, factor, mask)
-    held = jnp.asarray(held)
+    held = like
     if not jnp.issubdtype(held.dtype, jnp.inexact):
         return held
     dtype = _wide(held.dtype)
     factor = jnp.asarray(factor, dtype)
     scaled = jnp.where(factor == 0, jnp.zeros((), dtype), factor * held.astype(dtype))
-    mask = reshard_alike(jnp.broadcast_to(mask, held.shape), held)
-    return shard_alike(jnp.where(mask, scaled.astype(held.dtype), held), held)
+    return jnp.where(mask, scaled.astype(held.dtype), held)
 
 
 def inner_product(grads: PyTree, held: PyTree) -> jax.Array:
@@ -330,7 +336,7 @@ def _wide_pairs(grads, held):
         leaf = read(leaf)
         _check_gradient_dtype(path, grad.dtype, leaf.dtype)
         dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
-        yield path, reshard_alike(grad.astype(dtype), leaf), leaf.astype(dtype)
+        yield path, take_in(grad.astype(dtype), leaf), leaf.astype(dtype)
 
 
 def with_value(held: Any, value: Any) -> Any:
@@ -349,7 +355,7 @@ def replaced(held: PyTree, updates: PyTree) -> PyTree:
         if is_absent(update):
             return held
         update, held = arrays("update", path, update, "velocity", held)
-        return shard_alike(update.astype(held.dtype), held)
+        return hold_like(update.astype(held.dtype), held)
 
     treedef, pairs = zip_leaves("updates", updates, "velocity", held)
     return treedef.unflatten(leaf(*pair) for pair in pairs)
@@ -383,14 +389,14 @@ def _advance_leaf(recurrence, grad, held, seed, *coefficients):
     velocity = read(held)
     dtype = np.promote_types(_wide(grad.dtype), _wide(velocity.dtype))
     coefficients = (jnp.asarray(coefficient, dtype) for coefficient in coefficients)
-    wide_grad = reshard_alike(grad.astype(dtype), velocity)
+    wide_grad = take_in(grad, velocity).astype(dtype)
     velocity, update = recurrence(velocity.astype(dtype), wide_grad, *coefficients)
-    return update.astype(grad.dtype), _narrow.store(velocity, held, seed)
+    return give_out(update.astype(grad.dtype)), _narrow.store(velocity, held, seed)
 
 
 @inlined_jit
 def _add_leaf(param, update):
-    update = reshard_alike(update, param)
+    update = take_in(update, param)
     if jnp.issubdtype(param.dtype, jnp.inexact):
         dtype = np.promote_types(_wide(param.dtype), _wide(update.dtype))
         total = (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
@@ -398,7 +404,7 @@ def _add_leaf(param, update):
         total = param + update.astype(param.dtype)
     if param.weak_type:  # A Python number: a strong result would be a new type to trace.
         total = param.at[...].set(total)
-    return shard_alike(total, param)
+    return total
 
 
 def _wide(dtype):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_inner
-from momentum_jax._shard_alike import axes, is_explicit, reshard_alike, shard_alike
+from momentum_jax._placement import axes, hold_like, is_explicit, reshard_like
 
 PyTree = Any
 Path = tuple[Any, ...]
@@ -123,10 +123,13 @@ def zero1(
             owner = _owner(path, whole)
             if owner is not None and np.shape(leaf) == np.shape(whole[owner]):
                 held.setdefault(owner, leaf)
-        grads, part = (_alike(tree, held, mesh) for tree in (updates, params))
+        # The gradient may be made in parts from the start (reduce-scatter), also within a loop over
+        # layers, as long as the params are not split with it.
+        grads = _alike(updates, held, mesh, params=whole)
+        part = _alike(params, held, mesh)
         updates, new = inner.update(grads, state, part, **extra_args)
         before = dict(jax.tree_util.tree_leaves_with_path(state))
-        return _alike(updates, whole, mesh), _alike(new, before, mesh, is_state=True)
+        return _alike(updates, whole, mesh), _alike(new, before, mesh)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -250,13 +253,12 @@ def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
     def place_like_param(path, leaf):
         owner = _owner(path, owners)
         shape, own = ((), ()) if owner is None else owners[owner]
-        if _HIDDEN in own and np.shape(leaf) == shape:
-            # Chosen by the param, it takes from it the axes that are hidden here.
-            part = parts[owner]
-            leaf = jnp.where(part == part, leaf, leaf)
+        if owner is not None and _HIDDEN in own and np.shape(leaf) == shape:
+            # It takes from the param the axes that are hidden here.
+            leaf = hold_like(leaf, parts[owner], backward=True)
         return place(path, leaf)
 
-    parts = {
+    parts: dict[Path, Any] = {
         path: place(path, array)
         if shape is None
         else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding(path, shape.shape))
@@ -266,7 +268,7 @@ def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
     return jax.tree_util.tree_map_with_path(place_like_param, state)
 
 
-def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, is_state: bool = False) -> PyTree:
+def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, params: Any = ()) -> PyTree:
     """The tree with each array in the sharding of what is held under its path, if anything is."""
 
     def leaf(path, x):
@@ -278,16 +280,9 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, is_state: bool = 
             return jax.device_put(x, getattr(like, "sharding", replicated))
         x, like = jnp.asarray(x), jnp.asarray(like)
         if is_explicit(mesh):
-            return reshard_alike(x, like)
-        if x.ndim == 0:
-            return x
-        if is_state:
-            # Not copied: an update may be the new velocity itself, and compilers merge copies.
-            return shard_alike(x, like)
-        # The sharding of the params and that of the state do not spread to one another; a copy
-        # moved once is summed and cut once (reduce-scatter), and not again for each use of it.
-        moved = shard_alike(x, like, apart=True)
-        free = NamedSharding(mesh, PartitionSpec(*[_HIDDEN] * x.ndim))
-        return jax.lax.with_sharding_constraint(moved, free)
+            return reshard_like(x, like)
+        if any(jnp.issubdtype(array.dtype, jax.dtypes.extended) for array in (x, like)):
+            return x  # Keys of random numbers.
+        return hold_like(x, like, backward=jnp.asarray(params[path]) if path in params else False)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

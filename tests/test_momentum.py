@@ -876,25 +876,13 @@ def digests():
     return result
 
 
-def sharding_annotations():
-    """Whether the lowered programs tie shardings together."""
-    params = jax.device_put(normal_trees(9, 1)[0], jax.devices()[0])
-    tx = mj.momentum(0.1)
-    programs = {
-        "update": jax.jit(tx.update).lower(params, tx.init(params)),
-        "apply_updates": jax.jit(mj.apply_updates).lower(params, params),
-    }
-    texts = {name: lowered.as_text() for name, lowered in programs.items()}
-    return {name: "sharding_group" in text or "shard_alike" in text for name, text in texts.items()}
-
-
 @pytest.fixture(scope="module")
 def on_one_device():
     """The same in a process that has one device."""
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
     return in_a_fresh_process(
         "import jax, json, test_momentum as t\n"
-        "print(json.dumps([jax.device_count(), t.digests(), t.sharding_annotations()]))",
+        "print(json.dumps([jax.device_count(), t.digests()]))",
         XLA_FLAGS=flags,
     )
 
@@ -903,9 +891,3 @@ def test_one_device_of_one_gives_the_bits_of_one_device_of_eight(on_one_device):
     """What keeps shardings changes no number."""
     assert (on_one_device[0], jax.device_count()) == (1, 8)
     assert on_one_device[1] == digests()
-
-
-def test_shardings_are_annotated_only_where_there_is_more_than_one_device(on_one_device):
-    """On one device the annotations would cost compile time for nothing."""
-    assert on_one_device[2] == {"update": False, "apply_updates": False}
-    assert sharding_annotations() == {"update": True, "apply_updates": True}

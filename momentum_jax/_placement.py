@@ -1,0 +1,155 @@
+"""Which sharding a result has, where the partitioner would be free to choose.
+
+On Explicit axes it is part of an array's type, and arrays are moved to the one that is wanted. On
+Auto axes the partitioner propagates shardings between all arrays of a program, also from what
+comes from outside (gradients, updates) to the state that they are added to. There they pass a
+propagation barrier of the partitioner. JAX has no function for it; this is its primitive.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def take_in(value: jax.Array, like: jax.Array) -> jax.Array:
+    """`value`, to be combined with `like`: its sharding does not propagate to the result.
+
+    The other way it does: where the sharding of `value` is open, it is the result's.
+    """
+    return _barrier(reshard_like(value, like), "BACKWARD")
+
+
+def give_out(value: jax.Array) -> jax.Array:
+    """`value`, in its sharding; how others use it does not propagate to what it is made of."""
+    return _barrier(value, "FORWARD")
+
+
+def set_apart(value: jax.Array) -> jax.Array:
+    """`value`; no sharding propagates between what it is made of and what is made of it."""
+    return _barrier(value, "NONE")
+
+
+def hold_like(
+    value: jax.Array, like: jax.Array, *, backward: bool | jax.Array = False
+) -> jax.Array:
+    """`value`, in the sharding of `like`. Shapes must be equal.
+
+    No sharding propagates between the two. With `backward` that of `like` does, to `value` and to
+    what it is computed from. If `backward` is an array, it does where that is an argument of the
+    program: then it has a sharding already, and cannot get that of `like` from its other uses.
+    """
+    value = reshard_like(value, like)
+    if not _is_open(like) or like.ndim == 0:
+        return value
+    given = () if isinstance(backward, bool) else (backward,)
+    direction = "NONE" if backward is False else "BACKWARD"
+    once = _barrier(value, direction, *given)
+    twice = _barrier(once, direction, *given)
+    # Chosen by `like`, it takes its sharding. Until the shardings are known, no compiler sees that
+    # both choices are equal; then the barriers go, and with them the comparison and the choice.
+    return jnp.where(like == jnp.zeros((), like.dtype), once, twice)
+
+
+def reshard_like(value: jax.Array, like: jax.Array) -> jax.Array:
+    """`value`, in the sharding that is part of the type of `like`: on Explicit axes alone."""
+    held = jax.typeof(like).sharding
+    if held.mesh.empty or jax.typeof(value).sharding == held:
+        return value
+    return jax.sharding.reshard(value, held)
+
+
+def along_blocks(value: jax.Array, like: jax.Array, axis: int, block: int) -> jax.Array:
+    """`value`, split as `like` is where that cuts all from this axis on between blocks, or whole.
+
+    All from the axis on are taken in a row. On Explicit axes alone; of others the partitioner
+    finds a way.
+    """
+    held = jax.typeof(like).sharding
+    if not is_explicit(held.mesh):
+        return value
+    names = held.spec[axis]
+    parts = math.prod(held.mesh.shape[name] for name in axes(names))
+    if math.prod(like.shape[axis:]) % (parts * block) or any(held.spec[axis + 1 :]):
+        names = None
+    return jax.sharding.reshard(value, NamedSharding(held.mesh, P(*held.spec[:axis], names)))
+
+
+def reshape(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What is split along an axis goes on to be, by place: axes after it are split or joined."""
+    held = jax.typeof(value).sharding
+    if not is_explicit(held.mesh):
+        return value.reshape(shape)
+    return jnp.reshape(
+        value, shape, out_sharding=NamedSharding(held.mesh, P(*held.spec[: len(shape)]))
+    )
+
+
+def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether shardings over the mesh are part of types."""
+    return AxisType.Explicit in mesh.axis_types
+
+
+def axes(*entries: Any) -> Iterator[str]:
+    """The names of the axes in the entries of a PartitionSpec."""
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, tuple):
+            yield from entry
+
+
+def _is_open(x):
+    """Whether the partitioner chooses a sharding: there are axes neither Explicit nor Manual."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh.empty or AxisType.Auto in mesh.axis_types
+
+
+def _barrier(x, direction, *given):
+    return _barrier_p.bind(x, *given, direction=direction) if x.ndim and _is_open(x) else x
+
+
+_barrier_p = Primitive("momentum_jax_propagation_barrier")
+_barrier_p.def_impl(lambda x, *given, direction: x)
+_barrier_p.def_abstract_eval(lambda x, *given, direction: x)
+
+
+def _lower(ctx, x, *given, direction):
+    # By the devices of the program, not of the process, which may compile for others. Without
+    # Shardy, JAX's partitioner from 0.7 on, the choice is left to its predecessor.
+    one = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
+    if one or not jax.config.values.get("jax_use_shardy_partitioner", True):
+        return [x]
+    if not all(_is_argument(value, ctx.module_context.module) for value in given):
+        direction = "NONE"
+    return [sdy.PropagationBarrierOp(x, getattr(sdy.PropagationDirection, direction)).result]
+
+
+def _is_argument(value, module):
+    """Whether a value is an argument of the whole program, not of a loop or function within it."""
+    return any(
+        value.owner == operation.regions[0].blocks[0]
+        for operation in module.body.operations
+        if "sym_name" in operation.attributes and str(operation.attributes["sym_name"]) == '"main"'
+    )
+
+
+def _batch(arguments, dimensions, *, direction):
+    return _barrier_p.bind(*arguments, direction=direction), dimensions[0]
+
+
+def _transpose(cotangent, x, *given, direction):
+    return [cotangent, *[None] * len(given)]
+
+
+# Not cached, as a lowering that is cached sees no arguments but its own.
+mlir.register_lowering(_barrier_p, _lower, cacheable=False)
+batching.primitive_batchers[_barrier_p] = _batch
+ad.deflinear2(_barrier_p, _transpose)
