@@ -82,6 +82,48 @@ def test_the_picture_of_the_readme_shows_what_is_found_today():
         assert with_momentum[rate][0] < without[rate][1] < with_momentum[rate][2]
 
 
+@pytest.fixture(scope="module")
+def study_page():
+    return runpy.run_path(str(DOCS / "study" / "page.py"))
+
+
+def test_the_page_of_the_study_is_what_its_numbers_say(study_page):
+    """Written anew by `python docs/study/page.py`."""
+    assert (DOCS / "study" / "index.md").read_text() == study_page["render"]()
+
+
+def test_what_the_page_of_the_study_claims_holds_in_its_numbers(study_page):
+    of = {name: study_page["Numbers"](name) for name in study_page["NETWORKS"]}
+    assert len(of) >= 5
+    for numbers in of.values():
+        # The spread due to the weights is not clearly smaller with momentum ...
+        primary = numbers.compared(numbers.primary["arm"], numbers.primary["baseline"])
+        assert primary["high"] > 1
+        # ... nor is it where each is tuned.
+        tuned = numbers.compared("mu 0.9", "mu 0", contrast="tuned")
+        assert tuned["value"] is None or tuned["low"] < 1 < tuned["high"]
+        assert numbers.all["design"] == "crossed"
+    assert of["digits"].verdict["word"] == "equivalent"
+    assert of["digits"].clearest() is None
+    assert of["mnist1d"].verdict["word"] == of["sequence"].verdict["word"] == "wider"
+    # What is smaller on MNIST-1D is the spread of all runs, as the weights' share grows.
+    mnist1d = of["mnist1d"]
+    for rate in ("0.112", "0.2", "0.356", "0.632"):
+        arm, baseline = f"mu 0.9 at {float(rate) / 10:g}", f"mu 0 at {rate}"
+        assert mnist1d.compared(arm, baseline, question="total spread")["adjusted_high"] < 1
+        shares = [
+            mnist1d.row("components", arm=name, scale=1.0, source="weights")["share"]
+            for name in (arm, baseline)
+        ]
+        assert shares[0] > shares[1]
+    deep = of["deep-mlp"]
+    for row in deep.ratios("mu 0.9"):
+        assert deep.row("arms", arm=row["arm"], scale=0.5, measure="failed")["value"] == 1
+        assert deep.row("arms", arm=row["baseline"], scale=0.5, measure="failed")["value"] == 1
+    late = study_page["Numbers"]("start-up")
+    assert late.compared("mu 0.99 at 0.002", "mu 0, 114 steps at 0.2")["low"] > 1
+
+
 PAIRS = {"optax": (0, 1), "torch": (2, 3), "keras": (4, 5)}
 
 

@@ -22,7 +22,6 @@ QUESTIONS = (
 )  # fmt: skip
 TUNED = ("spread", "failures", "rescued", "lost", "loss")
 MEASURES = ("spread", "total spread", "interquartile mean loss", "failed", "mean accuracy")
-PICTURES = ("rate-curves", "variance-shares", "path-rescued", "path-lost")
 COMPARED = (
     "contrast", "arm", "baseline", "effective_rate", "scale", "question", "value", "low", "high",
     "p_adjusted", "adjusted_low", "adjusted_high",
@@ -69,9 +68,10 @@ def main(folder, name):
     out = HERE / name
     out.mkdir(exist_ok=True)
     (out / "numbers.json").write_text(json.dumps(kept, allow_nan=False) + "\n")
-    for picture in PICTURES:
-        if (folder / f"{picture}.png").exists():
-            shutil.copy(folder / f"{picture}.png", out)
+    page = (HERE / "index.md.j2").read_text()
+    for picture in folder.glob("*.png"):
+        if f"({name}/{picture.name})" in page:
+            shutil.copy(picture, out)
 
 
 if __name__ == "__main__":

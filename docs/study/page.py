@@ -65,8 +65,13 @@ class Numbers:
             self.primary["arm"],
             self.primary["baseline"],
         )
-        low, high = ("low", "high") if is_primary else ("adjusted_low", "adjusted_high")
-        return f"{text(row['value'])} [{text(row[low])}, {text(row[high])}]"
+        names = ("low", "high") if is_primary else ("adjusted_low", "adjusted_high")
+        value, low, high = (row[name] for name in ("value", *names))
+        if value is None:
+            return "undefined"
+        if row["question"].endswith("spread") and (not low or not high or high > 1000 * low):
+            return f"{text(value)} (interval too wide)"
+        return f"{text(value)} [{text(low)}, {text(high)}]"
 
     def count(self, *which, **how):
         """A count, such as that of the rescued."""
