@@ -33,6 +33,22 @@ def as_shipped():
     jaxtyping.config.update("jaxtyping_disable", before)
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """How many runs of a study were trained, by call."""
+    from momentum_jax.study import training
+
+    counts = []
+    train = training.Program.train
+
+    def noted(self, runs):
+        counts.append(len(runs))
+        return train(self, runs)
+
+    monkeypatch.setattr(training.Program, "train", noted)
+    return counts
+
+
 ORACLES = ("torch", "keras")
 
 

@@ -11,23 +11,10 @@ import optax
 import pytest
 from test_sweep import draw_pair, uneven_bowl
 
-from momentum_jax.study import Arm, Contrast, Primary, Problem, Study, design, problems, training
+from momentum_jax.study import Arm, Contrast, Primary, Problem, Study, design, problems
 from momentum_jax.study import arms as make
 
 FAMILIES = [make.baseline(), *make.with_momentum(["0.9"])]
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    counts = []
-    train = training.Program.train
-
-    def noted(self, runs):
-        counts.append(len(runs))
-        return train(self, runs)
-
-    monkeypatch.setattr(training.Program, "train", noted)
-    return counts
 
 
 def small(**changes):

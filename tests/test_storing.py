@@ -23,20 +23,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(training, "_runs_at_once", lambda *arguments: 8)
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """How many runs each call of train was given."""
-    counts = []
-    train = training.Program.train
-
-    def noted(self, runs):
-        counts.append(len(runs))
-        return train(self, runs)
-
-    monkeypatch.setattr(training.Program, "train", noted)
-    return counts
-
-
 def test_what_is_there_is_not_trained_again_and_the_rest_is_the_same_to_the_bit(tmp_path, trained):
     whole = run(uneven_bowl(), [PLAIN, AHEAD], **SETTINGS, folder=tmp_path)
     chunks = sorted(tmp_path.glob("*.npz"))

@@ -253,7 +253,7 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
             "larger": {metric["name"]: metric["larger_is_better"] for metric in metrics},
             "sizes": dict(dataset.sizes),
             "scales": dataset.init_scale.values.tolist(),
-            "steps": int(dataset.step[-1]),
+            "steps": _steps(dataset),
             "has_data": "batch_size" in dataset.coords,
             "seeds": [int(dataset.seed[0]), int(dataset.seed[-1])],
             "provenance": provenance,
@@ -320,6 +320,14 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
+
+
+def _steps(dataset):
+    """How many steps runs take: one number, or from the fewest to the most."""
+    if "steps_taken" not in dataset.coords:
+        return str(int(dataset.step[-1]))
+    last = dataset.steps_taken.isel(step=-1).values
+    return " to ".join(dict.fromkeys([str(int(last.min())), str(int(last.max()))]))
 
 
 def _page(document: str, title: str, svgs: Mapping[str, tuple[str, float]]) -> str:
