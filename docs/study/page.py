@@ -83,13 +83,29 @@ class Numbers:
         below = [row for row in found if row["adjusted_high"] and row["adjusted_high"] < 1]
         return min(below, key=lambda row: row["value"], default=None)
 
-    def tuned_arm(self, family, scale):
-        """The name of the arm at its tuned rate."""
+    def interval(self, *which, **how):
+        """The adjusted interval of a comparison."""
+        row = self.compared(*which, **how)
+        return f"[{text(row['adjusted_low'])}, {text(row['adjusted_high'])}]"
+
+    def solved(self, arm, scale):
+        """How many of how many runs were solved."""
+        failed = self.row("arms", arm=arm, scale=scale, measure="failed")["value"]
+        runs = self.sizes["seed"] * self.sizes.get("order_seed", 1)
+        return f"{round((1 - failed) * runs)} of {runs}"
+
+    def tuned_rate(self, family, scale):
+        """The effective rate that tuning chose."""
         [rate] = [
             row["rate"]
             for row in self.all["tuned_rates"]
             if (row["family"], row["scale"]) == (family, scale)
         ]
+        return rate
+
+    def tuned_arm(self, family, scale):
+        """The name of the arm at its tuned rate."""
+        rate = self.tuned_rate(family, scale)
         arms = self.rows("arms", family=family, effective_rate=rate, scale=scale, measure="spread")
         return next(arms)["arm"]
 
