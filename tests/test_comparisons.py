@@ -602,6 +602,18 @@ def test_where_the_scales_disagree_it_is_said():
     )
 
 
+def test_where_all_runs_of_an_arm_diverged_there_is_no_spread():
+    """Without a loss cap, what replaces the loss is the loss at the start, which has a spread."""
+    loss = correlated(np.random.default_rng(34), 2, 1, 20)
+    start = study(loss)
+    ends = loss.copy()
+    ends[1] = np.nan
+    both = xr.concat([start, study(ends)], "step", combine_attrs="override")
+    found = verdict(both.assign_attrs(loss_cap=math.nan))
+    assert found.word == "undefined"
+    assert "all runs of the arm diverged" in found.sentence
+
+
 def test_few_units_have_no_interval_and_no_p():
     loss = correlated(np.random.default_rng(33), 2, 1, 5)
     table = compare(study(loss, solved={"loss": 10.0}))

@@ -84,6 +84,9 @@ def test_without_momentum_there_are_learning_rates_and_no_effective_ones():
         ({"arms": [], "rates": ()}, r"arms=\(\) must have at least one arm"),
         ({"rates": [0.1], "tuning_seeds": 2}, "needs two or more rates to choose from"),
         ({"contrasts": [Contrast("tuned", "mu 0", ("mu 0.9",))]}, "needs tuning_seeds"),
+        ({"rates": [0.1, 0.1000001]}, "several arms are called .*first six digits"),
+        ({"arms": [FAMILIES[0], FAMILIES[0]]}, "several arms are called"),
+        ({"rates": [-0.1, 0.1]}, "must be above 0 and finite"),
         ({"margin": 0.0}, "margin=0.0 must be above 0"),
     ],
 )
@@ -250,6 +253,20 @@ def test_a_damaged_study_is_one_line_with_its_name(tmp_path, content):
     with pytest.raises(ValueError, match=r"study\.json is damaged: ") as raised:
         Study.load(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("steps", "x", "is damaged: TypeError"), ("extended", 3, "is damaged: TypeError"),
+     ("seeds", ["a"], "is damaged: TypeError"), ("rates", [-1.0], "must be above 0")],
+)  # fmt: skip
+def test_a_study_with_a_wrong_value_is_one_line_with_its_name(tmp_path, name, value, says):
+    small().save(tmp_path)
+    fields = json.loads((tmp_path / design.FILE).read_text())
+    (tmp_path / design.FILE).write_text(json.dumps({**fields, name: value}))
+    with pytest.raises(ValueError, match=says) as raised:
+        Study.load(tmp_path)
+    assert design.FILE in str(raised.value)
 
 
 def test_a_study_that_is_not_there_or_made_in_a_program(tmp_path):

@@ -180,7 +180,7 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
     shared = second.loss.sel(arm=first.arm, seed=first.seed, init_scale=first.init_scale)
     np.testing.assert_array_equal(shared, first.loss)
     begun = " ".join([*arguments, "--seeds", "6"])
-    added = "--seeds 8 --mu 0.9 --init-scale 2"
+    added = "--resume DIR --seeds 8 --mu 0.9 --init-scale 2"
     assert (
         f"\npython -m momentum_jax.study {begun}\npython -m momentum_jax.study {added}\n"
         in (Path(two) / "report.md").read_text()

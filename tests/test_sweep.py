@@ -436,6 +436,7 @@ def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
         ({"seeds": [-1]}, "must be at least 0"),
         ({"order_seeds": [2**32]}, "order_seeds=.* must be at least 0 and below"),
         ({"order_seeds": []}, "order_seeds=.* must be a sequence of different numbers"),
+        ({"init_scales": [0.0]}, "init_scales=.* must be finite and not 0"),
         ({"init_scales": [1.0, 1.0]}, "init_scales=.* must be a sequence of different numbers"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"evaluations": -3}, "evaluations=-3 must be at least 1"),

@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if jax.process_index() == 0:
         _open_folder(options)
-        _calls(options)
         _say_what(options)
     _command.on_interrupt_say(f"{PROGRAM}: stopped; finished runs are kept: --resume {options.out}")
     started = time.monotonic()
@@ -80,16 +79,19 @@ def _report(options, results, seconds):
         print(f"wrote {path}", file=sys.stderr if options.csv else sys.stdout)
 
 
-def _calls(options, seconds=0.0):
+def _calls(options, seconds):
     """What was typed for this study so far, with its seconds: kept beside it."""
     path = options.out / "calls.json"
-    calls = storing.read_json(path) if path.exists() else []
-    if not seconds:
-        words = without_places(options.arguments)
-        command = shlex.join([*PROGRAM.split(), *words]) if words or not options.resume else ""
-        calls.append({"command": command, "seconds": 0.0})
-    else:
-        calls[-1]["seconds"] = seconds
+    try:
+        calls = storing.read_json(path) if path.exists() else []
+        calls = [{"command": str(c["command"]), "seconds": float(c["seconds"])} for c in calls]
+    except (ValueError, TypeError, KeyError):
+        warnings.warn(f"{path} is damaged: earlier commands are not in the report.", stacklevel=2)
+        calls = []
+    words = without_places(options.arguments)
+    again = ["--resume", "DIR"] if options.resume and words else []
+    command = shlex.join([*PROGRAM.split(), *again, *words])
+    calls.append({"command": "" if options.resume and not words else command, "seconds": seconds})
     storing.write_whole(path, json.dumps(calls).encode())
     return calls
 

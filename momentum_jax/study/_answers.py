@@ -59,6 +59,10 @@ class Runs:
             "loss": statistics.middle(loss),
             **{name: statistics.mean(self.values[name]) for name in self.metrics},
         }
+        # Where all runs of an arm diverged, the spread would be that of what replaces their loss.
+        lost = self.values["diverged"].astype(bool).all((2, 3))
+        for name in (*self.spreads, "robust spread"):
+            self.measured[name].value[lost] = np.nan
         names = [*SPREADS, "failures", *COUNTS, "loss", "lower loss"]
         names += [name for metric in self.metrics for name in (metric, f"{metric} spread")]
         self.questions = [name for name in names if name in (*self.measured, *PAIRED, *COUNTS)]
@@ -124,6 +128,8 @@ def answer(
     """
     nothing = [(math.nan, math.nan)] * len(levels)
     arms, baselines = pair.arms[scales], pair.baselines[scales]
+    if runs.count < 2:
+        return Answer(math.nan, nothing, note=FEW)
     if min(*arms, *baselines) < 0:
         note = "the baseline has no arm at the arm's effective rate"
         return Answer(math.nan, nothing, note=note)

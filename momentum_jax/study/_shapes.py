@@ -100,8 +100,9 @@ def expect_same_state(call: str, old: PyTree, new: PyTree) -> None:
     )
     for path in {**olds, **news}:
         if olds.get(path) != news.get(path):
+            where = path or "its root"
             raise ValueError(
-                f"{call} must return a new state like that of init, but at {path} it is "
+                f"{call} must return a new state like that of init, but at {where} it is "
                 f"{news.get(path, 'absent')} and was {olds.get(path, 'absent')}."
             )
     if jax.tree.structure(old) != jax.tree.structure(new):

@@ -274,7 +274,7 @@ def with_momentum(mus: Sequence[str], batch_size: int = 32) -> list[Arm]:
     for text in mus:
         looks_ahead = text.startswith("nesterov-")
         mu = float(text.removeprefix("nesterov-"))
-        name = f"{'Nesterov' if looks_ahead else 'mu'} {mu:g}"
+        name = f"{'Nesterov' if looks_ahead else 'mu'} {mu:.12g}"
         transform = nesterov if looks_ahead else mj.momentum
         arms.append(Arm(name, transform, batch_size=batch_size, mu=mu))
     return arms

@@ -1,5 +1,6 @@
 """What cannot be trained is refused before the work starts."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -50,6 +51,10 @@ def check_runs(
             raise ValueError(
                 f"{name}={values} must be a sequence of different numbers, at least one{hint}"
             )
+        if name == "init_scales" and not all(0 < abs(value) < math.inf for value in values):
+            raise ValueError(f"init_scales={values} must be finite and not 0.")
+        if "seeds" in name and not all(isinstance(v, (int, np.integer)) for v in values):
+            raise ValueError(f"{name}={values} must be whole numbers.")
         if "seeds" in name and (min(values) < 0 or max(values) >= 2**32):
             raise ValueError(f"{name}={values} must be at least 0 and below 2^32.")
     if unknown := set(record) - set(RECORDABLE):

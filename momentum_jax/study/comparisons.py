@@ -224,7 +224,8 @@ def _sentence(dataset, primary, row, word):
     margin = f"{1 / limit:.3g} to {limit:.3g}"
     more = {
         "equivalent": f"; the 90% interval, {row.low_90:.3g} to {row.high_90:.3g}, lies within the "
-        f"margin of equivalence, {margin}",
+        f"margin of equivalence, {margin}"
+        + ("" if row.low <= 1 <= row.high else ", so the difference is clear but small"),
         "inconclusive": "; the interval includes both a reduction and an increase, and is not "
         f"within the margin of equivalence, {margin}",
     }.get(word, "")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,10 @@ class Study:
 
         put("arms", tuple(self.arms))
         put("record", tuple(self.record))
-        put("seeds", tuple(map(int, self.seeds)))
+        put("seeds", tuple(map(operator.index, self.seeds)))
         put("init_scales", tuple(map(float, self.init_scales)))
-        put("order_seeds", None if self.order_seeds is None else tuple(map(int, self.order_seeds)))
+        orders = self.order_seeds
+        put("order_seeds", None if orders is None else tuple(map(operator.index, orders)))
         put("contrasts", None if self.contrasts is None else tuple(self.contrasts))
         rates = sorted(set(self.rates))
         families = [arm for arm in self.arms if arm.is_family]
@@ -119,6 +121,14 @@ class Study:
             put("learning_rate", rate)
             rates = sorted({*rates, rate})
         put("rates", tuple(float(rate) for rate in rates))
+        if not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"rates={self.rates} must be above 0 and finite.")
+        names = [arm.name for arm in self.all_arms]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"several arms are called {twice}: names must differ, and rates in their first six "
+                "digits."
+            )
         if self.tuning_seeds and len(rates) < 2:
             raise ValueError(
                 f"tuning_seeds={self.tuning_seeds} needs two or more rates to choose from, but "
@@ -290,7 +300,8 @@ class Study:
 
         seeds = jnp.array(self.seeds[:PROBES], jnp.uint32)
         by_seed = jax.jit(lambda scale: jax.lax.map(lambda seed: of_one(seed, scale), seeds))
-        return np.array([by_seed(jnp.float32(scale)) for scale in self.init_scales])
+        found = [by_seed(jnp.float32(scale)) for scale in self.init_scales]
+        return np.array(found).astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
         """The study for `json.dumps`; the problem is kept as where it was found."""
@@ -348,9 +359,10 @@ class Study:
         fields = storing.read_json(path)
         try:
             source = fields.pop("problem")
-            fields.pop(EXTENDED, None)
+            if not isinstance(fields.pop(EXTENDED, []), list) or type(fields["steps"]) is not int:
+                raise TypeError(f"a wrong type of {EXTENDED} or steps")
             if problem is None and source is None:
-                raise ValueError(f"{path}: the problem was made in a program: give problem=.")
+                raise ValueError("the problem was made in a program: give problem=.")
             fields["arms"] = [from_json(arm) for arm in fields["arms"]]
             fields["contrasts"] = fields["contrasts"] and [
                 contrast_from_json(each) for each in fields["contrasts"]
@@ -359,6 +371,8 @@ class Study:
             return Study(problem or problems.find(source), **fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _extends(name: str, begun: Any, value: Any) -> bool:

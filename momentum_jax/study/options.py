@@ -338,7 +338,7 @@ def _mu(given: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{given!r} is not a number above 0 and below 1, or nesterov- and such a number"
         )
-    return given.replace(given.removeprefix("nesterov-"), f"{mu:g}")
+    return given.replace(given.removeprefix("nesterov-"), f"{mu:.12g}")
 
 
 def _whole(given: str) -> int:

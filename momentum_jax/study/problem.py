@@ -315,7 +315,7 @@ def check(problem: Problem) -> None:
     if not leaves:
         raise ValueError(f"{call} must return params, but returns {params}.")
     for path, leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"{call} must return floats, but is {leaf.dtype} at {path_text(path)}: numbers "
                 "that are not trained belong in the loss or the state."
