@@ -168,7 +168,7 @@ def advance(
         if is_absent(grad):
             return grad, held
         grad, held = arrays("gradient", path, grad, "velocity", held)
-        _check_gradient_dtype(path, grad.dtype, _dtype(held))
+        check_gradient_dtype(path, grad.dtype, _dtype(held))
         seed = _narrow.make_seed((*place, *path), count) if _narrow.needs_seed(held) else None
         return _advance_leaf(recurrence, grad, held, seed, *coefficients)
 
@@ -334,7 +334,7 @@ def _wide_pairs(grads, held):
             continue
         grad, leaf = arrays("gradient", path, grad, "velocity", leaf)
         leaf = read(leaf)
-        _check_gradient_dtype(path, grad.dtype, leaf.dtype)
+        check_gradient_dtype(path, grad.dtype, leaf.dtype)
         dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
         yield path, take_in(grad.astype(dtype), leaf), leaf.astype(dtype)
 
@@ -501,7 +501,7 @@ def arrays(
     return leaf, other
 
 
-def _check_gradient_dtype(path, grad, held):
+def check_gradient_dtype(path, grad, held):
     if not jnp.issubdtype(held, jnp.inexact):
         raise TypeError(
             f"the param {at(path)} is {held}, and a step of momentum cannot move an integer "

@@ -22,6 +22,14 @@ Inside and outside: see `momentum_jax.momentum`. Coupled decay adds weight_decay
 gradient, and so to the velocity; decoupled decay shrinks w by learning_rate * weight_decay
 beside it. A learning rate may be a schedule: a function of the number of steps taken, from 0.
 
+The `update` of all four takes `learning_rate` and `mu` as overriding keywords for that call,
+that of `torch_sgd` also `dampening`. Decoupled decay uses the same learning rate. Where there is
+no velocity (momentum=0, or None in `optax_sgd`), a `mu` other than 0 is a ValueError.
+
+A gradient that is None, an `optax.MaskedNode` or float0 means no update, no decay and an untouched
+velocity. The arithmetic is at least float32 wide, and the updates are rounded once, to the
+gradients' dtypes.
+
 In float64 they equal the real PyTorch and Keras to 1e-10 over 48 steps, and Caffe's solver as
 it is documented. With 16-bit params they differ from
 them: the velocity is held in float32 here and in 16 bits there.
@@ -61,7 +69,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from momentum_jax import _carry
+from momentum_jax import _carry, _velocity
 from momentum_jax._carry import ToParams
 from momentum_jax._hyperparameters import (
     Hyperparameter,
@@ -70,8 +78,9 @@ from momentum_jax._hyperparameters import (
     check_value,
     is_known,
     is_zero,
+    resolve,
 )
-from momentum_jax._momentum import MomentumState, momentum, trace
+from momentum_jax._momentum import MomentumState, incremented, momentum, trace
 
 PyTree = Any
 # The names of the weights in the optimizer's order, or the weights by name in that order.
@@ -142,11 +151,11 @@ def torch_sgd(
             "nesterov=True needs a momentum above 0 and no dampening, but "
             "momentum={} and dampening={}. PyTorch refuses this too.".format(*numbers)
         )
-    steps: list[Any] = [optax.scale(-1.0)] if maximize else []
+    steps: list[Any] = [optax.stateless(_negated)] if maximize else []
     steps += _coupled_decay(weight_decay)
     if not _is_off(momentum):
-        steps.append(trace(momentum, nesterov=nesterov, dampening=_exempt_first_step(dampening)))
-    return _chain(*steps, _scale(lr))
+        steps.append(_torch_trace(momentum, nesterov, dampening))
+    return _chain(*steps, _scale(lr), has_velocity=not _is_off(momentum))
 
 
 def keras_sgd(
@@ -190,13 +199,12 @@ def keras_sgd(
     learning_rate = check("learning_rate", learning_rate)
     momentum, nesterov = check("momentum", momentum), check_flag("nesterov", nesterov)
     if _is_off(momentum):
-        step: Any = _chain(_scale(learning_rate))
+        step: Any = _chain(_scale(learning_rate), has_velocity=False)
     else:
         step = _momentum(learning_rate, momentum, nesterov=nesterov and not is_zero(momentum))
     if weight_decay is None:
         return step
-    decay = _coupled_decay(weight_decay)
-    return _sum(step, optax.chain(optax.set_to_zero(), *decay, _scale(learning_rate)))
+    return _chain(step, *_decoupled_decay(weight_decay, learning_rate))
 
 
 def caffe_sgd(
@@ -273,7 +281,7 @@ def optax_sgd(
     step = _scale(check("learning_rate", learning_rate))
     nesterov = check_flag("nesterov", nesterov)
     if momentum is None:
-        return _chain(step)
+        return _chain(step, has_velocity=False)
     mu = check("mu", momentum, called="momentum")
     return _chain(trace(mu, nesterov=nesterov and not is_zero(mu)), step)
 
@@ -750,13 +758,104 @@ def _is_off(value):
     return isinstance(value, float) and value == 0
 
 
-def _scale(learning_rate: Any):
-    return optax.scale_by_learning_rate(learning_rate)
+def _negated(updates, params):
+    del params
+    return jax.tree.map(jnp.negative, updates)
+
+
+def _scale(learning_rate):
+    def step(updates, params, rate):
+        del params
+
+        def leaf(path, g):
+            _velocity.check_gradient_dtype(path, g.dtype, np.promote_types(g.dtype, np.float32))
+            return _scaled_leaf(g, rate)
+
+        return jax.tree_util.tree_map_with_path(leaf, updates)
+
+    return _by_rate(learning_rate, step)
 
 
 def _coupled_decay(weight_decay):
+    def step(decay):
+        return lambda updates, params: _decayed(updates, params, decay)
+
+    return [optax.stateless(step(decay)) for decay in _decays(weight_decay)]
+
+
+def _decoupled_decay(weight_decay, learning_rate):
+    def step(decay):
+        return lambda updates, params, rate: _decayed(updates, params, -1.0, decay, rate)
+
+    return [_by_rate(learning_rate, step(decay)) for decay in _decays(weight_decay)]
+
+
+def _decays(weight_decay):
+    """The decay, as a list that is empty where there is none."""
     weight_decay = check_value("weight_decay", weight_decay)
-    return [] if _is_off(weight_decay) else [optax.add_decayed_weights(weight_decay)]
+    return [] if _is_off(weight_decay) else [weight_decay]
+
+
+def _by_rate(learning_rate, step):
+    """The transformation of step(updates, params, rate), at the rate of a schedule or a call."""
+    scheduled = callable(learning_rate)
+
+    def init(params):
+        del params
+        zero = jnp.zeros([], jnp.int32)
+        return optax.ScaleByScheduleState(zero) if scheduled else optax.EmptyState()
+
+    def update(updates, state, params=None, **extra_args):
+        count: Any = state.count if scheduled else None
+        rate = resolve("learning_rate", learning_rate, extra_args.get("learning_rate"), count)
+        updates = step(updates, params, rate)
+        return updates, optax.ScaleByScheduleState(incremented(count)) if scheduled else state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _decayed(updates, params, *factors):
+    """The updates plus the product of the params and the factors."""
+    if params is None:
+        raise ValueError("weight_decay needs the params: update(grads, state, params).")
+    treedef, pairs = _velocity.zip_leaves("gradients", updates, "params", params)
+
+    def leaf(path, g, w):
+        if g is None:
+            return None
+        g, w = _velocity.arrays("gradient", path, g, "param", w)
+        _velocity.check_gradient_dtype(path, g.dtype, w.dtype)
+        return _decayed_leaf(g, w, *factors)
+
+    return treedef.unflatten(leaf(*pair) for pair in pairs)
+
+
+@_velocity.inlined_jit
+def _decayed_leaf(g, w, *factors):
+    dtype = np.promote_types(g.dtype, w.dtype)
+    product = w.astype(dtype)
+    for factor in factors:
+        product = jnp.asarray(factor, dtype) * product
+    return _velocity.give_out(_velocity.take_in(g, w).astype(dtype) + product)
+
+
+@_velocity.inlined_jit
+def _scaled_leaf(g, rate):
+    return -jnp.asarray(rate, g.dtype) * g
+
+
+def _torch_trace(momentum, nesterov, dampening):
+    """`trace` whose first step is not dampened, also where a call gives the dampening."""
+    tx = trace(momentum, nesterov=nesterov, dampening=_exempt_first_step(dampening))
+
+    def update(updates, state, params=None, **extra_args):
+        given = extra_args.get("dampening")
+        if given is not None and isinstance(state, MomentumState):
+            exempt = _exempt_first_step(check_value("dampening", given))
+            extra_args["dampening"] = resolve("dampening", exempt, None, state.count)
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _exempt_first_step(dampening):
@@ -765,30 +864,36 @@ def _exempt_first_step(dampening):
     return lambda count: jnp.where(count == 0, 0.0, dampening)
 
 
-def _chain(*steps):
-    return optax.with_extra_args_support(optax.chain(*steps))
+def _chain(*steps, has_velocity=True):
+    """The steps one after the other, with wide arithmetic and all extra arguments for each.
 
+    A step sees None for an absent gradient; the updates have the dtypes of the gradients.
+    """
+    tx = optax.chain(*steps)
 
-def _sum(first, second):
-    """The transformation whose updates are the sum of those of two."""
+    def widened(g):
+        if _velocity.is_absent(g):
+            return None
+        g = jnp.asarray(g)
+        floats = jnp.issubdtype(g.dtype, jnp.inexact)
+        return g.astype(np.promote_types(g.dtype, np.float32)) if floats else g
 
-    def init(params):
-        return first.init(params), second.init(params)
+    def narrowed(g, update):
+        return g if _velocity.is_absent(g) else update.astype(jnp.asarray(g).dtype)
 
     def update(updates, state, params=None, **extra_args):
-        if extra_args.get("learning_rate") is not None:
+        mu = extra_args.get("mu")
+        if mu is not None and not has_velocity and not is_zero(check_value("mu", mu)):
             raise ValueError(
-                "learning_rate cannot be overridden where there is weight_decay, which follows "
-                "it too. Give a schedule, or wrap the transformation in optax.inject_hyperparams."
+                f"mu={mu} has no effect, because without momentum there is no velocity. Make the "
+                "transformation with a momentum, or with jnp.zeros([]) to begin without."
             )
-        left, first_state = first.update(updates, state[0], params)
-        right, second_state = second.update(updates, state[1], params)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), left, right), (
-            first_state,
-            second_state,
-        )
+        _velocity.check_arrays("gradient", updates)
+        wide = jax.tree.map(widened, updates, is_leaf=_velocity.is_absent)
+        moved, state = tx.update(wide, state, params, **extra_args)
+        return jax.tree.map(narrowed, updates, moved, is_leaf=_velocity.is_absent), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 class _Job:

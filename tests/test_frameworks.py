@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import optax
 import pytest
 import reference
 from golden import record
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import momentum_jax as mj
 from momentum_jax.frameworks import caffe_sgd, keras_sgd, optax_sgd, torch_sgd
@@ -232,12 +235,197 @@ def test_under_inject_hyperparams(make, momentum):
     np.testing.assert_array_equal(update, [-0.5, -0.5])
 
 
-def test_keras_decay_follows_the_learning_rate_and_cannot_be_left_behind():
-    """An override would reach the velocity alone."""
-    tx = optax.chain(keras_sgd(0.1, 0.9, weight_decay=0.1))
-    w = jnp.ones(1)
-    with pytest.raises(ValueError, match="learning_rate cannot be overridden where there is weig"):
-        tx.update(w, tx.init(w), w, learning_rate=5.0)
+# What holds of each framework with each of its options. ------------------------------------
+
+# The options of each besides the learning rate, with and without a velocity.
+OPTIONS = {
+    torch_sgd: [
+        {},
+        {"weight_decay": 0.5},
+        {"maximize": True, "weight_decay": 0.5},
+        {"momentum": 0.75},
+        {"momentum": 0.75, "weight_decay": 0.5},
+        {"momentum": 0.75, "nesterov": True, "weight_decay": 0.5},
+        {"momentum": 0.75, "dampening": 0.25, "maximize": True, "weight_decay": 0.5},
+    ],
+    keras_sgd: [
+        {},
+        {"weight_decay": 0.5},
+        {"momentum": 0.75},
+        {"momentum": 0.75, "weight_decay": 0.0},
+        {"momentum": 0.75, "weight_decay": 0.5},
+        {"momentum": 0.75, "nesterov": True, "weight_decay": 0.5},
+    ],
+    caffe_sgd: [
+        {},
+        {"weight_decay": 0.5},
+        {"momentum": 0.75},
+        {"momentum": 0.75, "weight_decay": 0.5},
+    ],
+    optax_sgd: [{}, {"momentum": 0.75}, {"momentum": 0.75, "nesterov": True}],
+}
+CASES = [(make, case) for make, cases in OPTIONS.items() for case in cases]
+each_case = pytest.mark.parametrize(
+    ("make", "case"), CASES, ids=[f"{make.__name__} {named(case)}" for make, case in CASES]
+)
+
+
+def second_update(tx, params, *grads, **overrides):
+    """The update and the state of the second step, the params standing still."""
+    state = tx.init(params)
+    _, state = tx.update(grads[0], state, params)
+    return tx.update(grads[1], state, params, **overrides)
+
+
+def assert_same(left, right):
+    """Bit for bit, and of one structure."""
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.parametrize("kind", ["constant", "schedule"])
+@each_case
+def test_a_learning_rate_of_one_call_reaches_all_that_use_it(make, case, kind):
+    """As a schedule of the same values does: the step, the velocity and the decay."""
+    w, g = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.25])
+    tx = make(0.25 if kind == "constant" else lambda count: 0.25, **case)
+    update, state = second_update(tx, w, g, -g, learning_rate=0.5)
+    scheduled = make(lambda count: jnp.where(count == 0, 0.25, 0.5), **case)
+    expected, after = second_update(scheduled, w, g, -g)
+    assert_same(update, expected)
+    if kind == "schedule":
+        assert_same(state, after)
+    with pytest.raises(ValueError, match=r"learning_rate=-1\.0 must be finite and not negative"):
+        second_update(tx, w, g, g, learning_rate=-1.0)
+
+
+@each_case
+def test_a_mu_of_one_call_reaches_the_velocity(make, case):
+    """As one that is made with it would, or is refused where there is no velocity."""
+    w, g = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.25])
+    tx = make(0.25, **case)
+    if "momentum" not in case and make is not caffe_sgd:
+        with pytest.raises(ValueError, match=r"mu=0\.5 has no effect, because without momentum"):
+            second_update(tx, w, g, -g, mu=0.5)
+        assert_same(second_update(tx, w, g, -g, mu=0), second_update(tx, w, g, -g))
+        return
+    _, state = tx.update(g, tx.init(w), w)
+    expected = make(0.25, **{**case, "momentum": 0.5}).update(-g, state, w)
+    assert_same(tx.update(-g, state, w, mu=0.5), expected)
+    jitted = jax.jit(tx.update)(-g, state, w, mu=0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jitted, expected)
+
+
+def test_a_dampening_of_one_call_exempts_the_first_step():
+    """As PyTorch does, and as the dampening does that `torch_sgd` is made with."""
+    tx: Any = torch_sgd(1.0, 0.5)
+    w = jnp.zeros(())
+    first, state = tx.update(jnp.float32(1), tx.init(w), w, dampening=0.75)
+    second, _ = tx.update(jnp.float32(1), state, w, dampening=0.75)
+    assert [float(first), float(second)] == [-1.0, -0.75]
+    with pytest.raises(ValueError, match="dampening=nan must be finite"):
+        tx.update(w, state, w, dampening=np.nan)
+
+
+ABSENT = {
+    "None": None,
+    "MaskedNode": optax.MaskedNode(),
+    "float0": np.zeros(3, jax.dtypes.float0),
+}
+
+
+@each_case
+def test_no_gradient_means_no_update_and_an_untouched_velocity(make, case):
+    """No decay either; the others move as if they were alone. Integers have no other gradient."""
+    tx = make(lambda count: 0.25, **case)
+    params = {"here": jnp.array([1.0, -2.0])}
+    for name in ABSENT:
+        params |= {name: jnp.ones(3), f"{name}, integer": jnp.arange(3)}
+    absent = {name: ABSENT[name.removesuffix(", integer")] for name in params if name != "here"}
+    integers = {name: g for name, g in absent.items() if "integer" in name}
+    grads = {**jax.tree.map(lambda w: w.astype("float32"), params), **integers}
+    # First all params that can move do, so that there is a velocity.
+    _, state = tx.update(grads, tx.init(params), params)
+    grads |= {name: jnp.full(3, 2.0) for name in ABSENT}
+    straight, moved = tx.update(grads, state, params)
+    given = {"here": grads["here"], **absent}
+    for step in (tx.update, jax.jit(tx.update)):
+        update, after = step(given, state, params)
+        np.testing.assert_allclose(update["here"], straight["here"], rtol=1e-6)
+        for name, kind in absent.items():
+            assert jax.tree.structure(update[name]) == jax.tree.structure(kind)
+            assert getattr(update[name], "dtype", None) == getattr(kind, "dtype", None)
+        moved_params = mj.apply_updates(params, update)
+        assert_same({**moved_params, "here": 0}, {**params, "here": 0})
+        for before, new, other in zip(*map(velocities, (state, after, moved)), strict=True):
+            np.testing.assert_allclose(new["here"], other["here"], rtol=1e-6)
+            assert_same({**new, "here": 0}, {**before, "here": 0})
+            assert np.all(np.asarray(other["None"]) != np.asarray(before["None"]))
+
+
+def velocities(state):
+    """Those of all momentum in a state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, mj.MomentumState))
+    return [node.velocity for node in nodes if isinstance(node, mj.MomentumState)]
+
+
+@each_case
+def test_wide_arithmetic_narrowed_once_to_the_gradients_dtype(make, case):
+    """The updates are those of the same numbers in float32, rounded once."""
+    rng = np.random.default_rng(0)
+    kinds = ["float32", "bfloat16", "float16"]
+    pairs = [(held, given) for held in kinds for given in kinds]
+    w = [jnp.asarray(rng.normal(size=64), held) for held, _ in pairs]
+    grads = [[jnp.asarray(rng.normal(size=64), given) for _, given in pairs] for _ in range(2)]
+    tx = make(0.1, **case)
+    # Strictly, no two dtypes meet but where one is converted.
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        update, state = second_update(tx, w, *grads)
+    wide = jax.tree.map(lambda x: x.astype("float32"), (w, *grads))
+    expected, wide_state = second_update(tx, *wide)
+    assert [str(u.dtype) for u in update] == [given for _, given in pairs]
+    assert_same(update, [u.astype(given) for u, (_, given) in zip(expected, pairs, strict=True)])
+    assert_same(velocities(state), velocities(wide_state))
+    safe: Any = optax.apply_if_finite(tx, 2)
+    finite = jax.eval_shape(safe.update, grads[0], safe.init(w), w)[0]
+    assert [str(u.dtype) for u in finite] == [given for _, given in pairs]
+
+
+@each_case
+def test_what_cannot_be_decayed_or_moved_is_named(make, case):
+    """A gradient of integers, and a step with decay that is not given the params."""
+    tx = make(0.25, **case)
+    w = {"w": jnp.ones(2)}
+    with pytest.raises(TypeError, match=r"the gradient at \['w'\] is int32"):
+        tx.update({"w": jnp.arange(2)}, tx.init(w), w)
+    if case.get("weight_decay"):
+        with pytest.raises(ValueError, match="weight_decay needs the params: update"):
+            tx.update(w, tx.init(w))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("make", [torch_sgd, keras_sgd, caffe_sgd])
+def test_decay_where_gradients_are_sharded_unlike_the_params(make, momentum):
+    """On Explicit axes, where two arrays of different shardings cannot be added."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    w, g = jnp.ones((8, 8)), jnp.full((8, 8), 0.5)
+    tx: Any = make(0.25, momentum, weight_decay=0.5)
+    expected, _ = tx.update(g, tx.init(w), w)
+    w, g = (jax.device_put(x, NamedSharding(mesh, P(*s))) for x, s in ((w, "d"), (g, (None, "d"))))
+    for step in (tx.update, jax.jit(tx.update)):
+        update, _ = step(g, tx.init(w), w)
+        assert_same(update, expected)
+        assert update.sharding.is_equivalent_to(w.sharding, 2)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("make", [torch_sgd, keras_sgd, caffe_sgd])
+def test_decay_of_wide_params_reaches_the_velocity_unrounded(make):
+    """Also where the gradients are narrower."""
+    w = jnp.asarray(1 + 2.0**-40)
+    tx = make(1.0, 0.5, weight_decay=1.0)
+    _, state = tx.update(jnp.float32(0), tx.init(w), w)
+    expected = {torch_sgd: w, caffe_sgd: -w, keras_sgd: 0.0}[make]
+    assert_same(velocities(state), [expected])
 
 
 def test_neither_pytorch_nor_keras_is_imported():
