@@ -1,10 +1,10 @@
 """Momentum for JAX, done exactly: a pure init/update pair that composes with Optax."""
 
-import sys
+import sys as _sys
 
 # While Python looks for the module that it is to run, sys.argv[0] is "-m" (documentation of
 # Python, Command line). If that is ours, a command of this package is starting.
-if sys.argv[:1] == ["-m"] and any(word.startswith("momentum_jax.") for word in sys.orig_argv):
+if _sys.argv[:1] == ["-m"] and any(word.startswith("momentum_jax.") for word in _sys.orig_argv):
     from momentum_jax import _command
 
     _command.start()
