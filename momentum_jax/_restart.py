@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_inner, check_value
+from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import has_velocity, velocities
 
 PyTree = Any
@@ -21,17 +23,17 @@ class AdaptiveRestartState(NamedTuple):
 
     Attributes:
       inner_state: the state of the transformation around which it is.
-      last_updates: the updates of the last step, a tree like the params, at least float32.
+      last_params: a copy of the params of the last step, in their dtypes and shardings.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
       >>> state = mj.adaptive_restart(mj.momentum(0.1)).init(jnp.ones(2))
-      >>> print(state.last_updates)
-      [0. 0.]
+      >>> print(state.last_params)
+      [1. 1.]
     """
 
     inner_state: Any
-    last_updates: Any
+    last_params: Any
 
 
 export.register_namedtuple_serialization(
@@ -44,7 +46,8 @@ def adaptive_restart(
 ) -> optax.GradientTransformationExtraArgs:
     """Lets the velocity start anew whenever the last step went uphill.
 
-        if g . (last update) > 0:   v <- 0        before the step that g is for
+        if g . (w - last w) > 0:   v <- 0        before the step that g is for
+        last w <- w
 
     On an ill-conditioned problem a mu that rises to 1 overshoots and comes back, again and
     again; this stops it where it turns, without knowing the condition number. The sum is over
@@ -53,23 +56,38 @@ def adaptive_restart(
     1e-2, and with the best constant mu, for which one has to know that number, at 6e-13. A
     constant mu near 1 restarts before it has built up speed, and gains nothing.
 
+    `w - last w` is how the params really moved between two calls of `update`, whatever was done
+    to the updates on the way: their sign, a scale or weight decay later in the chain, rounding,
+    a projection. What `update` is given must be gradients: what comes before in a chain may clip
+    or scale them, but what turns their sign belongs inside `inner`. A param without a gradient
+    (None, `optax.MaskedNode`, float0) has no part in the decision, and a sum that is not finite
+    does not restart.
+
+    Cost: the state has one more array per param, in the param's dtype. Each step reads the
+    gradients, the params and that array once more, before the velocity can move.
+
     Args:
       inner: a transformation whose state has a velocity anywhere in it: `momentum`, `trace`,
         `qhm`, `aggmo`, also in a chain or under Optax's wrappers.
 
     Returns:
-      An Optax transformation whose state is an `AdaptiveRestartState`: one more array a param.
-      The count goes on, and with it the schedules; extra arguments go to `inner`.
+      An Optax transformation whose state is an `AdaptiveRestartState`. `update` needs the params.
+      The count goes on, and with it the schedules; extra arguments go to `inner`. Within
+      shard_map the gradients must be averaged over its axes, or the devices would decide apart.
 
     Raises:
-      ValueError: at init, no velocity in the state of `inner`.
+      ValueError: at init, no velocity in the state of `inner`; at update, no params, or params
+        unlike those of init; within shard_map, gradients or params that differ per device, or
+        for which JAX does not track whether they do (`check_vma=False`, `jax.pmap`).
 
     Example:
-      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> import jax.numpy as jnp, momentum_jax as mj, optax
       >>> tx = mj.adaptive_restart(mj.momentum(learning_rate=0.5, mu=0.5))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> params = jnp.zeros(1)
+      >>> state = tx.init(params)
       >>> for grad in (1.0, 1.0, -1.0):  # the third is against the way it came
-      ...     updates, state = tx.update(jnp.array([grad]), state)
+      ...     updates, state = tx.update(jnp.array([grad]), state, params)
+      ...     params = optax.apply_updates(params, updates)
       ...     print(updates)
       [-0.5]
       [-0.75]
@@ -85,7 +103,7 @@ def adaptive_restart(
     def init(params: optax.Params) -> AdaptiveRestartState:
         inner_state = inner.init(params)
         velocities(inner_state)
-        return AdaptiveRestartState(inner_state, _at_rest(_velocity.concrete(params)))
+        return AdaptiveRestartState(inner_state, _copies(_velocity.concrete(params)))
 
     def update(
         updates: optax.Updates,
@@ -98,11 +116,31 @@ def adaptive_restart(
                 f"the state is {type(state).__name__}, but must be the AdaptiveRestartState that "
                 "init or the last update returned."
             )
-        inner_state = _restarted(updates, state)
+        if params is None:
+            raise ValueError(
+                "params=None, but whether to restart depends on how the params moved. Call "
+                "update(grads, state, params)."
+            )
+        _velocity.check_arrays("gradient", updates)
+        arrays = _velocity.only_where("params of the last step", state.last_params, params)
+        _check_one_decision(updates, arrays, state.last_params)
+        inner_state, last_params = _restarted(updates, arrays, state)
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        return updates, AdaptiveRestartState(inner_state, _kept(state.last_updates, updates))
+        return updates, AdaptiveRestartState(inner_state, last_params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_one_decision(*trees):
+    apart = axes_that_differ(*trees)
+    if apart:
+        raise ValueError(
+            f"adaptive_restart is within shard_map (or pmap) over {sorted(apart)}, along which "
+            "the gradients, the params or the state differ per device, or may: each device would "
+            "decide by its own part whether to restart. Leave shard_map for the loss and its "
+            "gradient, and call init and update outside; or, where the params are replicated, "
+            "average the gradients with jax.lax.pmean first, in shard_map with check_vma=True."
+        )
 
 
 def reset_velocity(
@@ -205,16 +243,13 @@ def _scaled(state, masks, scale):
 
 
 @_velocity.inlined_jit
-def _at_rest(params):
-    return _velocity.zeros(params, None)
+def _copies(params):
+    return _velocity.copies(params)
 
 
 @_velocity.inlined_jit
-def _restarted(grads, state):
-    turns = _velocity.inner_product(grads, state.last_updates) > 0
-    return reset_velocity(state.inner_state, turns)
-
-
-@_velocity.inlined_jit
-def _kept(last_updates, updates):
-    return _velocity.replaced(last_updates, updates)
+def _restarted(grads, params, state):
+    moved, params = _velocity.movement(params, state.last_params)
+    uphill = _velocity.inner_product(grads, moved, "params")
+    turns = (uphill > 0) & jnp.isfinite(uphill)
+    return reset_velocity(state.inner_state, turns), params
