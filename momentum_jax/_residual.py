@@ -61,6 +61,8 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     Raises:
       ValueError: no params; trees or shapes that do not match.
+      TypeError: a param with an update that is not an array. Without one it may be anything, such
+        as the activation functions of an Equinox model whose arrays alone `init` was given.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax
@@ -101,9 +103,9 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
                 "update(grads, state, params)."
             )
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        _velocity.check_arrays("param", params)
         _velocity.check_arrays("update", updates)
-        updates, residual = _kept(updates, params, state.residual)
+        arrays = _velocity.only_where("updates", updates, params)
+        updates, residual = _kept(updates, arrays, state.residual)
         return updates, ResidualState(inner_state, residual)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +133,36 @@ def test_wide_params_and_absent_updates_pass():
     moved = mj.apply_updates(params, updates)
     assert types(moved) == types(jax.tree.map(jnp.asarray, params))
     assert types(jax.eval_shape(tx.init, params)) == types(start)
+
+
+def test_a_whole_equinox_model_as_params():
+    """Its static leaves have no update, and are left alone."""
+    model = eqx.nn.MLP(2, 2, 8, 1, dtype="bfloat16", key=jax.random.key(0))
+    arrays = eqx.filter(model, eqx.is_array)
+    grads = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(2, "bfloat16")) ** 2))(model)
+    tx = mj.keep_residual(mj.momentum(1e-3))
+    start = tx.init(arrays)
+    updates, state = tx.update(grads, start, model)
+    assert types(state) == types(start)
+    expected = tx.update(grads, start, arrays)
+    for a, b in zip(jax.tree.leaves((updates, state)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    moved = eqx.apply_updates(model, updates)
+    assert moved.activation is model.activation
+    assert jnp.any(state.residual.layers[0].weight != 0)
+
+
+@pytest.mark.parametrize("absent", [None, optax.MaskedNode(), np.zeros((), jax.dtypes.float0)])
+def test_what_is_not_an_array_and_has_no_update_is_left_alone(absent):
+    """With an update it is an error that names it."""
+    tx = mj.keep_residual(optax.identity())
+    params: Any = {"w": jnp.ones(2, "bfloat16"), "f": jnp.tanh}
+    state = tx.init({**params, "f": None})
+    updates, after = tx.update({"w": jnp.ones(2), "f": absent}, state, params)
+    assert updates["f"] is absent or isinstance(updates["f"], type(absent))
+    assert types(after) == types(state)
+    with pytest.raises(TypeError, match=r"the param at \['f'\] is .*, not an array"):
+        tx.update({"w": jnp.ones(2), "f": jnp.ones(2)}, state, params)
 
 
 def test_any_transformation_inside():
