@@ -63,6 +63,23 @@ def adaptive_restart(
     (None, `optax.MaskedNode`, float0) has no part in the decision, and a sum that is not finite
     does not restart.
 
+    With Optax's wrappers, inside (`wrapper(adaptive_restart(...))`) and around
+    (`adaptive_restart(wrapper(...))`):
+
+    - `MultiSteps`: inside, the mean of the micro-batches decides. Around, the first micro-batch
+      after each step decides alone: prefer inside.
+    - `apply_if_finite`: both; a step that is left out changes nothing.
+    - `conditionally_mask`: inside, steps that are left out do not decide. Around, they do: prefer
+      inside.
+    - `conditionally_transform`: inside, the movement is that since the last step that was
+      transformed, and only these decide. Around, every step decides.
+    - `lookahead`: inside, the jump to the slow params is part of the movement. Around, a
+      ValueError: the params are two trees, the gradients one.
+    - `masked`: inside, the params under the mask decide. Around, all decide, and the velocity
+      under the mask restarts.
+    - `partition`: inside, each group decides for itself. Around, all decide together.
+    - `schedule_free`: both; the params that move are the points at which the gradients are taken.
+
     Cost: the state has one more array per param, in the param's dtype. Each step reads the
     gradients, the params and that array once more, before the velocity can move.
 

@@ -1,5 +1,6 @@
 """Velocities that start anew: adaptively, and on request."""
 
+import functools
 import re
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from compiles import count_compiles
 from jax.sharding import AxisType, NamedSharding
@@ -245,6 +247,129 @@ def test_restart_with_a_whole_model_as_params():
     updates, after = tx.update({"w": jnp.ones(1), "activation": None}, state, params)
     assert float(updates["w"][0]) == -0.5
     assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def even(step, **_):
+    return step % 2 == 0
+
+
+def by_name(make):
+    return optax.partition({"a": make(), "b": make()}, {"a": "a", "b": "b"})
+
+
+def both(a, b):
+    return [{"a": x, "b": y} for x, y in zip(a, b, strict=True)]
+
+
+M, A_ALONE = mj.momentum(0.1, 0.9), {"a": True, "b": False}
+R = mj.adaptive_restart
+PAIRS = [1, 1, 3, -1, -1, 3]  # micro-batches; the means are 1
+# The transformation, the gradients, the params after each step. From 0, momentum takes steps of
+# -0.1, -0.19, -0.271 under gradients of 1, and of -0.1 after a restart.
+ROWS: dict[str, Any] = {
+    "MultiSteps, inside": (
+        optax.MultiSteps(R(M), 2).gradient_transformation(),
+        [*PAIRS, -1, -1],
+        [0, -0.1, -0.1, -0.29, -0.29, -0.561, -0.561, -0.461],
+    ),
+    "MultiSteps, around": (
+        R(optax.MultiSteps(M, 2).gradient_transformation()),
+        PAIRS,
+        [0, -0.1, -0.1, -0.29, -0.29, -0.39],
+    ),
+    "apply_if_finite, inside": (
+        optax.apply_if_finite(R(M), 5),
+        [1, -np.inf, np.nan, 1, -1],
+        [-0.1, -0.1, -0.1, -0.29, -0.19],
+    ),
+    "apply_if_finite, around": (
+        R(optax.apply_if_finite(M, 5)),
+        [1, -np.inf, np.nan, 1, -1],
+        [-0.1, -0.1, -0.1, -0.29, -0.19],
+    ),
+    "conditionally_mask, inside": (
+        optax.conditionally_mask(R(M), even),
+        [1, -1, 1, -1, -1],
+        [-0.1, -0.1, -0.29, -0.29, -0.19],
+    ),
+    "conditionally_mask, around": (
+        R(optax.conditionally_mask(M, even)),
+        [1, -1, 1],
+        [-0.1, -0.1, -0.2],
+    ),
+    "conditionally_transform, inside": (
+        optax.conditionally_transform(R(M), even),
+        [1, -0.5, 1, 2, 1],
+        [-0.1, -0.6, -0.79, 1.21, 1.11],
+    ),
+    "conditionally_transform, around": (
+        R(optax.conditionally_transform(M, even)),
+        [1, -0.5, 1],
+        [-0.1, -0.6, -0.7],
+    ),
+    "masked, inside": (
+        optax.masked(R(M), A_ALONE),
+        both([1, 1], [1, 1]),
+        both([-0.1, -0.29], [1, 2]),
+    ),
+    "masked, around": (
+        R(optax.masked(M, A_ALONE)),
+        both([1, 1], [1, 1]),
+        both([-0.1, -0.2], [1, 2]),
+    ),
+    "partition, inside": (
+        by_name(lambda: R(M)),
+        both([1, 1], [1, -0.5]),
+        both([-0.1, -0.29], [-0.1, -0.05]),
+    ),
+    "partition, around": (
+        R(by_name(lambda: M)),
+        both([1, 1], [1, -0.5]),
+        both([-0.1, -0.29], [-0.1, -0.14]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_restart_and_wrappers(name):
+    """The table of the docstring, row by row."""
+    tx, grads, expected = ROWS[name]
+    grads, expected = (jax.tree.map(jnp.float32, each) for each in (grads, expected))
+    compiled = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+    found = trajectory(compiled, grads, jax.tree.map(jnp.zeros_like, grads[0]))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("last", [1.0, -1.0])
+def test_restart_and_lookahead(last):
+    """Inside, where the jump to the slow params is part of the movement; around it is refused."""
+    tx = optax.lookahead(R(M), sync_period=2, slow_step_size=0.5)
+    start = jnp.zeros(1)
+    params: Any = optax.LookaheadParams(start, start)
+    grads = [jnp.full(1, g) for g in (1.0, 1.0, last)]
+    found = [float(w.fast[0]) for w in trajectory(tx, grads, params)]
+    third = -0.145 + (-0.271 if last > 0 else 0.1)
+    np.testing.assert_allclose(found, [-0.1, -0.145, third], rtol=1e-5)
+    tx = R(optax.lookahead(M, sync_period=2, slow_step_size=0.5))
+    for tree in (params, optax.LookaheadParams({"w": start}, {"w": start})):
+        with pytest.raises(ValueError, match=r"the params .*LookaheadParams|only in the params"):
+            tx.update(tree.fast, tx.init(tree), tree)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_restart_and_schedule_free(inside):
+    """The params are the points at which the gradients are, and z takes the steps."""
+    make = functools.partial(optax.contrib.schedule_free, learning_rate=0.1, b1=0.9)
+    tx: Any = make(R(M)) if inside else R(make(M))
+    params = jnp.zeros(1)
+    state = tx.init(params)
+    found = []
+    for grad in (1.0, 1.0, -1.0):
+        updates, state = tx.update(jnp.full(1, grad), state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(float((state if inside else state.inner_state).z[0]))
+    np.testing.assert_allclose(found, [-0.1, -0.29, -0.19], rtol=1e-5)
 
 
 def in_shard_map(tx, specs, mean, **options):
