@@ -47,7 +47,9 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     A bfloat16 has 8 bits: 1.0 does not change when 0.001 is added, however often. With the 8 bits
     of the residual, params move as if they had 16, for 2 bytes more each; what is smaller than
-    about 1 / 100,000 of the param is still lost.
+    about 1 / 100,000 of the param is still lost. After params were set by hand (pruned, loaded,
+    projected), the residual still belongs to the old ones: `reset_velocity` with a `where` of these
+    params clears it, along with their velocity.
 
     Args:
       inner: any Optax transformation. This one comes last: what it returns is to be applied as it

@@ -13,6 +13,7 @@ from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_inner, check_value
 from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import has_velocity, velocities
+from momentum_jax._residual import ResidualState
 
 PyTree = Any
 Predicate = Callable[[tuple[Any, ...]], bool]
@@ -167,8 +168,9 @@ def reset_velocity(
 ) -> Any:
     """Multiplies velocities by `scale`, wherever they are in a state: at 0 they start anew.
 
-    For layers that are reset or pruned, tasks that change, a schedule that ends. Counts and all
-    else stay as they are.
+    For layers that are reset or pruned, tasks that change, a schedule that ends. At a scale of 0
+    the residual of `keep_residual` is 0 too, or it would move a weight that was set by hand, such
+    as a pruned one. Counts and all else stay as they are.
 
     Args:
       state: a state with a velocity anywhere in it, of `momentum`, `trace`, `qhm` or `aggmo`,
@@ -200,8 +202,33 @@ def reset_velocity(
     """
     scale = check_value("scale", scale)
     where = True if where is None else where
-    masks = [_masks(where, velocity) for velocity in velocities(state)]
-    return _scaled(state, masks, scale)
+    found = velocities(state)
+    masks = [_masks(where, velocity) for velocity in found]
+    return _scaled(state, masks, scale, _masks_of_residuals(state, found, masks))
+
+
+def _masks_of_residuals(state, found, masks):
+    """For each residual in the state, the masks of its leaves: those of the same param."""
+    by_velocity = {id(velocity): each for velocity, each in zip(found, masks, strict=True)}
+
+    def of(node):
+        leaves = jax.tree_util.tree_leaves_with_path(node.residual, is_leaf=_velocity.is_absent)
+        by_path: dict[Any, Any] = dict.fromkeys((path for path, _ in leaves), False)
+        parts = jax.tree.leaves(node.inner_state, is_leaf=has_velocity)
+        for velocity in [part.velocity for part in parts if has_velocity(part)]:
+            ours = jax.tree_util.tree_leaves_with_path(velocity, is_leaf=_velocity.is_quantized)
+            # The paths of aggmo's velocity begin with the number of the mu.
+            start = 0 if all(path in by_path for path, _ in ours) else 1
+            for (path, _), mask in zip(ours, by_velocity[id(velocity)], strict=True):
+                by_path[path[start:]] = by_path[path[start:]] | mask
+        return [by_path[path] for path, leaf in leaves if not _velocity.is_absent(leaf)]
+
+    nodes = jax.tree.leaves(state, is_leaf=_has_residual)
+    return [of(node) for node in nodes if _has_residual(node)]
+
+
+def _has_residual(node):
+    return isinstance(node, ResidualState)
 
 
 def _masks(where, velocity):
@@ -243,20 +270,33 @@ def _check_mask(path, leaf, mask):
 
 
 @_velocity.inlined_jit
-def _scaled(state, masks, scale):
+def _scaled(state, masks, scale, masks_of_residuals=None):
     masks = iter(masks)
+    masks_of_residuals = None if masks_of_residuals is None else iter(masks_of_residuals)
+
+    def scaled(tree, factor, masks):
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=_velocity.is_quantized)
+        pairs = zip(leaves, masks, strict=True)
+        return treedef.unflatten(_velocity.scale(leaf, factor, mask) for leaf, mask in pairs)
 
     def part(node):
-        if not has_velocity(node):
+        if has_velocity(node):
+            return node._replace(velocity=scaled(node.velocity, scale, next(masks)))
+        if not _has_residual(node):
             return node
-        leaves, treedef = jax.tree.flatten(node.velocity, is_leaf=_velocity.is_quantized)
-        scaled = [
-            _velocity.scale(leaf, scale, mask)
-            for leaf, mask in zip(leaves, next(masks), strict=True)
-        ]
-        return node._replace(velocity=treedef.unflatten(scaled))
+        inner_state = parts(node.inner_state)
+        if masks_of_residuals is None:
+            return node._replace(inner_state=inner_state)
+        # At any other scale it stays: it is part of the params.
+        factor = jnp.asarray(scale) != 0
+        return ResidualState(inner_state, scaled(node.residual, factor, next(masks_of_residuals)))
 
-    return jax.tree.map(part, state, is_leaf=has_velocity)
+    def parts(state):
+        return jax.tree.map(
+            part, state, is_leaf=lambda node: has_velocity(node) or _has_residual(node)
+        )
+
+    return parts(state)
 
 
 @_velocity.inlined_jit
@@ -269,4 +309,6 @@ def _restarted(grads, params, state):
     moved, params = _velocity.movement(params, state.last_params)
     uphill = _velocity.inner_product(grads, moved, "params")
     turns = (uphill > 0) & jnp.isfinite(uphill)
-    return reset_velocity(state.inner_state, turns), params
+    # The residuals stay: no param was set by hand.
+    masks = [_masks(turns, velocity) for velocity in velocities(state.inner_state)]
+    return _scaled(state.inner_state, masks, 0.0), params

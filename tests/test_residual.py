@@ -1,5 +1,6 @@
 """keep_residual: params of 16 bits that learn from updates too small for them."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -163,6 +164,72 @@ def test_what_is_not_an_array_and_has_no_update_is_left_alone(absent):
     assert types(after) == types(state)
     with pytest.raises(TypeError, match=r"the param at \['f'\] is .*, not an array"):
         tx.update({"w": jnp.ones(2), "f": jnp.ones(2)}, state, params)
+
+
+FIRST = np.array([True, False, False])
+AGGMO = mj.aggmo(1e-3, (0.5, 0.9))
+WHERE: dict[str, Any] = {
+    "tree": (mj.momentum(1e-3), {"w": FIRST, "v": True, "wide": False}),
+    "predicate": (mj.momentum(1e-3), lambda path: path[0].key != "w"),
+    "all": (mj.momentum(1e-3), None),
+    "aggmo, predicate": (AGGMO, lambda path: path[1].key != "w"),
+    "aggmo, one mu": (AGGMO, (False, {"w": FIRST, "v": True, "wide": False})),
+    "chain, masked": (
+        optax.chain(
+            optax.masked(mj.trace(0.9), {"w": True, "v": True, "wide": False}), optax.scale(-1e-3)
+        ),
+        {"w": FIRST, "v": True, "wide": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("name", WHERE)
+def test_reset_velocity_clears_the_residual(name, jitted):
+    """Or a pruned weight would come back from it: of the same params, and of no others."""
+    inner, where = WHERE[name]
+    tx = mj.keep_residual(inner)
+    params = {"w": jnp.ones(3, "bfloat16"), "v": jnp.ones(2, "float16"), "wide": jnp.ones(2)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = tx.update(grads, tx.init(params), params)
+    reset = functools.partial(mj.reset_velocity, where=where)
+    after = (jax.jit(reset) if jitted else reset)(state)
+    assert types(after) == types(state)
+    kept = np.asarray(state.residual["w"])
+    expected = {"all": [0, 0, 0], "predicate": kept, "aggmo, predicate": kept}
+    expected = expected.get(name, [0, *kept[1:]])
+    np.testing.assert_array_equal(np.asarray(after.residual["w"]), expected)
+    np.testing.assert_array_equal(np.asarray(after.residual["v"]), 0)
+    assert np.all(kept != 0)
+    assert isinstance(after.residual["wide"], optax.MaskedNode)
+
+
+def test_a_pruned_weight_stays_pruned():
+    """Without the reset, the residual and the velocity move it."""
+    tx = mj.keep_residual(mj.momentum(1e-3))
+    params, zero = jnp.ones(2, "bfloat16"), jnp.zeros(2)
+    _, state = tx.update(jnp.ones(2), tx.init(params), params)
+    pruned = params.at[0].set(0)
+    reset = mj.reset_velocity(state, jnp.array([True, False]))
+    for held, expected in ((state, True), (reset, False)):
+        updates, _ = tx.update(zero, held, pruned)
+        moved = mj.apply_updates(pruned, updates)
+        assert bool(moved[0] != 0) == expected
+
+
+def test_a_scale_or_a_restart_leaves_the_residual():
+    """It is a part of the params, which no one set."""
+    tx = mj.adaptive_restart(mj.keep_residual(mj.momentum(1e-3, 0.9)))
+    params = jnp.ones(2, "bfloat16")
+    _, state = tx.update(jnp.ones(2), tx.init(params), params)
+    kept = state.inner_state.residual
+    half = mj.reset_velocity(state, scale=0.5)
+    np.testing.assert_array_equal(half.inner_state.residual, kept)
+    np.testing.assert_array_equal(mj.reset_velocity(state).inner_state.residual, 0)
+    # The step went up: the velocity goes, and the residual does not.
+    _, state = tx.update(jnp.full(2, 1e-9), state, params + 0.5)
+    np.testing.assert_allclose(mj.read_velocity(state), -1e-12, rtol=1e-5)
+    np.testing.assert_array_equal(state.inner_state.residual, kept)
 
 
 def test_any_transformation_inside():
