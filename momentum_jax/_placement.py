@@ -100,7 +100,7 @@ def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
 def axes_that_differ(*trees: Any) -> set[str]:
     """The manual axes, as within shard_map, along which a device may have values of its own.
 
-    Where shard_map does not track that (`check_vma=False`, `jax.pmap`), these are all of them.
+    Where shard_map does not track that (`check_vma=False`, `jax.pmap` of JAX 0.10), these are all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = {name for name in mesh.manual_axes if mesh.shape[name] > 1}

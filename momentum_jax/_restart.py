@@ -69,7 +69,8 @@ def adaptive_restart(
 
     - `MultiSteps`: inside, the mean of the micro-batches decides. Around, the first micro-batch
       after each step decides alone: prefer inside.
-    - `apply_if_finite`: both; a step that is left out changes nothing.
+    - `apply_if_finite`: a step that is left out does not restart. Inside, the step after it is
+      decided by the last movement. Around, it does not restart, as the params stood still.
     - `conditionally_mask`: inside, steps that are left out do not decide. Around, they do: prefer
       inside.
     - `conditionally_transform`: inside, the movement is that since the last step that was
@@ -96,7 +97,9 @@ def adaptive_restart(
     Raises:
       ValueError: at init, no velocity in the state of `inner`; at update, no params, or params
         unlike those of init; within shard_map, gradients or params that differ per device, or
-        for which JAX does not track whether they do (`check_vma=False`, `jax.pmap`).
+        for which JAX does not track whether they do (`check_vma=False`). So within `jax.pmap`
+        where JAX makes it of shard_map, as 0.10 does; with older ones average the gradients.
+      TypeError: a param that is not an array, where init was given one.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax

@@ -279,13 +279,13 @@ ROWS: dict[str, Any] = {
     ),
     "apply_if_finite, inside": (
         optax.apply_if_finite(R(M), 5),
-        [1, -np.inf, np.nan, 1, -1],
-        [-0.1, -0.1, -0.1, -0.29, -0.19],
+        [1, -np.inf, np.nan, 1, -np.inf, -1],
+        [-0.1, -0.1, -0.1, -0.29, -0.29, -0.19],
     ),
     "apply_if_finite, around": (
         R(optax.apply_if_finite(M, 5)),
-        [1, -np.inf, np.nan, 1, -1],
-        [-0.1, -0.1, -0.1, -0.29, -0.19],
+        [1, -np.inf, np.nan, 1, -1, -np.inf, 1, np.nan, -1],
+        [-0.1, -0.1, -0.1, -0.29, -0.19, -0.19, -0.2, -0.2, -0.109],
     ),
     "conditionally_mask, inside": (
         optax.conditionally_mask(R(M), even),
