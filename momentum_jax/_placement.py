@@ -97,6 +97,27 @@ def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
+def axes_that_differ(*trees: Any) -> set[str]:
+    """The manual axes, as within shard_map, along which a device may have values of its own.
+
+    Where shard_map does not track that (`check_vma=False`, `jax.pmap` of JAX 0.10), these are all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = {name for name in mesh.manual_axes if mesh.shape[name] > 1}
+    # The index along an axis differs, so its type says so if any type does.
+    if all(name in _varying(jax.lax.axis_index(name)) for name in manual):
+        leaves = [x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)]
+        manual &= set().union(*map(_varying, leaves))
+    return manual
+
+
+def _varying(x):
+    kind = jax.typeof(x)
+    # JAX 0.10 and later; `vma` before.
+    manual = getattr(kind, "manual_axis_type", None)
+    return kind.vma if manual is None else manual.varying | manual.unreduced
+
+
 def axes(*entries: Any) -> Iterator[str]:
     """The names of the axes in the entries of a PartitionSpec."""
     for entry in entries:

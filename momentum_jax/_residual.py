@@ -47,7 +47,9 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     A bfloat16 has 8 bits: 1.0 does not change when 0.001 is added, however often. With the 8 bits
     of the residual, params move as if they had 16, for 2 bytes more each; what is smaller than
-    about 1 / 100,000 of the param is still lost.
+    about 1 / 100,000 of the param is still lost. After params were set by hand (pruned, loaded,
+    projected), the residual still belongs to the old ones: `reset_velocity` with a `where` of these
+    params clears it, along with their velocity.
 
     Args:
       inner: any Optax transformation. This one comes last: what it returns is to be applied as it
@@ -61,6 +63,8 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     Raises:
       ValueError: no params; trees or shapes that do not match.
+      TypeError: a param with an update that is not an array. Without one it may be anything, such
+        as the activation functions of an Equinox model whose arrays alone `init` was given.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax
@@ -101,9 +105,9 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
                 "update(grads, state, params)."
             )
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        _velocity.check_arrays("param", params)
         _velocity.check_arrays("update", updates)
-        updates, residual = _kept(updates, params, state.residual)
+        arrays = _velocity.only_where("updates", updates, params)
+        updates, residual = _kept(updates, arrays, state.residual)
         return updates, ResidualState(inner_state, residual)
 
     return optax.GradientTransformationExtraArgs(init, update)

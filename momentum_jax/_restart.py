@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_inner, check_value
+from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import has_velocity, velocities
+from momentum_jax._residual import ResidualState
 
 PyTree = Any
 Predicate = Callable[[tuple[Any, ...]], bool]
@@ -21,17 +24,17 @@ class AdaptiveRestartState(NamedTuple):
 
     Attributes:
       inner_state: the state of the transformation around which it is.
-      last_updates: the updates of the last step, a tree like the params, at least float32.
+      last_params: a copy of the params of the last step, in their dtypes and shardings.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
       >>> state = mj.adaptive_restart(mj.momentum(0.1)).init(jnp.ones(2))
-      >>> print(state.last_updates)
-      [0. 0.]
+      >>> print(state.last_params)
+      [1. 1.]
     """
 
     inner_state: Any
-    last_updates: Any
+    last_params: Any
 
 
 export.register_namedtuple_serialization(
@@ -44,7 +47,8 @@ def adaptive_restart(
 ) -> optax.GradientTransformationExtraArgs:
     """Lets the velocity start anew whenever the last step went uphill.
 
-        if g . (last update) > 0:   v <- 0        before the step that g is for
+        if g . (w - last w) > 0:   v <- 0        before the step that g is for
+        last w <- w
 
     On an ill-conditioned problem a mu that rises to 1 overshoots and comes back, again and
     again; this stops it where it turns, without knowing the condition number. The sum is over
@@ -53,23 +57,58 @@ def adaptive_restart(
     1e-2, and with the best constant mu, for which one has to know that number, at 6e-13. A
     constant mu near 1 restarts before it has built up speed, and gains nothing.
 
+    `w - last w` is how the params really moved between two calls of `update`, whatever was done
+    to the updates on the way: their sign, a scale or weight decay later in the chain, rounding,
+    a projection. What `update` is given must be gradients: what comes before in a chain may clip
+    or scale them, but what turns their sign belongs inside `inner`. A param without a gradient
+    (None, `optax.MaskedNode`, float0) has no part in the decision, and a sum that is not finite
+    does not restart.
+
+    With Optax's wrappers, inside (`wrapper(adaptive_restart(...))`) and around
+    (`adaptive_restart(wrapper(...))`):
+
+    - `MultiSteps`: inside, the mean of the micro-batches decides. Around, the first micro-batch
+      after each step decides alone: prefer inside.
+    - `apply_if_finite`: a step that is left out does not restart. Inside, the step after it is
+      decided by the last movement. Around, it does not restart, as the params stood still.
+    - `conditionally_mask`: inside, steps that are left out do not decide. Around, they do: prefer
+      inside.
+    - `conditionally_transform`: inside, the movement is that since the last step that was
+      transformed, and only these decide. Around, every step decides.
+    - `lookahead`: inside, the jump to the slow params is part of the movement. Around, a
+      ValueError: the params are two trees, the gradients one.
+    - `masked`: inside, the params under the mask decide. Around, all decide, and the velocity
+      under the mask restarts.
+    - `partition`: inside, each group decides for itself. Around, all decide together.
+    - `schedule_free`: both; the params that move are the points at which the gradients are taken.
+
+    Cost: the state has one more array per param, in the param's dtype. Each step reads the
+    gradients, the params and that array once more, before the velocity can move.
+
     Args:
       inner: a transformation whose state has a velocity anywhere in it: `momentum`, `trace`,
         `qhm`, `aggmo`, also in a chain or under Optax's wrappers.
 
     Returns:
-      An Optax transformation whose state is an `AdaptiveRestartState`: one more array a param.
-      The count goes on, and with it the schedules; extra arguments go to `inner`.
+      An Optax transformation whose state is an `AdaptiveRestartState`. `update` needs the params.
+      The count goes on, and with it the schedules; extra arguments go to `inner`. Within
+      shard_map the gradients must be averaged over its axes, or the devices would decide apart.
 
     Raises:
-      ValueError: at init, no velocity in the state of `inner`.
+      ValueError: at init, no velocity in the state of `inner`; at update, no params, or params
+        unlike those of init; within shard_map, gradients or params that differ per device, or
+        for which JAX does not track whether they do (`check_vma=False`). So within `jax.pmap`
+        where JAX makes it of shard_map, as 0.10 does; with older ones average the gradients.
+      TypeError: a param that is not an array, where init was given one.
 
     Example:
-      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> import jax.numpy as jnp, momentum_jax as mj, optax
       >>> tx = mj.adaptive_restart(mj.momentum(learning_rate=0.5, mu=0.5))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> params = jnp.zeros(1)
+      >>> state = tx.init(params)
       >>> for grad in (1.0, 1.0, -1.0):  # the third is against the way it came
-      ...     updates, state = tx.update(jnp.array([grad]), state)
+      ...     updates, state = tx.update(jnp.array([grad]), state, params)
+      ...     params = optax.apply_updates(params, updates)
       ...     print(updates)
       [-0.5]
       [-0.75]
@@ -85,7 +124,7 @@ def adaptive_restart(
     def init(params: optax.Params) -> AdaptiveRestartState:
         inner_state = inner.init(params)
         velocities(inner_state)
-        return AdaptiveRestartState(inner_state, _at_rest(_velocity.concrete(params)))
+        return AdaptiveRestartState(inner_state, _copies(_velocity.concrete(params)))
 
     def update(
         updates: optax.Updates,
@@ -98,11 +137,31 @@ def adaptive_restart(
                 f"the state is {type(state).__name__}, but must be the AdaptiveRestartState that "
                 "init or the last update returned."
             )
-        inner_state = _restarted(updates, state)
+        if params is None:
+            raise ValueError(
+                "params=None, but whether to restart depends on how the params moved. Call "
+                "update(grads, state, params)."
+            )
+        _velocity.check_arrays("gradient", updates)
+        arrays = _velocity.only_where("params of the last step", state.last_params, params)
+        _check_one_decision(updates, arrays, state.last_params)
+        inner_state, last_params = _restarted(updates, arrays, state)
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        return updates, AdaptiveRestartState(inner_state, _kept(state.last_updates, updates))
+        return updates, AdaptiveRestartState(inner_state, last_params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_one_decision(*trees):
+    apart = axes_that_differ(*trees)
+    if apart:
+        raise ValueError(
+            f"adaptive_restart is within shard_map (or pmap) over {sorted(apart)}, along which "
+            "the gradients, the params or the state differ per device, or may: each device would "
+            "decide by its own part whether to restart. Leave shard_map for the loss and its "
+            "gradient, and call init and update outside; or, where the params are replicated, "
+            "average the gradients with jax.lax.pmean first, in shard_map with check_vma=True."
+        )
 
 
 def reset_velocity(
@@ -112,8 +171,9 @@ def reset_velocity(
 ) -> Any:
     """Multiplies velocities by `scale`, wherever they are in a state: at 0 they start anew.
 
-    For layers that are reset or pruned, tasks that change, a schedule that ends. Counts and all
-    else stay as they are.
+    For layers that are reset or pruned, tasks that change, a schedule that ends. At a scale of 0
+    the residual of `keep_residual` is 0 too, or it would move a weight that was set by hand, such
+    as a pruned one. Counts and all else stay as they are.
 
     Args:
       state: a state with a velocity anywhere in it, of `momentum`, `trace`, `qhm` or `aggmo`,
@@ -145,8 +205,33 @@ def reset_velocity(
     """
     scale = check_value("scale", scale)
     where = True if where is None else where
-    masks = [_masks(where, velocity) for velocity in velocities(state)]
-    return _scaled(state, masks, scale)
+    found = velocities(state)
+    masks = [_masks(where, velocity) for velocity in found]
+    return _scaled(state, masks, scale, _masks_of_residuals(state, found, masks))
+
+
+def _masks_of_residuals(state, found, masks):
+    """For each residual in the state, the masks of its leaves: those of the same param."""
+    by_velocity = {id(velocity): each for velocity, each in zip(found, masks, strict=True)}
+
+    def of(node):
+        leaves = jax.tree_util.tree_leaves_with_path(node.residual, is_leaf=_velocity.is_absent)
+        by_path: dict[Any, Any] = dict.fromkeys((path for path, _ in leaves), False)
+        parts = jax.tree.leaves(node.inner_state, is_leaf=has_velocity)
+        for velocity in [part.velocity for part in parts if has_velocity(part)]:
+            ours = jax.tree_util.tree_leaves_with_path(velocity, is_leaf=_velocity.is_quantized)
+            # The paths of aggmo's velocity begin with the number of the mu.
+            start = 0 if all(path in by_path for path, _ in ours) else 1
+            for (path, _), mask in zip(ours, by_velocity[id(velocity)], strict=True):
+                by_path[path[start:]] = by_path[path[start:]] | mask
+        return [by_path[path] for path, leaf in leaves if not _velocity.is_absent(leaf)]
+
+    nodes = jax.tree.leaves(state, is_leaf=_has_residual)
+    return [of(node) for node in nodes if _has_residual(node)]
+
+
+def _has_residual(node):
+    return isinstance(node, ResidualState)
 
 
 def _masks(where, velocity):
@@ -188,33 +273,45 @@ def _check_mask(path, leaf, mask):
 
 
 @_velocity.inlined_jit
-def _scaled(state, masks, scale):
+def _scaled(state, masks, scale, masks_of_residuals=None):
     masks = iter(masks)
+    masks_of_residuals = None if masks_of_residuals is None else iter(masks_of_residuals)
+
+    def scaled(tree, factor, masks):
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=_velocity.is_quantized)
+        pairs = zip(leaves, masks, strict=True)
+        return treedef.unflatten(_velocity.scale(leaf, factor, mask) for leaf, mask in pairs)
 
     def part(node):
-        if not has_velocity(node):
+        if has_velocity(node):
+            return node._replace(velocity=scaled(node.velocity, scale, next(masks)))
+        if not _has_residual(node):
             return node
-        leaves, treedef = jax.tree.flatten(node.velocity, is_leaf=_velocity.is_quantized)
-        scaled = [
-            _velocity.scale(leaf, scale, mask)
-            for leaf, mask in zip(leaves, next(masks), strict=True)
-        ]
-        return node._replace(velocity=treedef.unflatten(scaled))
+        inner_state = parts(node.inner_state)
+        if masks_of_residuals is None:
+            return node._replace(inner_state=inner_state)
+        # At any other scale it stays: it is part of the params.
+        factor = jnp.asarray(scale) != 0
+        return ResidualState(inner_state, scaled(node.residual, factor, next(masks_of_residuals)))
 
-    return jax.tree.map(part, state, is_leaf=has_velocity)
+    def parts(state):
+        return jax.tree.map(
+            part, state, is_leaf=lambda node: has_velocity(node) or _has_residual(node)
+        )
 
-
-@_velocity.inlined_jit
-def _at_rest(params):
-    return _velocity.zeros(params, None)
-
-
-@_velocity.inlined_jit
-def _restarted(grads, state):
-    turns = _velocity.inner_product(grads, state.last_updates) > 0
-    return reset_velocity(state.inner_state, turns)
+    return parts(state)
 
 
 @_velocity.inlined_jit
-def _kept(last_updates, updates):
-    return _velocity.replaced(last_updates, updates)
+def _copies(params):
+    return _velocity.copies(params)
+
+
+@_velocity.inlined_jit
+def _restarted(grads, params, state):
+    moved, params = _velocity.movement(params, state.last_params)
+    uphill = _velocity.inner_product(grads, moved, "params")
+    turns = (uphill > 0) & jnp.isfinite(uphill)
+    # The residuals stay: no param was set by hand.
+    masks = [_masks(turns, velocity) for velocity in velocities(state.inner_state)]
+    return _scaled(state.inner_state, masks, 0.0), params

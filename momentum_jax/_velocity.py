@@ -43,8 +43,12 @@ _LEAVE_OUT = (
 )
 
 
+_SAME_PARAMS = "Call update with the params that init was given, or init again if they change."
+
 # What may have gone wrong where two trees do not match.
 _REMEDIES = {
+    "params": _SAME_PARAMS,
+    "params of the last step": _SAME_PARAMS,
     "gradients": "Call init with the very params that are differentiated and updated, again if "
     "they change, and give None where a param has no gradient.",
     "updates": "Give the first of what update returned for these params: "
@@ -225,10 +229,10 @@ def scale(held: Any, factor: Any, mask: Any) -> Any:
     return jnp.where(mask, scaled.astype(held.dtype), held)
 
 
-def inner_product(grads: PyTree, held: PyTree) -> jax.Array:
+def inner_product(grads: PyTree, held: PyTree, name: str = "velocity") -> jax.Array:
     """The sum of `grad * held` over all leaves that have a gradient; real, at least float32."""
     total = jnp.zeros((), jnp.float32)
-    for _, grad, leaf in _wide_pairs(grads, held):
+    for _, grad, leaf in _wide_pairs(grads, held, name):
         product = jnp.sum(jnp.real(grad.conj() * leaf))
         width = np.promote_types(total.dtype, product.dtype)
         total = total.astype(width) + product.astype(width)
@@ -327,12 +331,12 @@ def _real_parts(x):
     return [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
 
 
-def _wide_pairs(grads, held):
+def _wide_pairs(grads, held, name="velocity"):
     """(path, gradient, what is held) of each leaf that has a gradient, both in one wide dtype."""
-    for path, grad, leaf in zip_leaves("gradients", grads, "velocity", held)[1]:
+    for path, grad, leaf in zip_leaves("gradients", grads, name, held)[1]:
         if is_absent(grad):
             continue
-        grad, leaf = arrays("gradient", path, grad, "velocity", leaf)
+        grad, leaf = arrays("gradient", path, grad, name, leaf)
         leaf = read(leaf)
         check_gradient_dtype(path, grad.dtype, leaf.dtype)
         dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
@@ -348,17 +352,50 @@ def with_value(held: Any, value: Any) -> Any:
     return np.asarray(value).astype(held.dtype)
 
 
-def replaced(held: PyTree, updates: PyTree) -> PyTree:
-    """The updates in the dtypes of what is held, which stays where there is no update."""
+def copies(params: PyTree) -> PyTree:
+    """The params, in buffers of their own, in their dtypes and shardings, none weakly typed."""
 
-    def leaf(path, update, held):
-        if is_absent(update):
-            return held
-        update, held = arrays("update", path, update, "velocity", held)
-        return hold_like(update.astype(held.dtype), held)
+    def leaf(param):
+        param = jnp.asarray(param)
+        copy = jnp.copy(param.astype(param.dtype))
+        return hold_like(copy, param, backward=True)
 
-    treedef, pairs = zip_leaves("updates", updates, "velocity", held)
-    return treedef.unflatten(leaf(*pair) for pair in pairs)
+    return jax.tree.map(leaf, params)
+
+
+def movement(params: PyTree, last: PyTree) -> tuple[PyTree, PyTree]:
+    """`params - last`, at least float32; and copies of the params, of the types of `last`.
+
+    None in place of the difference, and `last` itself, where one of them is absent.
+    """
+
+    def leaf(path, held, param):
+        if is_absent(held) or is_absent(param):
+            return None, held
+        param, held = arrays("param", path, param, "param of the last step", held)
+        # The params are no part of the state: neither takes the other's sharding.
+        param = hold_like(param, held)
+        copy = jnp.copy(param.astype(held.dtype))
+        if not jnp.issubdtype(held.dtype, jnp.inexact):
+            return held, copy
+        dtype = _wide(held.dtype)
+        return param.astype(dtype) - held.astype(dtype), copy
+
+    treedef, found = zip_leaves("params of the last step", last, "params", params)
+    pairs = [leaf(*each) for each in found]
+    moved, copied = zip(*pairs, strict=True) if pairs else ((), ())
+    return treedef.unflatten(moved), treedef.unflatten(copied)
+
+
+def only_where(name: str, tree: PyTree, params: PyTree) -> PyTree:
+    """The params, with what is in the tree in place of those for which it is absent.
+
+    These need not be arrays: the activation functions of a model that is a tree, for example.
+    """
+    treedef, found = zip_leaves(name, tree, "params", params)
+    params = treedef.unflatten(leaf if is_absent(leaf) else param for _, leaf, param in found)
+    check_arrays("param", params)
+    return params
 
 
 def add(params: PyTree, updates: PyTree) -> PyTree:

@@ -257,8 +257,8 @@ def test_a_damaged_study_is_one_line_with_its_name(tmp_path, content):
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
-    [("steps", "x", "is damaged: TypeError"), ("extended", 3, "is damaged: TypeError"),
-     ("seeds", ["a"], "is damaged: TypeError"), ("rates", [-1.0], "must be above 0")],
+    [("steps", "x", "is damaged: Type"), ("extended", 3, "is damaged: Type"),
+     ("seeds", ["a"], "is damaged: Type"), ("rates", [-1.0], "must be above 0")],
 )  # fmt: skip
 def test_a_study_with_a_wrong_value_is_one_line_with_its_name(tmp_path, name, value, says):
     small().save(tmp_path)

@@ -55,7 +55,7 @@ def moving(tx, grads, steps=2):
     """The state after some steps."""
     state = tx.init(grads)
     for _ in range(steps):
-        _, state = tx.update(grads, state)
+        _, state = tx.update(grads, state, grads)
     return state
 
 
@@ -523,7 +523,7 @@ def test_restart_of_8_bits():
     tx = mj.adaptive_restart(make("int8"))
     grads = normal()
     state = moving(tx, grads)
-    updates, _ = tx.update(-grads, state)
+    updates, _ = tx.update(-grads, state, 0.625 * grads)
     np.testing.assert_array_equal(updates, 0.375 * grads)
 
 
@@ -551,7 +551,7 @@ def test_explicit_meshes_bring_masks_and_gradients_to_the_velocity(velocity_dtyp
     mask = np.asarray(whole > 3)
     reset = mj.read_velocity(mj.reset_velocity(state, put(mask)))
     np.testing.assert_array_equal(reset == 0, mask | (mj.read_velocity(state) == 0))
-    updates, after = tx.update(-params, state)
+    updates, after = tx.update(-params, state, 0.625 * params)
     np.testing.assert_array_equal(updates, 0.375 * whole)
     held = after.inner_state
     dumped = mj.frameworks.dump_optax(optax.trace(0.75).init(params), (held,))

@@ -1,7 +1,9 @@
 """keep_residual: params of 16 bits that learn from updates too small for them."""
 
+import functools
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,102 @@ def test_wide_params_and_absent_updates_pass():
     moved = mj.apply_updates(params, updates)
     assert types(moved) == types(jax.tree.map(jnp.asarray, params))
     assert types(jax.eval_shape(tx.init, params)) == types(start)
+
+
+def test_a_whole_equinox_model_as_params():
+    """Its static leaves have no update, and are left alone."""
+    model = eqx.nn.MLP(2, 2, 8, 1, dtype="bfloat16", key=jax.random.key(0))
+    arrays = eqx.filter(model, eqx.is_array)
+    grads = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(2, "bfloat16")) ** 2))(model)
+    tx = mj.keep_residual(mj.momentum(1e-3))
+    start = tx.init(arrays)
+    updates, state = tx.update(grads, start, model)
+    assert types(state) == types(start)
+    expected = tx.update(grads, start, arrays)
+    for a, b in zip(jax.tree.leaves((updates, state)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    moved = eqx.apply_updates(model, updates)
+    assert moved.activation is model.activation
+    assert jnp.any(state.residual.layers[0].weight != 0)
+
+
+@pytest.mark.parametrize("absent", [None, optax.MaskedNode(), np.zeros((), jax.dtypes.float0)])
+def test_what_is_not_an_array_and_has_no_update_is_left_alone(absent):
+    """With an update it is an error that names it."""
+    tx = mj.keep_residual(optax.identity())
+    params: Any = {"w": jnp.ones(2, "bfloat16"), "f": jnp.tanh}
+    state = tx.init({**params, "f": None})
+    updates, after = tx.update({"w": jnp.ones(2), "f": absent}, state, params)
+    assert updates["f"] is absent or isinstance(updates["f"], type(absent))
+    assert types(after) == types(state)
+    with pytest.raises(TypeError, match=r"the param at \['f'\] is .*, not an array"):
+        tx.update({"w": jnp.ones(2), "f": jnp.ones(2)}, state, params)
+
+
+FIRST = np.array([True, False, False])
+AGGMO = mj.aggmo(1e-3, (0.5, 0.9))
+WHERE: dict[str, Any] = {
+    "tree": (mj.momentum(1e-3), {"w": FIRST, "v": True, "wide": False}),
+    "predicate": (mj.momentum(1e-3), lambda path: path[0].key != "w"),
+    "all": (mj.momentum(1e-3), None),
+    "aggmo, predicate": (AGGMO, lambda path: path[1].key != "w"),
+    "aggmo, one mu": (AGGMO, (False, {"w": FIRST, "v": True, "wide": False})),
+    "chain, masked": (
+        optax.chain(
+            optax.masked(mj.trace(0.9), {"w": True, "v": True, "wide": False}), optax.scale(-1e-3)
+        ),
+        {"w": FIRST, "v": True, "wide": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("name", WHERE)
+def test_reset_velocity_clears_the_residual(name, jitted):
+    """Or a pruned weight would come back from it: of the same params, and of no others."""
+    inner, where = WHERE[name]
+    tx = mj.keep_residual(inner)
+    params = {"w": jnp.ones(3, "bfloat16"), "v": jnp.ones(2, "float16"), "wide": jnp.ones(2)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = tx.update(grads, tx.init(params), params)
+    reset = functools.partial(mj.reset_velocity, where=where)
+    after = (jax.jit(reset) if jitted else reset)(state)
+    assert types(after) == types(state)
+    kept = np.asarray(state.residual["w"])
+    expected = {"all": [0, 0, 0], "predicate": kept, "aggmo, predicate": kept}
+    expected = expected.get(name, [0, *kept[1:]])
+    np.testing.assert_array_equal(np.asarray(after.residual["w"]), expected)
+    np.testing.assert_array_equal(np.asarray(after.residual["v"]), 0)
+    assert np.all(kept != 0)
+    assert isinstance(after.residual["wide"], optax.MaskedNode)
+
+
+def test_a_pruned_weight_stays_pruned():
+    """Without the reset, the residual and the velocity move it."""
+    tx = mj.keep_residual(mj.momentum(1e-3))
+    params, zero = jnp.ones(2, "bfloat16"), jnp.zeros(2)
+    _, state = tx.update(jnp.ones(2), tx.init(params), params)
+    pruned = params.at[0].set(0)
+    reset = mj.reset_velocity(state, jnp.array([True, False]))
+    for held, expected in ((state, True), (reset, False)):
+        updates, _ = tx.update(zero, held, pruned)
+        moved = mj.apply_updates(pruned, updates)
+        assert bool(moved[0] != 0) == expected
+
+
+def test_a_scale_or_a_restart_leaves_the_residual():
+    """It is a part of the params, which no one set."""
+    tx = mj.adaptive_restart(mj.keep_residual(mj.momentum(1e-3, 0.9)))
+    params = jnp.ones(2, "bfloat16")
+    _, state = tx.update(jnp.ones(2), tx.init(params), params)
+    kept = state.inner_state.residual
+    half = mj.reset_velocity(state, scale=0.5)
+    np.testing.assert_array_equal(half.inner_state.residual, kept)
+    np.testing.assert_array_equal(mj.reset_velocity(state).inner_state.residual, 0)
+    # The step went up: the velocity goes, and the residual does not.
+    _, state = tx.update(jnp.full(2, 1e-9), state, params + 0.5)
+    np.testing.assert_allclose(mj.read_velocity(state), -1e-12, rtol=1e-5)
+    np.testing.assert_array_equal(state.inner_state.residual, kept)
 
 
 def test_any_transformation_inside():

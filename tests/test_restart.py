@@ -1,5 +1,6 @@
 """Velocities that start anew: adaptively, and on request."""
 
+import functools
 import re
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from compiles import count_compiles
 from jax.sharding import AxisType, NamedSharding
@@ -61,9 +63,9 @@ def test_restart_beats_the_unrestarted_method_by_orders_of_magnitude(inner):
 
 
 def test_restart_is_the_papers_by_hand():
-    """Before the step whose gradient turns against the last update, over all params together."""
+    """Before the step whose gradient turns against the last step, over all params together."""
     tx = mj.adaptive_restart(mj.momentum(0.5, 0.5))
-    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    params: Any = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     state, v = tx.init(params), np.zeros(2)
     last = np.zeros(2)
     for grads in ([1, 1], [-1.5, 2], [-4, 1], [1, 1], [0, 0], [-3, 3]):
@@ -71,7 +73,9 @@ def test_restart_is_the_papers_by_hand():
         if g @ last > 0:
             v = np.zeros(2)
         v = last = 0.5 * v - 0.5 * g
-        updates, state = tx.update({"a": jnp.array(g[:1]), "b": jnp.array(g[1:])}, state)
+        grads = {"a": jnp.array(g[:1]), "b": jnp.array(g[1:])}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
         np.testing.assert_array_equal([updates["a"][0], updates["b"][0]], v)
     assert int(state.inner_state.count) == 6
 
@@ -119,18 +123,22 @@ def test_restart_keeps_the_contract(inner):
 def test_restart_passes_extra_arguments_on():
     """To the transformation inside."""
     tx = mj.adaptive_restart(mj.momentum(0.5))
-    update, _ = tx.update(jnp.float32(1), tx.init(jnp.float32(0)), learning_rate=0.25)
+    w = jnp.float32(0)
+    update, _ = tx.update(jnp.float32(1), tx.init(w), w, learning_rate=0.25)
     assert float(update) == -0.25
 
 
-def test_restart_donates_safely():
-    """The updates and the last updates that are kept are not one buffer."""
+@pytest.mark.parametrize("shape", [(), (1000,)])
+def test_restart_donates_safely(shape):
+    """The params that are kept share no buffer with the params, nor with the updates."""
     tx = mj.adaptive_restart(mj.momentum(0.5))
-    w = jnp.ones(1000)
-    updates, state = jax.jit(tx.update)(w, tx.init(w))
-    kept = state.last_updates.unsafe_buffer_pointer()
-    assert updates.unsafe_buffer_pointer() != kept
-    assert state.inner_state.velocity.unsafe_buffer_pointer() != kept
+    w = jnp.ones(shape)
+    state = start = tx.init(w)
+    updates, state = tx.update(w, start, w)
+    jitted, after = jax.jit(tx.update)(w, state, w)
+    held = [x for s in (start, state, after) for x in (s.last_params, s.inner_state.velocity)]
+    pointers = [x.unsafe_buffer_pointer() for x in (w, updates, jitted, *held)]
+    assert len(set(pointers)) == len(pointers)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -141,9 +149,9 @@ def test_restart_and_reset_keep_shardings(axis_type):
     w = jax.device_put(np.ones((8, 16), np.float32), sharding)
     tx = mj.adaptive_restart(mj.momentum(0.5))
     for wrap in (jax.jit, lambda f: f):
-        state = wrap(tx.update)(w, wrap(tx.init)(w))[1]
+        state = wrap(tx.update)(w, wrap(tx.init)(w), w)[1]
         state = wrap(lambda state: mj.reset_velocity(state))(state)
-        for leaf in (state.last_updates, state.inner_state.velocity):
+        for leaf in (state.last_params, state.inner_state.velocity):
             assert leaf.sharding.is_equivalent_to(sharding, 2)
 
 
@@ -154,6 +162,258 @@ def test_restart_around_no_velocity_is_refused():
     tx, state = mj.adaptive_restart(mj.momentum(0.1)), mj.momentum(0.1).init(jnp.ones(1))
     with pytest.raises(TypeError, match="must be the AdaptiveRestartState"):
         tx.update(jnp.ones(1), state)
+
+
+def test_restart_needs_the_params_of_init():
+    """None, of another shape, of another structure."""
+    tx = mj.adaptive_restart(mj.momentum(0.1))
+    w = {"w": jnp.ones(2)}
+    state = tx.init(w)
+    with pytest.raises(ValueError, match=r"params=None, but .* update\(grads, state, params\)"):
+        tx.update(w, state)
+    with pytest.raises(ValueError, match=r"the param at \['w'\] has shape \(3,\)"):
+        tx.update(w, state, {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"only in the params: \['v'\]"):
+        tx.update(w, state, {"v": jnp.ones(2)})
+    with pytest.raises(TypeError, match=r"the param at \['w'\] is function"):
+        tx.update(w, state, {"w": lambda: None})
+
+
+def trajectory(tx, grads, params):
+    """The params after each step."""
+    state = tx.init(params)
+    moved = []
+    for g in grads:
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        moved.append(params)
+    return moved
+
+
+SIGNS: dict[str, Any] = {
+    "trace, scaled outside": lambda r: optax.chain(
+        r(mj.trace(0.9)), optax.scale_by_learning_rate(0.1)
+    ),
+    "trace, scaled inside": lambda r: r(
+        optax.chain(mj.trace(0.9), optax.scale_by_learning_rate(0.1))
+    ),
+    "scaled before, inside": lambda r: r(optax.chain(optax.scale(-0.1), mj.trace(0.9))),
+    "momentum": lambda r: r(mj.momentum(0.1, 0.9)),
+    "turned twice": lambda r: optax.chain(
+        r(optax.chain(optax.scale(-1.0), mj.momentum(0.1, 0.9))), optax.scale(-1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_restart_does_not_depend_on_the_sign_of_the_updates(name):
+    """Downhill the velocity grows; the first gradient uphill of the last step starts it anew."""
+    grads = [jnp.full(1, g) for g in (1.0, 1.0, 1.0, -1.0, -1.0)]
+    w = 0.0
+    expected = []
+    for step in (-0.1, -0.19, -0.271, 0.1, 0.19):
+        expected.append(w := w + step)
+    found = trajectory(SIGNS[name](mj.adaptive_restart), grads, jnp.zeros(1))
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("absent", [None, optax.MaskedNode(), np.zeros(1, jax.dtypes.float0)])
+def test_a_param_without_a_gradient_does_not_decide_by_an_older_step(absent):
+    """In the last step b alone moved, and downhill; a moved in the one before."""
+    tx = mj.adaptive_restart(mj.momentum(0.1, 0.9))
+    params: Any = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    state = tx.init(params)
+    one, updates = jnp.ones(1), {}
+    steps: list[Any] = [{"a": one, "b": absent}, {"a": absent, "b": one}]
+    for grads in [*steps, {"a": -one, "b": 0.5 * one}]:
+        updates, state = tx.update(grads, state, params)
+        params = mj.apply_updates(params, updates)
+    assert float(updates["b"][0]) == pytest.approx(-0.9 * 0.1 - 0.05)
+
+
+def test_a_gradient_that_is_not_finite_does_not_restart():
+    """As around `apply_if_finite`, which leaves the step out."""
+    tx = mj.adaptive_restart(optax.apply_if_finite(mj.momentum(0.1, 0.9), 5))
+    grads = [jnp.full(1, g) for g in (1.0, -np.inf, np.nan, 1.0)]
+    found = trajectory(tx, grads, jnp.zeros(1))
+    np.testing.assert_allclose(np.concatenate(found), [-0.1, -0.1, -0.1, -0.29], rtol=1e-6)
+
+
+def test_restart_with_a_whole_model_as_params():
+    """Leaves that are not arrays, which init was not given, have no part in it."""
+    tx = mj.adaptive_restart(mj.momentum(0.5, 0.5))
+    state = tx.init({"w": jnp.ones(1), "activation": None})
+    params = {"w": jnp.ones(1), "activation": jnp.tanh}
+    updates, after = tx.update({"w": jnp.ones(1), "activation": None}, state, params)
+    assert float(updates["w"][0]) == -0.5
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def even(step, **_):
+    return step % 2 == 0
+
+
+def by_name(make):
+    return optax.partition({"a": make(), "b": make()}, {"a": "a", "b": "b"})
+
+
+def both(a, b):
+    return [{"a": x, "b": y} for x, y in zip(a, b, strict=True)]
+
+
+M, A_ALONE = mj.momentum(0.1, 0.9), {"a": True, "b": False}
+R = mj.adaptive_restart
+PAIRS = [1, 1, 3, -1, -1, 3]  # micro-batches; the means are 1
+# The transformation, the gradients, the params after each step. From 0, momentum takes steps of
+# -0.1, -0.19, -0.271 under gradients of 1, and of -0.1 after a restart.
+ROWS: dict[str, Any] = {
+    "MultiSteps, inside": (
+        optax.MultiSteps(R(M), 2).gradient_transformation(),
+        [*PAIRS, -1, -1],
+        [0, -0.1, -0.1, -0.29, -0.29, -0.561, -0.561, -0.461],
+    ),
+    "MultiSteps, around": (
+        R(optax.MultiSteps(M, 2).gradient_transformation()),
+        PAIRS,
+        [0, -0.1, -0.1, -0.29, -0.29, -0.39],
+    ),
+    "apply_if_finite, inside": (
+        optax.apply_if_finite(R(M), 5),
+        [1, -np.inf, np.nan, 1, -np.inf, -1],
+        [-0.1, -0.1, -0.1, -0.29, -0.29, -0.19],
+    ),
+    "apply_if_finite, around": (
+        R(optax.apply_if_finite(M, 5)),
+        [1, -np.inf, np.nan, 1, -1, -np.inf, 1, np.nan, -1],
+        [-0.1, -0.1, -0.1, -0.29, -0.19, -0.19, -0.2, -0.2, -0.109],
+    ),
+    "conditionally_mask, inside": (
+        optax.conditionally_mask(R(M), even),
+        [1, -1, 1, -1, -1],
+        [-0.1, -0.1, -0.29, -0.29, -0.19],
+    ),
+    "conditionally_mask, around": (
+        R(optax.conditionally_mask(M, even)),
+        [1, -1, 1],
+        [-0.1, -0.1, -0.2],
+    ),
+    "conditionally_transform, inside": (
+        optax.conditionally_transform(R(M), even),
+        [1, -0.5, 1, 2, 1],
+        [-0.1, -0.6, -0.79, 1.21, 1.11],
+    ),
+    "conditionally_transform, around": (
+        R(optax.conditionally_transform(M, even)),
+        [1, -0.5, 1],
+        [-0.1, -0.6, -0.7],
+    ),
+    "masked, inside": (
+        optax.masked(R(M), A_ALONE),
+        both([1, 1], [1, 1]),
+        both([-0.1, -0.29], [1, 2]),
+    ),
+    "masked, around": (
+        R(optax.masked(M, A_ALONE)),
+        both([1, 1], [1, 1]),
+        both([-0.1, -0.2], [1, 2]),
+    ),
+    "partition, inside": (
+        by_name(lambda: R(M)),
+        both([1, 1], [1, -0.5]),
+        both([-0.1, -0.29], [-0.1, -0.05]),
+    ),
+    "partition, around": (
+        R(by_name(lambda: M)),
+        both([1, 1], [1, -0.5]),
+        both([-0.1, -0.29], [-0.1, -0.14]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_restart_and_wrappers(name):
+    """The table of the docstring, row by row."""
+    tx, grads, expected = ROWS[name]
+    grads, expected = (jax.tree.map(jnp.float32, each) for each in (grads, expected))
+    compiled = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+    found = trajectory(compiled, grads, jax.tree.map(jnp.zeros_like, grads[0]))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("last", [1.0, -1.0])
+def test_restart_and_lookahead(last):
+    """Inside, where the jump to the slow params is part of the movement; around it is refused."""
+    tx = optax.lookahead(R(M), sync_period=2, slow_step_size=0.5)
+    start = jnp.zeros(1)
+    params: Any = optax.LookaheadParams(start, start)
+    grads = [jnp.full(1, g) for g in (1.0, 1.0, last)]
+    found = [float(w.fast[0]) for w in trajectory(tx, grads, params)]
+    third = -0.145 + (-0.271 if last > 0 else 0.1)
+    np.testing.assert_allclose(found, [-0.1, -0.145, third], rtol=1e-5)
+    tx = R(optax.lookahead(M, sync_period=2, slow_step_size=0.5))
+    for tree in (params, optax.LookaheadParams({"w": start}, {"w": start})):
+        with pytest.raises(ValueError, match=r"the params .*LookaheadParams|only in the params"):
+            tx.update(tree.fast, tx.init(tree), tree)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_restart_and_schedule_free(inside):
+    """The params are the points at which the gradients are, and z takes the steps."""
+    make = functools.partial(optax.contrib.schedule_free, learning_rate=0.1, b1=0.9)
+    tx: Any = make(R(M)) if inside else R(make(M))
+    params = jnp.zeros(1)
+    state = tx.init(params)
+    found = []
+    for grad in (1.0, 1.0, -1.0):
+        updates, state = tx.update(jnp.full(1, grad), state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(float((state if inside else state.inner_state).z[0]))
+    np.testing.assert_allclose(found, [-0.1, -0.29, -0.19], rtol=1e-5)
+
+
+def in_shard_map(tx, specs, mean, **options):
+    """Two steps within shard_map, on gradients of which three parts of eight turn."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def two_steps(w, first, second):
+        if mean:
+            first, second = (jax.lax.pmean(g, "data") for g in (first, second))
+        updates, state = tx.update(first, tx.init(w), w)
+        w = w + updates
+        return w + tx.update(second, state, w)[0]
+
+    step = jax.shard_map(
+        two_steps, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=specs, **options
+    )
+    w = jnp.zeros(1 if specs == P() else 8)
+    return jax.jit(step)(w, jnp.ones(8), jnp.array([-1.0] * 3 + [1.0] * 5))
+
+
+def test_restart_within_shard_map_is_one_decision_or_is_refused():
+    """Replicated params with averaged gradients decide alike; anything else is an error."""
+    tx = mj.adaptive_restart(mj.momentum(0.1, 0.9))
+    np.testing.assert_allclose(in_shard_map(tx, P(), mean=True), -0.1 - 0.09 - 0.025, rtol=1e-6)
+    apart = r"within shard_map \(or pmap\) over \['data'\], .*call init and update outside"
+    with pytest.raises(ValueError, match=apart):
+        in_shard_map(tx, P("data"), mean=False)
+    with pytest.raises(ValueError, match=apart):
+        in_shard_map(tx, P("data"), mean=True)
+    with pytest.raises(ValueError, match=apart):
+        in_shard_map(tx, P(), mean=True, check_vma=False)
+
+
+def test_restart_within_shard_map_over_an_axis_of_one_device():
+    """There is one decision."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    tx = mj.adaptive_restart(mj.momentum(0.5))
+    step = jax.shard_map(
+        lambda w: tx.update(w, tx.init(w), w)[0],
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+    np.testing.assert_array_equal(step(jnp.ones(2)), -0.5)
 
 
 # reset_velocity --------------------------------------------------------------------------
