@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from processes import run_job
 
+from momentum_jax import study
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -49,7 +51,7 @@ def test_it_fits_two_screens():
 
 def test_a_problem_of_ones_own_is_studied_as_a_command_and_in_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (_, problem), (_, command), (_, program) = blocks("docs/study/own.md")
+    (_, problem), (_, command), (_, program), *others = blocks("docs/study/own.md")
     name = re.match(r"# (\w+\.py)\n", problem)
     assert name
     Path(name[1]).write_text(problem)
@@ -64,8 +66,15 @@ def test_a_problem_of_ones_own_is_studied_as_a_command_and_in_python(tmp_path, m
     names = {}
     exec(program, names)
     assert (tmp_path / "study-results" / "ravine" / "report.html").exists()
-    assert dict(names["dataset"].sizes)["arm"] == 3
-    assert re.search(r"^momentum +\d", capsys.readouterr().out, re.MULTILINE)
+    assert dict(names["dataset"].sizes)["arm"] == 7
+    assert re.search(r"^mu 0.9 at 0.005 +\d", capsys.readouterr().out, re.MULTILINE)
+
+    linen, nnx, schedule = ({} for _ in others)
+    for (_, code), names in zip(others, (linen, nnx, schedule), strict=True):
+        exec(code, names)
+    for names in (linen, nnx):
+        result = study.run(names["problem"], [schedule["arm"]], range(2), [0], steps=20)
+        assert (result.loss.isel(step=-1) < result.loss.isel(step=0)).all()
 
 
 @pytest.mark.parametrize("command", SHELL)

@@ -31,7 +31,7 @@ def studies(tmp_path_factory):
 def test_the_values_of_both_stand_side_by_side(studies):
     (one, table), (two, other), _ = studies
     found = compare_reports([one, two])
-    assert len(found) == len(table) == len(other)
+    assert len(found) == len(other) < len(table)  # the second has no total spread
     for scale in (1.0, 2.0, -1.0):  # -1: all scales together.
         row, first, second = (
             each.fillna({"scale": -1.0})
@@ -45,7 +45,7 @@ def test_the_values_of_both_stand_side_by_side(studies):
 
 
 def test_the_text_has_the_verdicts_and_the_csv_the_whole_table(studies):
-    (one, table), (two, _), (other, _) = studies
+    (one, _), (two, table), (other, _) = studies
     text = compare_studies([one, two])
     assert text.startswith(f"(1) {one}, synthetic: ")
     assert f"\n(2) {two}, synthetic: " in text

@@ -128,7 +128,7 @@ def answer(
     """
     nothing = [(math.nan, math.nan)] * len(levels)
     arms, baselines = pair.arms[scales], pair.baselines[scales]
-    if runs.count < 2:
+    if runs.count < 2 and is_ratio(question):
         return Answer(math.nan, nothing, note=FEW)
     if min(*arms, *baselines) < 0:
         note = "the baseline has no arm at the arm's effective rate"
