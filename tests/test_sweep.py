@@ -392,6 +392,18 @@ def test_the_dataset_survives_a_file(tmp_path):
     )
 
 
+def test_a_metric_that_is_not_finite_is_said(problem):
+    def odd(w, batch):
+        return jnp.where(w[0] > 0, jnp.nan, 1.0)
+
+    odd_one = Problem(problem.init, problem.loss, {"odd": odd}, problem.data, name="odd")
+    result = run(odd_one, [PLAIN.replaced(learning_rate=0.0)], range(8), steps=1)
+    count = int(np.isnan(result.odd.isel(step=-1)).sum())
+    assert 0 < count < 8
+    (note,) = json.loads(result.attrs["notes"])
+    assert note.startswith(f"The metric odd is not finite in {count} of 8 runs although the loss")
+
+
 def test_one_arm_has_no_primary_comparison():
     assert run(uneven_bowl(), [PLAIN], [0], steps=1).attrs["primary"] == "null"
     both = run(uneven_bowl(), [PLAIN, HEAVY], [0], steps=1, contrasts=[])

@@ -150,7 +150,6 @@ def run(
             "contrasts": json.dumps([as_json(contrast) for contrast in contrasts]),
             "primary": json.dumps(None if primary is None else as_json(primary)),
             "design": _design(seeds, order_seeds),
-            "notes": json.dumps(notes),
             "programs": len(programs),
             "provenance": json.dumps(
                 {
@@ -164,6 +163,8 @@ def run(
             ),
         },
     )
+    notes += _not_finite(problem, results)
+    results.attrs["notes"] = json.dumps(notes)
     return _with_landscape(problem, results) if "params" in results else results
 
 
@@ -219,6 +220,18 @@ def _train(programs, store, progress):
             bar.set_postfix(loss=f"{_typical(ended['loss'][:, -1]):.3g}")
     if jax.process_count() > 1:
         store.read()
+
+
+def _not_finite(problem, results):
+    """A sentence for each metric that is missing where the loss is not."""
+    last = results.isel(step=-1)
+    for name in problem.metrics:
+        missing = int((~np.isfinite(last[name]) & np.isfinite(last.loss)).sum())
+        if missing:
+            yield (
+                f"The metric {name} is not finite in {missing} of {last.loss.size} runs although "
+                "the loss is; there it counts as the worst value of all runs."
+            )
 
 
 def describe_devices() -> str:
