@@ -29,14 +29,20 @@ def _inside_nesterov(v, g, learning_rate, mu):
 
 # The order of the sums is Optax's. A compiler fuses one of the two products with the sum, and it
 # chooses by the order: where the gradient ends in a product, another order is other bits.
-def _outside(m, g, mu, dampening=0.0):
-    m = (1 - dampening) * g + mu * m
+def _outside(m, g, mu, dampening):
+    m = _damped(g, dampening) + mu * m
     return m, m
 
 
-def _outside_nesterov(m, g, mu, dampening=0.0):
-    m = (1 - dampening) * g + mu * m
+def _outside_nesterov(m, g, mu, dampening):
+    m = _damped(g, dampening) + mu * m
     return m, g + mu * m
+
+
+def _damped(g, dampening):
+    # Chosen, so that this product is not fused with the sum: the same bits whether the dampening
+    # is an argument of the program, as in a single step, or a constant of it, as in a loop.
+    return jax.lax.select_n(dampening == 0, (1 - dampening) * g, g)
 
 
 class MomentumState(NamedTuple):
@@ -199,24 +205,12 @@ def trace(
     Source:
       PyTorch's documentation of torch.optim.SGD; Sutskever and others (2013), as above.
     """
-    recurrence = _outside_nesterov if _looks_ahead(nesterov, mu) else _outside
-    damped = transformation(recurrence, velocity_dtype, mu=mu, dampening=dampening)
-    if not is_zero(check("dampening", dampening)):
-        return damped
-    # Without dampening there is one product, so that a compiler has no choice of which to fuse:
-    # the same bits step by step and in a loop.
-    undamped = transformation(recurrence, velocity_dtype, mu=mu)
-
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        chosen = undamped if extra_args.get("dampening") is None else damped
-        return chosen.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(undamped.init, update)
+    return transformation(
+        _outside_nesterov if _looks_ahead(nesterov, mu) else _outside,
+        velocity_dtype,
+        mu=mu,
+        dampening=dampening,
+    )
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
