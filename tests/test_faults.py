@@ -236,7 +236,11 @@ def test_the_buffer_is_zeroed_at_each_step(name):
 
 @every_transform
 def test_a_fast_path_differs_from_the_reference(name):
-    """Eager, jitted, one leaf at a time, on one device and on eight: the same bits."""
+    """Eager, jitted, one leaf at a time, on one device and on eight: the same bits.
+
+    Before JAX 0.8 the compiler fuses the products of trace with its sum in one way in a single step
+    and in another in a loop: there, the last bits of a sum of numbers near 1 may differ.
+    """
     tx = TRANSFORMS[name]()
     rng = np.random.default_rng(0)
     # Numbers of full precision: a path of its own would round in its own way.
@@ -250,8 +254,12 @@ def test_a_fast_path_differs_from_the_reference(name):
     stacked = jnp.stack(gradients)
     for placed in (stacked, jax.device_put(stacked, NamedSharding(mesh, P(None, "d")))):
         scanned, scanned_updates = jax.jit(steps)(tx.init(placed[0]), placed)
-        np.testing.assert_array_equal(scanned.velocity, state.velocity)
-        np.testing.assert_array_equal(scanned_updates, jnp.stack(updates))
+        last_bits = 2**-22 if jax.__version_info__ < (0, 8) and name.startswith("trace") else 0
+        for found, expected in (
+            (scanned.velocity, state.velocity),
+            (scanned_updates, jnp.stack(updates)),
+        ):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=last_bits)
 
 
 def test_apply_updates_of_a_python_float_differs_from_that_of_an_array():
