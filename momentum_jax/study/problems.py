@@ -16,7 +16,6 @@ from momentum_jax.study.networks import digits as digits
 from momentum_jax.study.networks import mnist1d as mnist1d
 from momentum_jax.study.networks import mnist_conv as mnist_conv
 from momentum_jax.study.networks import sequence as sequence
-from momentum_jax.study.problem import Metric as Metric
 from momentum_jax.study.problem import Problem as Problem
 from momentum_jax.study.problem import check as check
 from momentum_jax.study.problem import in_one_line as in_one_line
