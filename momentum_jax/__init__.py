@@ -14,13 +14,15 @@ from momentum_jax import frameworks as frameworks
 from momentum_jax import schedules as schedules
 from momentum_jax import sharding as sharding
 from momentum_jax import theory as theory
+from momentum_jax._mixtures import AggMoState as AggMoState
+from momentum_jax._mixtures import QHMState as QHMState
 from momentum_jax._mixtures import aggmo as aggmo
 from momentum_jax._mixtures import qhm as qhm
 from momentum_jax._momentum import MomentumState as MomentumState
+from momentum_jax._momentum import TraceState as TraceState
 from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
-from momentum_jax._narrow import Quantized as Quantized
 from momentum_jax._reading import read_velocity as read_velocity
 from momentum_jax._residual import ResidualState as ResidualState
 from momentum_jax._residual import keep_residual as keep_residual
@@ -30,9 +32,11 @@ from momentum_jax._restart import reset_velocity as reset_velocity
 
 __all__ = [
     "AdaptiveRestartState",
+    "AggMoState",
     "MomentumState",
-    "Quantized",
+    "QHMState",
     "ResidualState",
+    "TraceState",
     "adaptive_restart",
     "aggmo",
     "apply_updates",

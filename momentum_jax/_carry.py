@@ -16,40 +16,68 @@ import numpy as np
 import optax
 
 from momentum_jax import _velocity
-from momentum_jax._momentum import MomentumState
+from momentum_jax._mixtures import AggMoState, QHMState
+from momentum_jax._momentum import MomentumState, TraceState
+from momentum_jax._storage import Stored
 
 PyTree = Any
 # From {name: weights} of another framework to the params.
 ToParams = Callable[[dict[str, np.ndarray]], PyTree]
 
-_FIELDS = {MomentumState: "velocity", optax.TraceState: "trace"}
+# What makes the states of each type.
+_MAKERS = {
+    MomentumState: "momentum",
+    TraceState: "trace",
+    QHMState: "qhm",
+    AggMoState: "aggmo",
+}
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
-def velocities(state: PyTree, kind: type = MomentumState) -> dict[str, Any]:
+def velocities(state: PyTree, kind: type) -> dict[str, Any]:
     """The velocity of each param by its path, from all states of a kind within a state.
 
     A masked or partitioned transformation holds some of the leaves only; together they may
     not hold one twice.
     """
     found: dict[str, Any] = {}
-    for held in parts(state, kind):
-        leaves = jax.tree_util.tree_leaves_with_path(
-            getattr(held, _FIELDS[kind]), is_leaf=_velocity.is_quantized
+    of_kind = parts(state, kind)
+    others = [other for other in _MAKERS if other is not kind and parts(state, other)]
+    if others and not of_kind:
+        raise ValueError(
+            f"the state is {others[0].__name__}, of {_MAKERS[others[0]]}, but must be "
+            f"{kind.__name__}, of {_MAKERS.get(kind, 'optax.trace')}: what they store differs in "
+            "sign and scale. momentum_jax.frameworks.inside_from_outside and outside_from_inside "
+            "convert."
         )
-        for path, leaf in leaves:
+    for held in of_kind:
+        for path, leaf in _leaves_of(held):
             name = _name(path)
             if name in found:
                 raise ValueError(
                     f"the state holds two velocities of the param {name or 'at the root'}, so that "
                     "it is not clear which is meant. Carry over the parts of the chain one by one."
                 )
-            found[name] = _read(leaf) if _velocity.is_quantized(leaf) else leaf
+            found[name] = leaf.values if leaf.scales is None else _decode(leaf)
     return found
 
 
-# Outside jit nothing new can be made on an Explicit mesh, as reading 8 bits does.
-_read = _velocity.inlined_jit(_velocity.read)
+# Outside jit nothing new can be made on an Explicit mesh, as decoding 8 bits does.
+_decode = _velocity.inlined_jit(_velocity.decode)
+
+
+def _stored_in(state):
+    return Stored(state.trace) if isinstance(state, optax.TraceState) else Stored(*state[1:])
+
+
+def _with_stored(state, stored):
+    if isinstance(state, optax.TraceState):
+        return state._replace(trace=stored.values)
+    return type(state)(state.count, *stored)
+
+
+def _leaves_of(state):
+    return _velocity.leaves_of(_stored_in(state))[0]
 
 
 def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type) -> PyTree:
@@ -65,15 +93,13 @@ def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type
         if not isinstance(node, parts_filled):
             return node
         if isinstance(node, kind):
-            field = _FIELDS[kind]
-            velocity = jax.tree_util.tree_map_with_path(
-                lambda path, held: jax.tree.map(
-                    _like, held, _velocity.with_value(held, values[_name(path)])
-                ),
-                getattr(node, field),
-                is_leaf=_velocity.is_quantized,
-            )
-            node = node._replace(**{field: velocity})
+            stored = _stored_in(node)
+            leaves, treedef = _velocity.leaves_of(stored)
+            filled = [
+                jax.tree.map(_like, one, _velocity.with_value(one, values[_name(path)]))
+                for path, one in leaves
+            ]
+            node = _with_stored(node, _velocity.together(treedef, filled, stored))
         if isinstance(node, _INJECTED):
             node = node._replace(inner_state=tree(node.inner_state))
             if isinstance(node, optax.InjectStatefulHyperparamsState):
@@ -100,7 +126,8 @@ def scheduled_count(state: PyTree) -> int | None:
 
 def taken_count(state: PyTree) -> int | None:
     """How many steps the velocities have taken, or the schedules where there are none."""
-    return _common_count(parts(state, MomentumState) or _scheduled(state))
+    found = [part for kind in _MAKERS for part in parts(state, kind)]
+    return _common_count(found or _scheduled(state))
 
 
 def match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

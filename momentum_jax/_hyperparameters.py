@@ -99,6 +99,52 @@ def resolve(name: str, given: Any, override: Any, count: Any, *, called: str = "
     return given
 
 
+class Function:
+    """A function that is equal to another one if both were made of equal parts.
+
+    So transformations with equal hyperparameters are equal, and may be static arguments of jit.
+    """
+
+    def __init__(self, function: Callable[..., Any], *parts: Any) -> None:
+        """Parts are compared by value; arrays and functions by identity."""
+        self._function = function
+        self._parts = tuple(map(_comparable, parts))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        return self._function(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the parts are equal."""
+        return isinstance(other, Function) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        """By the parts."""
+        return hash(self._parts)
+
+
+class _Identity:
+    """Compares something without a hash by identity, and keeps it alive."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def __eq__(self, other):
+        return isinstance(other, _Identity) and self._value is other._value
+
+    def __hash__(self):
+        return id(self._value)
+
+
+def _comparable(part):
+    try:
+        hash(part)
+    except TypeError:
+        return _Identity(part)
+    # 0.0 == -0.0 == False and 1 == 1.0 == True, which are not one hyperparameter.
+    return (type(part), repr(part) if isinstance(part, float) else part)
+
+
 def check_flag(name: str, value: Any) -> bool:
     """Raises a TypeError unless it is a boolean, of Python or NumPy."""
     if not isinstance(value, (bool, np.bool_)):

@@ -2,20 +2,61 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import Hyperparameter, check, resolve
-from momentum_jax._momentum import (
-    MomentumState,
-    as_optax,
-    incremented,
-    inside,
-    transformation,
-)
+from momentum_jax._momentum import as_optax, incremented, inside, transformation
+from momentum_jax._storage import Stored
+
+
+class QHMState(NamedTuple):
+    """What `qhm` carries from step to step.
+
+    Attributes:
+      count: the number of steps taken, an int32 scalar; schedules are functions of it.
+      velocity: the average of the gradients, stored as that of `MomentumState`.
+      scales: as in `MomentumState`.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> print(mj.qhm(0.1).init({"w": jnp.ones(2)}).velocity)
+      {'w': Array([0., 0.], dtype=float32)}
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple has one too)
+    velocity: Any
+    scales: Any = None
+
+
+class AggMoState(NamedTuple):
+    """What `aggmo` carries from step to step.
+
+    Attributes:
+      count: the number of steps taken, an int32 scalar; schedules are functions of it.
+      velocity: a tuple of trees, one for each mu, each stored as that of `MomentumState`.
+      scales: None; with velocity_dtype int8 a tuple of trees, each as in `MomentumState`.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> print(mj.aggmo(0.1, mus=(0.0, 0.9)).init(jnp.ones(2)).velocity)
+      (Array([0., 0.], dtype=float32), Array([0., 0.], dtype=float32))
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    velocity: Any
+    scales: Any = None
+
+
+for _state_type in (QHMState, AggMoState):
+    export.register_namedtuple_serialization(
+        _state_type, serialized_name=f"momentum_jax.{_state_type.__name__}"
+    )
 
 
 def _quasi_hyperbolic(v, g, learning_rate, mu, nu):
@@ -67,7 +108,7 @@ def qhm(
       Ma and Yarats (2019), Quasi-hyperbolic momentum and Adam for deep learning, equations 3, 4.
     """
     return transformation(
-        _quasi_hyperbolic, velocity_dtype, learning_rate=learning_rate, mu=mu, nu=nu
+        QHMState, _quasi_hyperbolic, velocity_dtype, learning_rate=learning_rate, mu=mu, nu=nu
     )
 
 
@@ -138,9 +179,9 @@ def aggmo(
             (rate, resolve("mu", mu, override, state.count, called=f"mus[{i}]"))
             for i, (mu, override) in enumerate(zip(mus, given or [None] * len(mus), strict=True))
         ]
-        return _update(grads, state, each)
+        return _update(velocity_dtype, grads, state, each)
 
-    return as_optax(init, step)
+    return as_optax(AggMoState, init, step, velocity_dtype, learning_rate, *mus)
 
 
 def _check_mus(mus):
@@ -158,13 +199,13 @@ def _check_sequence(mus):
 
 @functools.partial(_velocity.inlined_jit, static_argnums=(1, 2))
 def _init(params, velocity_dtype, number):
-    velocities = tuple(_velocity.zeros(params, velocity_dtype) for _ in range(number))
-    return MomentumState(jnp.zeros([], jnp.int32), velocities)
+    several = [_velocity.zeros(params, velocity_dtype) for _ in range(number)]
+    return AggMoState(jnp.zeros([], jnp.int32), *_velocity.joined(several))
 
 
-@_velocity.inlined_jit
-def _update(grads, state, coefficients):
-    updates, velocities = _velocity.advance_together(
-        inside, grads, state.velocity, coefficients, state.count
+@functools.partial(_velocity.inlined_jit, static_argnums=0)
+def _update(velocity_dtype, grads, state, coefficients):
+    updates, stored = _velocity.advance_together(
+        inside, grads, Stored(*state[1:]), coefficients, state.count, velocity_dtype
     )
-    return updates, MomentumState(incremented(state.count), velocities)
+    return updates, AggMoState(incremented(state.count), *stored)

@@ -14,7 +14,15 @@ import optax
 from jax import export
 
 from momentum_jax import _velocity
-from momentum_jax._hyperparameters import Hyperparameter, check, check_flag, is_zero, resolve
+from momentum_jax._hyperparameters import (
+    Function,
+    Hyperparameter,
+    check,
+    check_flag,
+    is_zero,
+    resolve,
+)
+from momentum_jax._storage import Stored
 
 
 def inside(v, g, learning_rate, mu):
@@ -46,26 +54,54 @@ def _damped(g, dampening):
 
 
 class MomentumState(NamedTuple):
-    """What momentum carries from step to step.
+    """What `momentum` carries from step to step.
 
     Attributes:
       count: the number of steps taken, an int32 scalar; schedules are functions of it.
-      velocity: a tree like the params, each leaf with its param's shape and sharding, or in 8
-        bits a `Quantized`. `read_velocity` gives floats.
+      velocity: a tree like the params, each leaf with its param's shape and sharding. With
+        velocity_dtype int8 leaves are codes: `read_velocity` decodes them.
+      scales: None; with velocity_dtype int8 a tree like the params, each leaf with its param's
+        number of dimensions: bfloat16, one for each block of codes, and int8 ones in the param's
+        shape where the velocity is float32.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
-      >>> mj.momentum(0.1).init({"w": jnp.ones(2)})
-      MomentumState(count=Array(0, dtype=int32), velocity={'w': Array([0., 0.], dtype=float32)})
+      >>> state = mj.momentum(0.1).init({"w": jnp.ones(2)})
+      >>> print(state.count, state.velocity)
+      0 {'w': Array([0., 0.], dtype=float32)}
+      >>> state = mj.momentum(0.1, velocity_dtype=jnp.int8).init(jnp.ones((64, 128)))
+      >>> print(state.velocity.shape, state.velocity.dtype, state.scales.shape)
+      (64, 128) int8 (2, 128)
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple has one too)
     velocity: Any
+    scales: Any = None
 
 
-export.register_namedtuple_serialization(
-    MomentumState, serialized_name="momentum_jax.MomentumState"
-)
+class TraceState(NamedTuple):
+    """What `trace` carries from step to step.
+
+    Attributes:
+      count: the number of steps taken, an int32 scalar; schedules are functions of it.
+      trace: the velocity without a learning rate, stored as that of `MomentumState`.
+      scales: as in `MomentumState`.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> print(mj.trace(0.9).init({"w": jnp.ones(2)}).trace)
+      {'w': Array([0., 0.], dtype=float32)}
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    trace: Any
+    scales: Any = None
+
+
+for _state_type in (MomentumState, TraceState):
+    export.register_namedtuple_serialization(
+        _state_type, serialized_name=f"momentum_jax.{_state_type.__name__}"
+    )
 
 
 def momentum(
@@ -149,6 +185,7 @@ def momentum(
       optimizing recurrent networks, equations 6 and 7.
     """
     return transformation(
+        MomentumState,
         _inside_nesterov if _looks_ahead(nesterov, mu) else inside,
         velocity_dtype,
         learning_rate=learning_rate,
@@ -206,6 +243,7 @@ def trace(
       PyTorch's documentation of torch.optim.SGD; Sutskever and others (2013), as above.
     """
     return transformation(
+        TraceState,
         _outside_nesterov if _looks_ahead(nesterov, mu) else _outside,
         velocity_dtype,
         mu=mu,
@@ -259,50 +297,63 @@ def _looks_ahead(nesterov, mu) -> bool:
 
 
 def transformation(
-    recurrence: _velocity.Recurrence, velocity_dtype: Any, **hyperparameters: Hyperparameter
+    state_type: type,
+    recurrence: _velocity.Recurrence,
+    velocity_dtype: Any,
+    **hyperparameters: Hyperparameter,
 ) -> optax.GradientTransformationExtraArgs:
-    """The Optax transformation of a recurrence, which takes the hyperparameters in this order."""
+    """The Optax transformation of a recurrence, which takes the hyperparameters in this order.
+
+    Its states are a count, the values and the scales of what is stored.
+    """
     velocity_dtype = _velocity.check_dtype(velocity_dtype)
     given = {name: check(name, value) for name, value in hyperparameters.items()}
 
     def init(params):
-        return _init(_velocity.concrete(params), velocity_dtype)
+        return _init(_velocity.concrete(params), state_type, velocity_dtype)
 
     def step(grads, state, overrides):
         coefficients = [
             resolve(name, value, overrides.get(name), state.count) for name, value in given.items()
         ]
-        return _update(recurrence, grads, state, coefficients)
+        return _update(recurrence, velocity_dtype, grads, state, coefficients)
 
-    return as_optax(init, step)
+    return as_optax(state_type, init, step, recurrence, velocity_dtype, *given.values())
 
 
 def as_optax(
-    init: Callable[..., MomentumState],
-    step: Callable[[Any, MomentumState, dict[str, Any]], tuple[Any, MomentumState]],
+    state_type: type,
+    init: Callable[..., Any],
+    step: Callable[[Any, Any, dict[str, Any]], tuple[Any, Any]],
+    *parts: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """The Optax transformation of a step (grads, state, overrides) -> (updates, state)."""
+    """The Optax transformation of a step (grads, state, overrides) -> (updates, state).
+
+    It is equal to others of the same type of state that are made of equal parts.
+    """
 
     def update(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, MomentumState]:
+    ) -> tuple[optax.Updates, Any]:
         # Optax hands each transform of a chain the same params and extra arguments.
         del params
-        state = _check_state(updates, state)
+        _check_state(updates, state, state_type)
         _velocity.check_arrays("gradient", updates)
         return step(updates, state, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(
+        Function(init, "init", state_type, *parts), Function(update, "update", state_type, *parts)
+    )
 
 
-def _check_state(updates: Any, state: Any) -> MomentumState:
-    """Returns the state; raises a TypeError that says what was given in its place."""
-    if isinstance(state, MomentumState):
-        return state
-    if isinstance(updates, MomentumState):
+def _check_state(updates: Any, state: Any, state_type: type) -> None:
+    """Raises a TypeError that says what was given in the state's place."""
+    if isinstance(state, state_type):
+        return
+    if isinstance(updates, state_type):
         raise TypeError(
             "the gradients and the state are swapped: it is update(grads, state, params)."
         )
@@ -311,9 +362,9 @@ def _check_state(updates: Any, state: Any) -> MomentumState:
             "the state is None. Call `state = tx.init(params)` before the first update."
         )
     raise TypeError(
-        f"the state is {type(state).__name__}, but must be the MomentumState that init or the "
-        "last update returned. In a chain, call the chain's update; after a restore, give the "
-        "restoring function tx.init(params) as its target."
+        f"the state is {type(state).__name__}, but must be the {state_type.__name__} that init or "
+        "the last update of this transformation returned. In a chain, call the chain's update; "
+        "after a restore, give the restoring function tx.init(params) as its target."
     )
 
 
@@ -323,17 +374,17 @@ def incremented(count: jax.Array) -> jax.Array:
 
 
 # Compiled once for all instances: a hyperparameter is an argument, not part of the program.
-@functools.partial(_velocity.inlined_jit, static_argnums=0)
-def _update(recurrence, grads, state, coefficients):
-    updates, velocity = _velocity.advance(
-        recurrence, grads, state.velocity, coefficients, state.count
+@functools.partial(_velocity.inlined_jit, static_argnums=(0, 1))
+def _update(recurrence, velocity_dtype, grads, state, coefficients):
+    updates, stored = _velocity.advance(
+        recurrence, grads, Stored(*state[1:]), coefficients, state.count, velocity_dtype
     )
-    return updates, MomentumState(incremented(state.count), velocity)
+    return updates, type(state)(incremented(state.count), *stored)
 
 
 _add = _velocity.inlined_jit(_velocity.add)
 
 
-@functools.partial(_velocity.inlined_jit, static_argnums=1)
-def _init(params, velocity_dtype):
-    return MomentumState(jnp.zeros([], jnp.int32), _velocity.zeros(params, velocity_dtype))
+@functools.partial(_velocity.inlined_jit, static_argnums=(1, 2))
+def _init(params, state_type, velocity_dtype):
+    return state_type(jnp.zeros([], jnp.int32), *_velocity.zeros(params, velocity_dtype))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
@@ -66,30 +67,46 @@ def reshard_like(value: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(value, held)
 
 
-def along_blocks(value: jax.Array, like: jax.Array, axis: int, block: int) -> jax.Array:
-    """`value`, split as `like` is where that cuts all from this axis on between blocks, or whole.
+def split_axis(value: jax.Array, axis: int, length: int) -> jax.Array:
+    """`value` with an axis split in two: parts of this length, and places in them.
 
-    All from the axis on are taken in a row. On Explicit axes alone; of others the partitioner
-    finds a way.
+    On Explicit axes the parts are sharded as the axis was, or whole where that cuts a part.
     """
-    held = jax.typeof(like).sharding
-    if not is_explicit(held.mesh):
-        return value
-    names = held.spec[axis]
-    parts = math.prod(held.mesh.shape[name] for name in axes(names))
-    if math.prod(like.shape[axis:]) % (parts * block) or any(held.spec[axis + 1 :]):
-        names = None
-    return jax.sharding.reshard(value, NamedSharding(held.mesh, P(*held.spec[:axis], names)))
-
-
-def reshape(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What is split along an axis goes on to be, by place: axes after it are split or joined."""
+    shape = (*value.shape[:axis], value.shape[axis] // length, length, *value.shape[axis + 1 :])
     held = jax.typeof(value).sharding
     if not is_explicit(held.mesh):
         return value.reshape(shape)
-    return jnp.reshape(
-        value, shape, out_sharding=NamedSharding(held.mesh, P(*held.spec[: len(shape)]))
-    )
+    names = held.spec[axis]
+    if shape[axis] % math.prod(held.mesh.shape[name] for name in axes(names)):
+        names = None
+    before, after = held.spec[:axis], held.spec[axis + 1 :]
+    value = jax.sharding.reshard(value, NamedSharding(held.mesh, P(*before, names, *after)))
+    spec = P(*before, names, None, *after)
+    return jnp.reshape(value, shape, out_sharding=NamedSharding(held.mesh, spec))
+
+
+def merge_axes(value: jax.Array, axis: int) -> jax.Array:
+    """`value` with an axis and the one after it, which is whole, made one."""
+    size = value.shape[axis] * value.shape[axis + 1]
+    shape = (*value.shape[:axis], size, *value.shape[axis + 2 :])
+    held = jax.typeof(value).sharding
+    if not is_explicit(held.mesh):
+        return value.reshape(shape)
+    spec = P(*held.spec[: axis + 1], *held.spec[axis + 2 :])
+    return jnp.reshape(value, shape, out_sharding=NamedSharding(held.mesh, spec))
+
+
+def zeros_like(param: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Zeros of the param's shape, in its sharding and its memory."""
+    # Arrays in the memory of the host cannot be compared.
+    space = getattr(jax.typeof(param), "memory_space", None)
+    is_on_host = space is not None and space != jax.memory.Space.Device
+    param = jax.device_put(param, jax.memory.Space.Device) if is_on_host else param
+    # Under jit, fresh zeros would be whole on each device, and invariant within shard_map.
+    zero = jnp.zeros((), dtype)
+    zeros = jnp.where(param == jnp.zeros((), param.dtype), zero, zero)
+    zeros = hold_like(zeros, param, backward=True)
+    return jax.device_put(zeros, space) if is_on_host else zeros
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:

@@ -7,17 +7,22 @@ import jax
 import optax
 
 from momentum_jax import _velocity
+from momentum_jax._mixtures import AggMoState, QHMState
+from momentum_jax._momentum import MomentumState, TraceState
+from momentum_jax._storage import Stored
 
 PyTree = Any
 
+# States are found by their types: the fields of a user's own may have any names.
+STATE_TYPES = (MomentumState, TraceState, QHMState, AggMoState)
+
 
 def read_velocity(state: optax.OptState) -> Any:
-    """The velocity in a state as floats, however few bits it is held in.
+    """The velocity in a state as floats, in whatever dtype it is stored.
 
     Args:
       state: a state with a velocity anywhere in it, of `momentum`, `trace`, `qhm` or `aggmo`, in
-        a chain or under Optax's wrappers. Under vmap or shard_map it is read as it was written:
-        with `jax.vmap(mj.read_velocity)`, within shard_map.
+        a chain or under Optax's wrappers, also one whose arrays were stacked by vmap or scan.
 
     Returns:
       A tree like the params; for `aggmo` a tuple of such trees, one a mu. Velocities of 8 bits
@@ -32,7 +37,7 @@ def read_velocity(state: optax.OptState) -> Any:
       >>> tx = mj.momentum(0.5, velocity_dtype=jnp.int8)
       >>> grads = {"w": jnp.ones((64, 128))}
       >>> _, state = tx.update(grads, tx.init(grads))
-      >>> print(state.velocity["w"].codes.dtype, mj.read_velocity(state)["w"][0, :3].round(2))
+      >>> print(state.velocity["w"].dtype, mj.read_velocity(state)["w"][0, :3].round(2))
       int8 [-0.5 -0.5 -0.5]
     """
     return _read(velocities(state))
@@ -40,13 +45,13 @@ def read_velocity(state: optax.OptState) -> Any:
 
 def has_velocity(node: Any) -> bool:
     """Whether it is a state with a velocity of its own."""
-    return "velocity" in getattr(node, "_fields", ())
+    return isinstance(node, STATE_TYPES)
 
 
-def velocities(state: Any) -> list[Any]:
-    """All velocities in a state; raises a ValueError if there is none."""
+def velocities(state: Any) -> list[Stored]:
+    """All velocities in a state, as they are stored; raises a ValueError if there is none."""
     parts = jax.tree.leaves(state, is_leaf=has_velocity)
-    found = [part.velocity for part in parts if has_velocity(part)]
+    found = [stored_in(part) for part in parts if has_velocity(part)]
     if not found:
         raise ValueError(
             "there is no velocity in the state. Give the state of a transformation with "
@@ -55,10 +60,14 @@ def velocities(state: Any) -> list[Any]:
     return found
 
 
+def stored_in(state: Any) -> Stored:
+    """The velocity of one of the `STATE_TYPES`."""
+    return Stored(*state[1:])
+
+
 @_velocity.inlined_jit
 def _read(found):
-    floats = [jax.tree.map(_velocity.read, tree, is_leaf=_velocity.is_quantized) for tree in found]
-    return functools.reduce(_put_together, floats)
+    return functools.reduce(_put_together, map(_velocity.decode, found))
 
 
 def _put_together(one, other):

@@ -12,8 +12,9 @@ from jax import export
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_inner, check_value
 from momentum_jax._placement import axes_that_differ
-from momentum_jax._reading import has_velocity, velocities
+from momentum_jax._reading import has_velocity, stored_in, velocities
 from momentum_jax._residual import ResidualState
+from momentum_jax._storage import Stored
 
 PyTree = Any
 Predicate = Callable[[tuple[Any, ...]], bool]
@@ -206,20 +207,20 @@ def reset_velocity(
     scale = check_value("scale", scale)
     where = True if where is None else where
     found = velocities(state)
-    masks = [_masks(where, velocity) for velocity in found]
+    masks = [_masks(where, stored.values) for stored in found]
     return _scaled(state, masks, scale, _masks_of_residuals(state, found, masks))
 
 
 def _masks_of_residuals(state, found, masks):
     """For each residual in the state, the masks of its leaves: those of the same param."""
-    by_velocity = {id(velocity): each for velocity, each in zip(found, masks, strict=True)}
+    by_velocity = {id(one.values): each for one, each in zip(found, masks, strict=True)}
 
     def of(node):
         leaves = jax.tree_util.tree_leaves_with_path(node.residual, is_leaf=_velocity.is_absent)
         by_path: dict[Any, Any] = dict.fromkeys((path for path, _ in leaves), False)
         parts = jax.tree.leaves(node.inner_state, is_leaf=has_velocity)
-        for velocity in [part.velocity for part in parts if has_velocity(part)]:
-            ours = jax.tree_util.tree_leaves_with_path(velocity, is_leaf=_velocity.is_quantized)
+        for velocity in [stored_in(part).values for part in parts if has_velocity(part)]:
+            ours = jax.tree_util.tree_leaves_with_path(velocity)
             # The paths of aggmo's velocity begin with the number of the mu.
             start = 0 if all(path in by_path for path, _ in ours) else 1
             for (path, _), mask in zip(ours, by_velocity[id(velocity)], strict=True):
@@ -236,14 +237,12 @@ def _has_residual(node):
 
 def _masks(where, velocity):
     """A mask, or a boolean, for each leaf of the velocity, in a list."""
-    leaves = jax.tree_util.tree_leaves_with_path(velocity, is_leaf=_velocity.is_quantized)
+    leaves = jax.tree_util.tree_leaves_with_path(velocity)
     if callable(where):
         return [_check_mask(path, leaf, where(path)) for path, leaf in leaves]
     try:
         spread = jax.tree.map(
-            lambda mask, part: jax.tree.map(lambda _: mask, part, is_leaf=_velocity.is_quantized),
-            where,
-            velocity,
+            lambda mask, part: jax.tree.map(lambda _: mask, part), where, velocity
         )
     except ValueError as error:
         raise ValueError(
@@ -263,7 +262,7 @@ def _check_mask(path, leaf, mask):
             f"where {_velocity.at(path)} is {mask!r}, but must be boolean: True scales, False "
             "keeps."
         )
-    shape = _velocity.shape_of(leaf)
+    shape = np.shape(leaf)
     if np.shape(mask) not in ((), shape):
         raise ValueError(
             f"where {_velocity.at(path)} has shape {np.shape(mask)}, but the velocity there has "
@@ -277,22 +276,19 @@ def _scaled(state, masks, scale, masks_of_residuals=None):
     masks = iter(masks)
     masks_of_residuals = None if masks_of_residuals is None else iter(masks_of_residuals)
 
-    def scaled(tree, factor, masks):
-        leaves, treedef = jax.tree.flatten(tree, is_leaf=_velocity.is_quantized)
-        pairs = zip(leaves, masks, strict=True)
-        return treedef.unflatten(_velocity.scale(leaf, factor, mask) for leaf, mask in pairs)
-
     def part(node):
         if has_velocity(node):
-            return node._replace(velocity=scaled(node.velocity, scale, next(masks)))
+            stored = _velocity.rescale(stored_in(node), scale, next(masks), node.count)
+            return type(node)(node.count, *stored)
         if not _has_residual(node):
             return node
         inner_state = parts(node.inner_state)
         if masks_of_residuals is None:
             return node._replace(inner_state=inner_state)
         # At any other scale it stays: it is part of the params.
-        factor = jnp.asarray(scale) != 0
-        return ResidualState(inner_state, scaled(node.residual, factor, next(masks_of_residuals)))
+        factor, masks_here = jnp.asarray(scale) != 0, next(masks_of_residuals)
+        residual = _velocity.rescale(Stored(node.residual), factor, masks_here, jnp.uint32(0))
+        return ResidualState(inner_state, residual.values)
 
     def parts(state):
         return jax.tree.map(
@@ -313,5 +309,5 @@ def _restarted(grads, params, state):
     uphill = _velocity.inner_product(grads, moved, "params")
     turns = (uphill > 0) & jnp.isfinite(uphill)
     # The residuals stay: no param was set by hand.
-    masks = [_masks(turns, velocity) for velocity in velocities(state.inner_state)]
+    masks = [_masks(turns, stored.values) for stored in velocities(state.inner_state)]
     return _scaled(state.inner_state, masks, 0.0), params

@@ -1,12 +1,11 @@
-"""How a velocity is held: zeros like a param, widened to compute, narrowed once to store.
+"""Steps over trees of velocities: what counts as no gradient, which trees and dtypes match.
 
-The rules for one leaf live here and nowhere else: what counts as no gradient, which dtype
-a velocity has, how wide the arithmetic is, which sharding a result keeps. What is computed,
-the recurrence, is handed in.
+How one leaf is stored is in `_storage`. What is computed, the recurrence, is handed in.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +15,21 @@ import optax
 from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
-from momentum_jax import _narrow
-from momentum_jax._narrow import is_quantized as is_quantized
-from momentum_jax._narrow import read as read
 from momentum_jax._placement import give_out, is_explicit, reshard_like
 from momentum_jax._placement import hold_like as hold_like
 from momentum_jax._placement import take_in as take_in
+from momentum_jax._placement import zeros_like as zeros_like
+from momentum_jax._storage import (
+    BLOCKS,
+    CAST,
+    CODECS,
+    Stored,
+    codec_for,
+    codec_of,
+    compute_dtype,
+    decoded_dtype,
+    seed_of,
+)
 
 PyTree = Any
 # (velocity, grad, *coefficients) -> (velocity, update): arrays of one dtype.
@@ -33,8 +41,6 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 # JAX 0.11 `inline=True` would make a function of that program, with one lowering for equal calls.
 _inline = getattr(jax, "Inline", None)
 inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
-
-_HELD = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.int8))
 
 _LEAVE_OUT = (
     "To leave the param out, give None as its gradient or update, or give it "
@@ -66,10 +72,10 @@ def check_dtype(velocity_dtype: Any) -> np.dtype | None:
         dtype = None if is_array else np.dtype(velocity_dtype)
     except TypeError:
         dtype = None
-    if dtype is None or dtype not in _HELD:
+    if dtype is None or dtype not in CODECS:
         raise TypeError(
             f"velocity_dtype={velocity_dtype!r} must be None or one of "
-            f"{', '.join(map(str, _HELD))}. Under optax.inject_hyperparams, name it in static_args."
+            f"{', '.join(map(str, CODECS))}. Under optax.inject_hyperparams name it in static_args."
         )
     return dtype
 
@@ -123,78 +129,69 @@ def _stand_in(path, param):
     return jax.lax.with_sharding_constraint(zeros, param.sharding)
 
 
-def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> PyTree:
-    """A velocity at rest: zeros of each param's shape, in its sharding."""
+def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> Stored:
+    """A velocity of zeros, each of its param's shape and in its sharding."""
 
-    def at_rest(path, param):
+    def at_start(path, param):
         param = jnp.asarray(param)
-        dtype = _held_dtype(path, param, velocity_dtype)
-        if dtype == np.int8 and jnp.issubdtype(param.dtype, jnp.inexact):
-            blocks = _narrow.blocks(param, _narrow.scales_shape(param.shape))
-            return _narrow.Quantized(
-                zeros_like(param, dtype),
-                zeros_like(jnp.max(blocks, axis=(-2, -1)), np.dtype(np.uint32)),
-                jnp.zeros([], np.uint32),
-            )
-        return zeros_like(param, dtype)
+        _check_storable(path, param, velocity_dtype)
+        codec, dtype = codec_for(param, velocity_dtype)
+        return codec.init(param, dtype)
 
-    return jax.tree_util.tree_map_with_path(at_rest, params)
-
-
-def zeros_like(param: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Zeros of the param's shape, in its sharding."""
-    # Arrays in the memory of the host cannot be compared.
-    space = getattr(jax.typeof(param), "memory_space", None)
-    is_on_host = space is not None and space != jax.memory.Space.Device
-    param = jax.device_put(param, jax.memory.Space.Device) if is_on_host else param
-    # Under jit, fresh zeros would be whole on each device, and invariant within shard_map.
-    zero = jnp.zeros((), dtype)
-    zeros = jnp.where(param == jnp.zeros((), param.dtype), zero, zero)
-    zeros = hold_like(zeros, param, backward=True)
-    return jax.device_put(zeros, space) if is_on_host else zeros
+    leaves = jax.tree_util.tree_map_with_path(at_start, params)
+    values, scales = (
+        jax.tree.map(operator.itemgetter(i), leaves, is_leaf=lambda node: isinstance(node, Stored))
+        for i in range(2)
+    )
+    return Stored(values, None if velocity_dtype != np.int8 else scales)
 
 
 def advance(
     recurrence: Recurrence,
     grads: PyTree,
-    velocity: PyTree,
+    stored: Stored,
     coefficients: Sequence[Any],
     count: jax.Array,
-    place: tuple[Any, ...] = (),
-) -> tuple[PyTree, PyTree]:
-    """Advances each leaf that has a gradient by one step; returns (updates, velocity).
+    velocity_dtype: np.dtype | None,
+) -> tuple[PyTree, Stored]:
+    """Advances each leaf that has a gradient by one step; returns the updates and what to store.
 
-    Updates have the dtypes of the gradients, the new velocity those of the old one. What is
-    rounded by chance depends on the count and the path, which begins with the velocity's place.
+    Updates have the dtypes of the gradients, what is stored those that it had. The random bits of
+    stochastic rounding depend on the count.
     """
+    seed = seed_of(count)
 
-    def leaf(path, grad, held):
+    def leaf(path, grad, one):
         if is_absent(grad):
-            return grad, held
-        grad, held = arrays("gradient", path, grad, "velocity", held)
-        check_gradient_dtype(path, grad.dtype, _dtype(held))
-        seed = _narrow.make_seed((*place, *path), count) if _narrow.needs_seed(held) else None
-        return _advance_leaf(recurrence, grad, held, seed, *coefficients)
+            return grad, one
+        grad, values = arrays("gradient", path, grad, "velocity", one.values)
+        one = one._replace(values=values)
+        check_gradient_dtype(path, grad.dtype, decoded_dtype(one))
+        _check_stored(path, one, velocity_dtype)
+        step = _advance_shared_leaf if codec_of(one).is_shared else _advance_leaf
+        return step(recurrence, grad, one, seed, *coefficients)
 
-    treedef, pairs = zip_leaves("gradients", grads, "velocity", velocity)
-    results = [leaf(*pair) for pair in pairs]
-    updates, velocities = zip(*results, strict=True) if results else ((), ())
-    return treedef.unflatten(updates), treedef.unflatten(velocities)
+    treedef, found = zip_leaves("gradients", grads, "velocity", stored.values)
+    leaves = with_scales(treedef, [values for _, _, values in found], stored.scales)
+    results = [leaf(path, grad, one) for (path, grad, _), one in zip(found, leaves, strict=True)]
+    updates, advanced = zip(*results, strict=True) if results else ((), ())
+    return treedef.unflatten(updates), together(treedef, advanced, stored)
 
 
 def advance_together(
     recurrence: Recurrence,
     grads: PyTree,
-    velocities: Sequence[PyTree],
+    stored: Stored,
     coefficients: Sequence[Sequence[Any]],
     count: jax.Array,
-) -> tuple[PyTree, tuple[PyTree, ...]]:
+    velocity_dtype: np.dtype | None,
+) -> tuple[PyTree, Stored]:
     """Advances several velocities by the same gradients; the updates are the mean of theirs."""
 
     def widened(grad):
         grad = grad if is_absent(grad) else jnp.asarray(grad)
         floats = not is_absent(grad) and jnp.issubdtype(grad.dtype, jnp.inexact)
-        return grad.astype(_wide(grad.dtype)) if floats else grad
+        return grad.astype(compute_dtype(grad.dtype)) if floats else grad
 
     def mean(grad, *updates):
         if is_absent(grad):
@@ -203,30 +200,76 @@ def advance_together(
 
     wide = jax.tree.map(widened, grads, is_leaf=is_absent)
     pairs = [
-        advance(recurrence, wide, velocity, each, count, (jax.tree_util.SequenceKey(index),))
-        for index, (velocity, each) in enumerate(zip(velocities, coefficients, strict=True))
+        advance(recurrence, wide, one, each, count, velocity_dtype)
+        for one, each in zip(apart(stored), coefficients, strict=True)
     ]
     updates, advanced = zip(*pairs, strict=True)
-    return jax.tree.map(mean, grads, *updates, is_leaf=is_absent), advanced
+    return jax.tree.map(mean, grads, *updates, is_leaf=is_absent), joined(advanced)
 
 
-def scale(held: Any, factor: Any, mask: Any) -> Any:
-    """`factor * held` where the mask says so; 0 if the factor is, whatever was held."""
-    like = jnp.asarray(held.codes if is_quantized(held) else held)
-    mask = jnp.asarray(mask)
-    if mask.ndim:
-        mask = take_in(mask, like)
-    else:
-        mask = reshard_like(jnp.broadcast_to(mask, like.shape), like)
-    if is_quantized(held):
-        return _narrow.scale(held, factor, mask)
-    held = like
-    if not jnp.issubdtype(held.dtype, jnp.inexact):
-        return held
-    dtype = _wide(held.dtype)
-    factor = jnp.asarray(factor, dtype)
-    scaled = jnp.where(factor == 0, jnp.zeros((), dtype), factor * held.astype(dtype))
-    return jnp.where(mask, scaled.astype(held.dtype), held)
+def apart(stored: Stored) -> list[Stored]:
+    """Several velocities that are stored in one tuple, one by one."""
+    scales = stored.scales or [None] * len(stored.values)
+    return [Stored(*pair) for pair in zip(stored.values, scales, strict=True)]
+
+
+def joined(several: Sequence[Stored]) -> Stored:
+    """Several velocities, stored in one tuple."""
+    values, scales = zip(*several, strict=True)
+    return Stored(values, None if scales[0] is None else scales)
+
+
+def leaves_of(stored: Stored) -> tuple[list[tuple[Any, Stored]], Any]:
+    """Each leaf with its path, and the structure of the tree."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(stored.values)
+    leaves = with_scales(treedef, [values for _, values in found], stored.scales)
+    return [(path, one) for (path, _), one in zip(found, leaves, strict=True)], treedef
+
+
+def with_scales(treedef: Any, values: Sequence[Any], scales: PyTree) -> list[Stored]:
+    """The leaves of a velocity, each with its scales, if there are any."""
+    if scales is None:
+        return [Stored(one) for one in values]
+    try:
+        found = treedef.flatten_up_to(scales)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "the velocity and its scales must be trees of one structure. Give the state that init "
+            "or the last update returned."
+        ) from error
+    return [Stored(*pair) for pair in zip(values, found, strict=True)]
+
+
+def together(treedef: Any, leaves: Sequence[Stored], like: Stored) -> Stored:
+    """The tree of these leaves, with scales if `like` has them."""
+    values, scales = zip(*leaves, strict=True) if leaves else ((), ())
+    return Stored(
+        treedef.unflatten(values), None if like.scales is None else treedef.unflatten(scales)
+    )
+
+
+def decode(stored: Stored) -> PyTree:
+    """A velocity as floats."""
+    leaves, treedef = leaves_of(stored)
+    return treedef.unflatten(codec_of(one).decode(one) for _, one in leaves)
+
+
+def rescale(stored: Stored, factor: Any, masks: Iterable[Any], count: jax.Array) -> Stored:
+    """`factor * stored` where the mask of a leaf says so; 0 if the factor is, whatever it was."""
+    seed = seed_of(count)
+
+    def leaf(one, mask):
+        one = jax.tree.map(jnp.asarray, one)
+        mask = jnp.asarray(mask)
+        if mask.ndim:
+            mask = take_in(mask, one.values)
+        else:
+            mask = reshard_like(jnp.broadcast_to(mask, one.values.shape), one.values)
+        return codec_of(one).rescale(one, jnp.asarray(factor), mask, seed)
+
+    leaves, treedef = leaves_of(stored)
+    pairs = zip(leaves, masks, strict=True)
+    return together(treedef, [leaf(one, mask) for (_, one), mask in pairs], stored)
 
 
 def inner_product(grads: PyTree, held: PyTree, name: str = "velocity") -> jax.Array:
@@ -337,19 +380,21 @@ def _wide_pairs(grads, held, name="velocity"):
         if is_absent(grad):
             continue
         grad, leaf = arrays("gradient", path, grad, name, leaf)
-        leaf = read(leaf)
+        if leaf.dtype == np.int8 and jnp.issubdtype(grad.dtype, jnp.inexact):
+            raise TypeError(
+                f"the {name} {at(path)} is int8: codes, which mean nothing without their scales. "
+                "Give momentum_jax.read_velocity(state)."
+            )
         check_gradient_dtype(path, grad.dtype, leaf.dtype)
-        dtype = np.promote_types(_wide(grad.dtype), _wide(leaf.dtype))
+        dtype = np.promote_types(compute_dtype(grad.dtype), compute_dtype(leaf.dtype))
         yield path, take_in(grad.astype(dtype), leaf), leaf.astype(dtype)
 
 
-def with_value(held: Any, value: Any) -> Any:
-    """A velocity of another value in the dtype of what is held."""
-    if is_quantized(held):
-        # On the host, for outside jit nothing new can be made on an Explicit mesh.
-        value, seed = np.asarray(value), np.asarray(held.seed)
-        return _narrow.quantize(jnp.asarray(value), held.scales.shape, seed)
-    return np.asarray(value).astype(held.dtype)
+# On the host: outside jit nothing new can be made on an Explicit mesh.
+def with_value(one: Stored, value: Any) -> Stored:
+    """A leaf of another value, stored in the same way."""
+    host = jax.tree.map(np.asarray, one)
+    return codec_of(host).encode(jnp.asarray(np.asarray(value)), host, seed_of(jnp.uint32(0)))
 
 
 def copies(params: PyTree) -> PyTree:
@@ -378,7 +423,7 @@ def movement(params: PyTree, last: PyTree) -> tuple[PyTree, PyTree]:
         copy = jnp.copy(param.astype(held.dtype))
         if not jnp.issubdtype(held.dtype, jnp.inexact):
             return held, copy
-        dtype = _wide(held.dtype)
+        dtype = compute_dtype(held.dtype)
         return param.astype(dtype) - held.astype(dtype), copy
 
     treedef, found = zip_leaves("params of the last step", last, "params", params)
@@ -421,21 +466,29 @@ def is_absent(grad: Any) -> bool:
     )
 
 
-@functools.partial(inlined_jit, static_argnums=0)
-def _advance_leaf(recurrence, grad, held, seed, *coefficients):
-    velocity = read(held)
-    dtype = np.promote_types(_wide(grad.dtype), _wide(velocity.dtype))
-    coefficients = (jnp.asarray(coefficient, dtype) for coefficient in coefficients)
-    wide_grad = take_in(grad, velocity).astype(dtype)
-    velocity, update = recurrence(velocity.astype(dtype), wide_grad, *coefficients)
-    return give_out(update.astype(grad.dtype)), _narrow.store(velocity, held, seed)
+def _advanced(recurrence, grad, stored, seed, *coefficients):
+    codec = codec_of(stored)
+    width = compute_dtype(decoded_dtype(stored))
+    dtype = np.promote_types(compute_dtype(grad.dtype), width)
+    coefficients = [jnp.asarray(coefficient, dtype) for coefficient in coefficients]
+
+    def advance(velocity, grad):
+        velocity, update = recurrence(velocity.astype(dtype), grad.astype(dtype), *coefficients)
+        return velocity, update.astype(grad.dtype)
+
+    update, stored = codec.step(advance, take_in(grad, stored.values), stored, seed)
+    return give_out(update), stored
+
+
+_advance_leaf = functools.partial(inlined_jit, static_argnums=0)(_advanced)
+_advance_shared_leaf = functools.partial(jax.jit, static_argnums=0)(_advanced)
 
 
 @inlined_jit
 def _add_leaf(param, update):
     update = take_in(update, param)
     if jnp.issubdtype(param.dtype, jnp.inexact):
-        dtype = np.promote_types(_wide(param.dtype), _wide(update.dtype))
+        dtype = np.promote_types(compute_dtype(param.dtype), compute_dtype(update.dtype))
         total = (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
     else:
         total = param + update.astype(param.dtype)
@@ -444,42 +497,37 @@ def _add_leaf(param, update):
     return total
 
 
-def _wide(dtype):
-    """The dtype to compute in: the same kind, at least float32 wide."""
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return np.dtype(dtype)
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def _held_dtype(path, param, velocity_dtype):
-    param_dtype = param.dtype
-    if not jnp.issubdtype(param_dtype, jnp.inexact):
-        return param_dtype  # Never moved: a real gradient for it is refused.
-    if velocity_dtype is None:
-        return _wide(param_dtype)
+def _check_storable(path, param, velocity_dtype):
+    if velocity_dtype is None or not jnp.issubdtype(param.dtype, jnp.inexact):
+        return
     if velocity_dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "velocity_dtype=float64 needs 64-bit mode, or JAX would make it float32. Set "
             "jax.config.update('jax_enable_x64', True) first."
         )
-    if jnp.issubdtype(param_dtype, jnp.complexfloating):
+    if velocity_dtype != np.int8 and jnp.issubdtype(param.dtype, jnp.complexfloating):
         raise TypeError(
-            f"the param {at(path)} is {param_dtype}, which velocity_dtype={velocity_dtype} "
+            f"the param {at(path)} is {param.dtype}, which velocity_dtype={velocity_dtype} "
             "cannot hold. Leave velocity_dtype=None for it (optax.partition separates them)."
         )
-    if velocity_dtype == np.int8 and param.size < _narrow.SMALLEST:
-        return _wide(param_dtype)
-    return velocity_dtype
 
 
-def shape_of(held: Any) -> tuple[int, ...]:
-    """The shape of the param whose velocity it is."""
-    return np.shape(held.codes if is_quantized(held) else held)
-
-
-def _dtype(held):
-    """Of the values that are held, not of what stands for them."""
-    return np.dtype(np.float32) if is_quantized(held) else held.dtype
+def _check_stored(path, one, velocity_dtype):
+    """Raises a TypeError unless the state stores a leaf as the transformation would."""
+    dtype = one.values.dtype
+    if velocity_dtype is None:
+        fits = one.scales is None and CODECS.get(np.dtype(dtype), CAST) is CAST
+    elif velocity_dtype == np.int8:
+        fits = one.scales is not None
+    else:
+        fits = one.scales is None and dtype == velocity_dtype
+    if not fits:
+        is_blocks = codec_of(one) is BLOCKS
+        raise TypeError(
+            f"the state stores the velocity {at(path)} in {dtype}{' codes' if is_blocks else ''}, "
+            f"but the transformation was made with velocity_dtype={velocity_dtype}. Make it with "
+            f"the velocity_dtype of the state, or make a new state with its init."
+        )
 
 
 def zip_leaves(
@@ -496,9 +544,7 @@ def zip_leaves(
 
 def _difference(name, tree, other_name, other):
     def paths(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(
-            tree, is_leaf=lambda node: is_absent(node) or is_quantized(node)
-        )
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_absent)
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
     def only(here, there):
@@ -523,17 +569,16 @@ def arrays(
     name: str, path: tuple[Any, ...], leaf: Any, other_name: str, other: Any
 ) -> tuple[jax.Array, Any]:
     """Both as arrays of one shape; raises a ValueError that names the path if they are not."""
-    if not jax.tree_util.all_leaves([other], is_leaf=is_quantized) or other is None:
+    if not jax.tree_util.all_leaves([other]) or other is None:
         raise ValueError(
             f"the {name} {at(path)} is an array, but the {other_name} there is "
             f"{type(other).__name__}. {_REMEDIES[name + 's']}"
         )
-    leaf, other = jnp.asarray(leaf), jax.tree.map(jnp.asarray, other)
-    shape = shape_of(other)
-    if leaf.shape != shape:
+    leaf, other = jnp.asarray(leaf), jnp.asarray(other)
+    if leaf.shape != other.shape:
         raise ValueError(
             f"the {name} {at(path)} has shape {leaf.shape}, but the {other_name} there has "
-            f"shape {shape}. They must be equal. {_REMEDIES[name + 's']}"
+            f"shape {other.shape}. They must be equal. {_REMEDIES[name + 's']}"
         )
     return leaf, other
 

@@ -80,7 +80,7 @@ from momentum_jax._hyperparameters import (
     is_zero,
     resolve,
 )
-from momentum_jax._momentum import MomentumState, incremented, momentum, trace
+from momentum_jax._momentum import MomentumState, TraceState, incremented, momentum, trace
 
 PyTree = Any
 # The names of the weights in the optimizer's order, or the weights by name in that order.
@@ -386,9 +386,8 @@ def load_torch(
 
     Args:
       opt_state: the state that init returned, of `torch_sgd` or any transformation with a
-        `momentum_jax.trace` in it, also under `optax.partition` or in an `nnx.Optimizer`. One of
-        `momentum` cannot be told from it and would climb: for that, go on with
-        `inside_from_outside`.
+        `momentum_jax.trace` in it, also under `optax.partition` or in an `nnx.Optimizer`. For one
+        of `momentum`, continue from this one with `inside_from_outside`.
       state_dict: what `optimizer.state_dict()` returned, on the host.
       names: the names of the optimizer's params in its order, group by group, which is that of
         `model.named_parameters()` only if there is one group; the example at the top of the
@@ -427,7 +426,7 @@ def load_torch(
       ...     names=["fc.weight"],
       ...     to_params=lambda weights: {"kernel": weights["fc.weight"].T},
       ... )
-      >>> print(opt_state[0].velocity["kernel"].T)
+      >>> print(opt_state[0].trace["kernel"].T)
       [[1. 2.]]
     """
     job = _TorchJob(state_dict, names)
@@ -438,7 +437,7 @@ def load_torch(
         bool(job.buffers),
         "last_epoch of a scheduler that steps once a batch",
     )
-    velocities, missing = _arriving(opt_state, job.buffers, job.shapes(), to_params)
+    velocities, missing = _arriving(opt_state, TraceState, job, to_params)
     dampened = [
         name for name in missing if _torch_settings(job.groups[job.group_of[name]])["dampening"]
     ]
@@ -449,7 +448,7 @@ def load_torch(
             "the first step of all params together has none. Take one step more there, so that "
             "every param has a buffer, or leave it out of the optimizer."
         )
-    return _carry.fill(opt_state, velocities, count, MomentumState)
+    return _carry.fill(opt_state, velocities, count, TraceState)
 
 
 def dump_torch(
@@ -496,9 +495,9 @@ def dump_torch(
       [[1. 2.]]
     """
     job = _TorchJob(state_dict, names)
-    named = _leaving(opt_state, job.shapes(), to_params)
+    named = _leaving(opt_state, TraceState, job, to_params)
     momentums = [group["momentum"] for group in job.groups if group["momentum"]]
-    if momentums and not _carry.parts(opt_state, MomentumState):
+    if momentums and not _carry.parts(opt_state, TraceState):
         raise ValueError(
             f"the state has no velocity, but the optimizer that goes on has momentum="
             f"{momentums[0]}. Give the state of torch_sgd, or of any transformation with a trace."
@@ -527,8 +526,8 @@ def load_keras(
 
     Args:
       opt_state: the state that init returned, of `keras_sgd` or any transformation with a
-        `momentum_jax.momentum` in it, also under `optax.partition`. One of `trace` cannot be
-        told from it and would climb: for that, go on with `outside_from_inside`.
+        `momentum_jax.momentum` in it, also under `optax.partition`. For one of `trace`, continue
+        from this one with `outside_from_inside`.
       variables: `optimizer.variables`, or a dict of arrays by their paths.
       names: the paths of the trained weights, `[w.path for w in model.trainable_variables]`, or
         a dict of the weights by path.
@@ -560,7 +559,7 @@ def load_keras(
       7 [1. 2.]
     """
     job = _KerasJob(variables, names)
-    velocities, _ = _arriving(opt_state, job.buffers, job.shapes(), to_params)
+    velocities, _ = _arriving(opt_state, MomentumState, job, to_params)
     return _carry.fill(opt_state, velocities, job.count, MomentumState)
 
 
@@ -602,7 +601,7 @@ def dump_keras(
       1 [-0.5 -0.5]
     """
     job = _KerasJob(variables, names)
-    named = _leaving(opt_state, job.shapes(), to_params)
+    named = _leaving(opt_state, MomentumState, job, to_params)
     if named.keys() != job.buffers.keys():
         raise ValueError(
             "the state and Keras' optimizer must have velocities of the same weights, but "
@@ -645,7 +644,7 @@ def load_optax(
       >>> from momentum_jax.frameworks import load_optax, optax_sgd
       >>> old, new = optax.sgd(0.1, 0.9), optax_sgd(0.1, 0.9)
       >>> _, old_state = old.update(jnp.ones(1), old.init(jnp.ones(1)))
-      >>> print(load_optax(new.init(jnp.ones(1)), old_state)[0].velocity)
+      >>> print(load_optax(new.init(jnp.ones(1)), old_state)[0].trace)
       [1.]
     """
     for part in _carry.parts(optax_state, optax.MultiStepsState):
@@ -655,11 +654,11 @@ def load_optax(
                 "used. Carry the state over after a whole step."
             )
     theirs = _carry.velocities(optax_state, optax.TraceState)
-    _carry.match(_carry.velocities(opt_state), theirs)
+    _carry.match(_carry.velocities(opt_state, TraceState), theirs)
     known = _carry.scheduled_count(optax_state) if count is None else None
     moved = any(np.any(np.asarray(leaf)) for leaf in theirs.values())
     count = _steps(count, known, opt_state, moved, "how often update was called")
-    return _carry.fill(opt_state, theirs, count, MomentumState)
+    return _carry.fill(opt_state, theirs, count, TraceState)
 
 
 def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
@@ -683,7 +682,7 @@ def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
       >>> print(dump_optax(theirs.init(jnp.ones(1)), state)[0].trace)
       [1.]
     """
-    velocities = _carry.velocities(opt_state)
+    velocities = _carry.velocities(opt_state, TraceState)
     _carry.match(_carry.velocities(optax_state, optax.TraceState), velocities)
     return _carry.fill(optax_state, velocities, _carry.taken_count(opt_state), optax.TraceState)
 
@@ -712,12 +711,13 @@ def inside_from_outside(
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
       >>> from momentum_jax.frameworks import inside_from_outside
-      >>> outside = mj.MomentumState(count=jnp.array(3), velocity=jnp.array([2.0]))
+      >>> outside = mj.TraceState(count=jnp.array(3), trace=jnp.array([2.0]))
       >>> state = mj.momentum(0.5).init(jnp.zeros(1))
       >>> print(inside_from_outside(state, outside, learning_rate=0.5).velocity)
       [-1.]
     """
-    return _scaled(opt_state, outside, -_above_zero(learning_rate))
+    factor = -_above_zero(learning_rate)
+    return _scaled(opt_state, MomentumState, outside, TraceState, factor)
 
 
 def outside_from_inside(
@@ -746,10 +746,11 @@ def outside_from_inside(
       >>> from momentum_jax.frameworks import outside_from_inside
       >>> inside = mj.MomentumState(count=jnp.array(3), velocity=jnp.array([-1.0]))
       >>> state = mj.trace(0.9).init(jnp.zeros(1))
-      >>> print(outside_from_inside(state, inside, learning_rate=0.5).velocity)
+      >>> print(outside_from_inside(state, inside, learning_rate=0.5).trace)
       [2.]
     """
-    return _scaled(opt_state, inside, -1 / _above_zero(learning_rate))
+    factor = -1 / _above_zero(learning_rate)
+    return _scaled(opt_state, TraceState, inside, MomentumState, factor)
 
 
 def _is_off(value):
@@ -850,7 +851,7 @@ def _torch_trace(momentum, nesterov, dampening):
 
     def update(updates, state, params=None, **extra_args):
         given = extra_args.get("dampening")
-        if given is not None and isinstance(state, MomentumState):
+        if given is not None and isinstance(state, TraceState):
             exempt = _exempt_first_step(check_value("dampening", given))
             extra_args["dampening"] = resolve("dampening", exempt, None, state.count)
         return tx.update(updates, state, params, **extra_args)
@@ -1051,10 +1052,11 @@ def _torch_settings(group):
     }
 
 
-def _arriving(opt_state, buffers, shapes, to_params):
+def _arriving(opt_state, kind, job, to_params):
     """The velocities by path, and the names of those for which there was no buffer."""
+    buffers, shapes = job.buffers, job.shapes()
     routes = _carry.Routes(shapes, to_params)
-    ours = _carry.velocities(opt_state)
+    ours = _carry.velocities(opt_state, kind)
     there = {name: np.full(shape, name in buffers) for name, shape in shapes.items()}
     # What never had a gradient there need not have a velocity here.
     wanted = {path for path, here in routes.forward(there).items() if path in ours or np.any(here)}
@@ -1067,19 +1069,19 @@ def _arriving(opt_state, buffers, shapes, to_params):
     return velocities, [name for name in held if name not in buffers]
 
 
-def _leaving(opt_state, shapes, to_params):
+def _leaving(opt_state, kind, job, to_params):
     """The velocities by name."""
-    routes = _carry.Routes(shapes, to_params)
-    ours = {path: np.asarray(leaf) for path, leaf in _carry.velocities(opt_state).items()}
+    routes = _carry.Routes(job.shapes(), to_params)
+    ours = {path: np.asarray(leaf) for path, leaf in _carry.velocities(opt_state, kind).items()}
     _carry.match(ours, {path: p for path, p in routes.places.items() if path in ours})
     return routes.backward(ours)
 
 
-def _scaled(opt_state, source, factor):
-    velocities = _carry.velocities(source)
-    _carry.match(_carry.velocities(opt_state), velocities)
+def _scaled(opt_state, kind, source, source_kind, factor):
+    velocities = _carry.velocities(source, source_kind)
+    _carry.match(_carry.velocities(opt_state, kind), velocities)
     velocities = {path: np.asarray(leaf) * factor for path, leaf in velocities.items()}
-    return _carry.fill(opt_state, velocities, _carry.taken_count(source), MomentumState)
+    return _carry.fill(opt_state, velocities, _carry.taken_count(source), kind)
 
 
 def _above_zero(learning_rate):

@@ -1,0 +1,459 @@
+"""How a velocity is stored: one codec per way, which says how values are rounded.
+
+A codec decodes what is stored to floats, and encodes a new value. What loses bits rounds
+stochastically, up or down with probabilities that make it right on average: rounded to nearest,
+a velocity stops where the change of a step is below half the distance of two stored values. The
+random bits are a hash of the step's count, the position of the value and its own upper 16 bits:
+there is no key to carry, a run repeats to the bit, and equal leaves share one compiled function.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from momentum_jax._placement import (
+    hold_like,
+    merge_axes,
+    reshard_like,
+    set_apart,
+    split_axis,
+    zeros_like,
+)
+
+# Values that share a scale, where the axis allows it.
+BLOCK = 32
+# Along the last axis, and otherwise at most.
+LAST_BLOCK = 128
+# At least: 1 + 2 / 16 bytes per parameter.
+LEAST_BLOCK = 16
+# Leaves with fewer values stay wide: they need little memory, and biases and norms are small.
+SMALLEST = 4096
+# Blocks along the last axis that a TPU computes one by one, rather than turn the array around.
+MOST_ON_LANES = 32
+
+# A code k stands for k (|k| + 127) / (2 * 127^2) of its block's scale: with a = |k| / 127 that is
+# (a + a^2) / 2, three times as dense around 0, where most values are, as at the scale.
+LARGEST = 127
+_UNITS = np.float32(2 * LARGEST**2)
+# The least scale, 2^-100: below it, some backends have no normal numbers for the codes' units.
+_LEAST_SCALE = np.float32(2**-100)
+
+# A step of one leaf: (velocity, grad) -> (velocity, update).
+Advance = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Stored(NamedTuple):
+    """What is stored of a velocity, of one leaf or of a tree of them.
+
+    Attributes:
+      values: in the params' shapes: the values, or the codes that stand for them.
+      scales: None, but with 8 bits a tree of the same structure: bfloat16, the largest magnitude
+        in each block of codes, and int8 ones of the param's shape where the values are wide.
+    """
+
+    values: Any
+    scales: Any = None
+
+
+class Cast:
+    """Stored in a dtype, rounded to the nearest value."""
+
+    # Whether equal leaves share one function, traced and lowered once.
+    is_shared = False
+
+    def init(self, param: jax.Array, dtype: np.dtype) -> Stored:
+        """A velocity of 0, in the param's shape and sharding."""
+        return Stored(zeros_like(param, dtype))
+
+    def decode(self, stored: Stored) -> jax.Array:
+        """The velocity as floats."""
+        return jnp.asarray(stored.values)
+
+    def encode(self, value: jax.Array, stored: Stored, seed: jax.Array) -> Stored:
+        """A new value, as `stored` is: in its dtypes, blocks and shardings."""
+        del seed
+        return stored._replace(values=value.astype(stored.values.dtype))
+
+    def rescale(
+        self, stored: Stored, factor: jax.Array, mask: jax.Array, seed: jax.Array
+    ) -> Stored:
+        """`factor * stored` where the mask says so, 0 if the factor is; elsewhere the same bits."""
+        encoded = self.encode(_times(self.decode(stored), factor), stored, seed)
+        return stored._replace(values=jnp.where(mask, encoded.values, stored.values))
+
+    def step(
+        self, advance: Advance, grad: jax.Array, stored: Stored, seed: jax.Array
+    ) -> tuple[jax.Array, Stored]:
+        """The update, and what is stored after it."""
+        value, update = advance(self.decode(stored), grad)
+        return update, self.encode(value, stored, seed)
+
+
+class StochasticCast(Cast):
+    """Stored in bfloat16 or float16, rounded stochastically to one of the two neighbours."""
+
+    is_shared = True
+
+    def encode(self, value: jax.Array, stored: Stored, seed: jax.Array) -> Stored:
+        """Each value that the dtype holds stays what it is."""
+        bits = random_bits(value, seed)
+        return stored._replace(values=stochastic_round(value, bits, stored.values.dtype))
+
+
+class Blocks(Cast):
+    """Stored as int8 codes, with a bfloat16 scale for each block along one axis.
+
+    Which axis, and how long its blocks are, is where the shapes of codes and scales differ. So
+    arrays that were stacked, by vmap or scan, are read as they are.
+    """
+
+    is_shared = True
+
+    def init(self, param: jax.Array, dtype: np.dtype) -> Stored:
+        """Codes and scales of 0, in the param's sharding."""
+        view = _View(*block_axis(param.shape))
+        first = lax.index_in_dim(view.split(param), 0, view.axis + 1, keepdims=False)
+        return Stored(zeros_like(param, dtype), zeros_like(first, np.dtype(jnp.bfloat16)))
+
+    def decode(self, stored: Stored) -> jax.Array:
+        """The velocity in float32; no gradient is propagated."""
+        codes, scales = map(jnp.asarray, stored)
+        view = _View.of(codes, scales)
+        return _values(codes, view.spread(set_apart(scales), codes))
+
+    def encode(self, value: jax.Array, stored: Stored, seed: jax.Array) -> Stored:
+        """Where a value is not finite, the whole block is not."""
+        view = _View.of(*stored)
+        codes, scales = _encoded(value, view, seed)
+        return Stored(codes, hold_like(scales, stored.scales))
+
+    def rescale(
+        self, stored: Stored, factor: jax.Array, mask: jax.Array, seed: jax.Array
+    ) -> Stored:
+        """Blocks in which nothing is scaled keep their bits."""
+        view, value = _View.of(*stored), self.decode(stored)
+        encoded = self.encode(jnp.where(mask, _times(value, factor), value), stored, seed)
+        changed = view.largest(mask.astype(np.int32))
+        return Stored(
+            jnp.where(view.spread(changed, stored.values) > 0, encoded.values, stored.values),
+            jnp.where(hold_like(changed, stored.scales) > 0, encoded.scales, stored.scales),
+        )
+
+    def step(
+        self, advance: Advance, grad: jax.Array, stored: Stored, seed: jax.Array
+    ) -> tuple[jax.Array, Stored]:
+        """Written for each platform in the way that its compiler makes the least traffic of.
+
+        A GPU fuses the decoding, the step and the encoding around one reduction in the array's own
+        shape. A TPU does where an axis is split in two, as long as nothing moves that split. So
+        does a CPU, which is faster if it keeps the new velocity than if it computes it twice.
+        """
+        view = _View.of(*stored)
+        split = _through(_SplitView(*view), advance)
+        is_last = view.axis == grad.ndim - 1 and grad.ndim > 1
+        on_lanes = is_last and grad.shape[view.axis] // view.length <= MOST_ON_LANES
+        update, codes, scales = lax.platform_dependent(
+            grad,
+            stored.values,
+            set_apart(stored.scales),
+            seed,
+            cpu=split,
+            tpu=_through(_LanesView(*view), advance) if on_lanes else split,
+            default=_through(view, advance),
+        )
+        return update, Stored(codes, hold_like(scales, stored.scales))
+
+
+class Wide(Cast):
+    """Stored as it is computed, among leaves of 8 bits: in place of scales it has ones."""
+
+    def init(self, param: jax.Array, dtype: np.dtype) -> Stored:
+        """The ones have the param's shape, so that what shards the param can shard them."""
+        ones = jnp.ones_like(zeros_like(param, np.dtype(np.int8)))
+        return Stored(zeros_like(param, dtype), hold_like(ones, param, backward=True))
+
+
+CAST, STOCHASTIC_CAST, BLOCKS, WIDE = Cast(), StochasticCast(), Blocks(), Wide()
+
+# How a velocity of this velocity_dtype is stored. Others are refused.
+CODECS: dict[np.dtype, Cast] = {
+    np.dtype(jnp.float32): CAST,
+    np.dtype(jnp.float64): CAST,
+    np.dtype(jnp.bfloat16): STOCHASTIC_CAST,
+    np.dtype(jnp.float16): STOCHASTIC_CAST,
+    np.dtype(jnp.int8): BLOCKS,
+}
+
+
+def codec_for(param: jax.Array, velocity_dtype: np.dtype | None) -> tuple[Cast, np.dtype]:
+    """How the velocity of a param is to be stored, and in which dtype."""
+    moves = jnp.issubdtype(param.dtype, jnp.inexact)  # Or no gradient for it is accepted.
+    wide = compute_dtype(param.dtype) if moves else param.dtype
+    if velocity_dtype is None:
+        return CAST, wide
+    if velocity_dtype == np.int8:
+        real = moves and not jnp.issubdtype(param.dtype, jnp.complexfloating)
+        fits = real and param.size >= SMALLEST and block_axis(param.shape) is not None
+        return (BLOCKS, velocity_dtype) if fits else (WIDE, wide)
+    return (CODECS[velocity_dtype], velocity_dtype) if moves else (CAST, wide)
+
+
+def codec_of(stored: Stored) -> Cast:
+    """How a leaf is stored."""
+    values, scales = stored
+    if scales is not None:
+        return WIDE if np.shape(scales) == np.shape(values) else BLOCKS
+    return CODECS.get(np.dtype(values.dtype), CAST)
+
+
+def decoded_dtype(stored: Stored) -> np.dtype:
+    """The dtype of the floats that a leaf stands for."""
+    return np.dtype(np.float32) if codec_of(stored) is BLOCKS else np.dtype(stored.values.dtype)
+
+
+def block_axis(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The axis along which an array is cut into blocks, and their length; None if none fits.
+
+    The axis before the last, or the next before it, that 32 divides: the arrays of scales can be
+    sharded like their params, and no compiler has to turn anything around. Else blocks of 128
+    along the last axis. Else the length nearest to 32, from 16 to 128, that divides any.
+    """
+    axes = list(range(len(shape) - 2, -1, -1))
+    for axis in axes:
+        if shape[axis] % BLOCK == 0:
+            return axis, BLOCK
+    if shape and shape[-1] % LAST_BLOCK == 0:
+        return len(shape) - 1, LAST_BLOCK
+    lengths = [*range(BLOCK, LAST_BLOCK + 1), *range(BLOCK - 1, LEAST_BLOCK - 1, -1)]
+    for length in lengths:
+        for axis in [*axes, len(shape) - 1][: len(shape)]:
+            if shape[axis] % length == 0:
+                return axis, length
+    return None
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+    """The dtype to compute in: the same kind, at least float32 wide."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.dtype(dtype)
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def seed_of(count: jax.Array) -> jax.Array:
+    """32 bits for the step of this count."""
+    return _hash(jnp.asarray(count).astype(np.uint32))
+
+
+def random_bits(value: jax.Array, seed: jax.Array) -> jax.Array:
+    """32 random bits for each value: a hash of the seed, its position and its upper 16 bits.
+
+    Integers only, and no order of evaluation: the same bits on every machine and under any
+    sharding. Within shard_map the position is that in the device's own part. The value's upper
+    bits make leaves differ from one another, and the members of a vmap, without a constant in the
+    program for each; and a last bit that another machine rounds in another way seldom moves them.
+    """
+    value = lax.convert_element_type(lax.stop_gradient(value), np.float32)
+    upper = lax.shift_right_logical(lax.bitcast_convert_type(value, np.uint32), np.uint32(16))
+    position = reshard_like(_positions(value.shape), value)
+    return _hash(lax.bitwise_xor(lax.add(position, seed), upper))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def stochastic_round(value: jax.Array, bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    """To one of the two neighbours in bfloat16 or float16, the nearer one more often.
+
+    The upper random bits decide; what the dtype can hold stays what it is.
+    """
+    value = lax.convert_element_type(value, np.float32)
+    dropped = np.uint32(23 - jnp.finfo(dtype).nmant)
+    offset = np.float32(0)
+    if dtype == np.float16:
+        # Below its normal numbers float16 is evenly spaced: just as it is between 1 and 2 of the
+        # least of them, where the value is brought.
+        least = np.float32(jnp.finfo(dtype).tiny)
+        low = jnp.abs(value) < least
+        offset = jnp.where(low, jnp.copysign(least, value), np.float32(0))
+    wide = lax.bitcast_convert_type(lax.add(value, offset), np.uint32)
+    wide = lax.add(wide, lax.shift_right_logical(bits, np.uint32(32) - dropped))
+    wide = lax.shift_left(lax.shift_right_logical(wide, dropped), dropped)
+    rounded = lax.sub(lax.bitcast_convert_type(wide, np.float32), offset)
+    return lax.convert_element_type(lax.select(lax.is_finite(value), rounded, value), dtype)
+
+
+@stochastic_round.defjvp
+def _stochastic_round_jvp(dtype, primals, tangents):
+    return stochastic_round(*primals, dtype), tangents[0].astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """An array in its own shape, and its blocks along one axis."""
+
+    axis: int
+    length: int
+
+    @classmethod
+    def of(cls, codes, scales):
+        """Their axis and length are where the shapes differ."""
+        shapes = zip(np.shape(codes), np.shape(scales), strict=True)
+        (found,) = [(axis, a // b) for axis, (a, b) in enumerate(shapes) if a != b]
+        return cls(*found)
+
+    def __iter__(self):
+        yield self.axis
+        yield self.length
+
+    def split(self, x):
+        return split_axis(x, self.axis, self.length)
+
+    def arrange(self, x):
+        return x
+
+    def keep(self, x):
+        return x
+
+    def restore(self, x, like):
+        return reshard_like(x, like)
+
+    def spread(self, each, arranged):
+        """To each value what its block has."""
+        split = (*each.shape[: self.axis + 1], self.length, *each.shape[self.axis + 1 :])
+        return reshard_like(merge_axes(self.broadcast(each, split), self.axis), arranged)
+
+    def broadcast(self, each, shape):
+        dimensions = [i for i in range(len(shape)) if i != self.axis + 1]
+        return lax.broadcast_in_dim(each, shape, dimensions)
+
+    def largest(self, arranged):
+        """Of each block, the largest integer."""
+        return lax.reduce_max(self.split(arranged), (self.axis + 1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SplitView(_View):
+    """An array with the axis split in two: blocks, and places in them."""
+
+    def arrange(self, x):
+        # No compiler moves operations to before the splitting.
+        return lax.optimization_barrier(self.split(x))
+
+    def keep(self, x):
+        return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+    def restore(self, x, like):
+        return reshard_like(merge_axes(x, self.axis), like)
+
+    def spread(self, each, arranged):
+        return reshard_like(self.broadcast(each, arranged.shape), arranged)
+
+    def largest(self, arranged):
+        return lax.reduce_max(arranged, (self.axis + 1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LanesView(_View):
+    """An array in its own shape, each of a few blocks found by comparing positions."""
+
+    def _blocks(self, arranged):
+        position = lax.broadcasted_iota(np.int32, arranged.shape, self.axis)
+        block = reshard_like(position, arranged) // np.int32(self.length)
+        return [block == i for i in range(arranged.shape[self.axis] // self.length)]
+
+    def spread(self, each, arranged):
+        spread = jnp.zeros((), each.dtype)
+        for i, here in enumerate(self._blocks(arranged)):
+            one = lax.slice_in_dim(each, i, i + 1, axis=self.axis)
+            spread = jnp.where(here, one, spread)
+        return spread
+
+    def largest(self, arranged):
+        least = jnp.iinfo(arranged.dtype).min
+        each = [
+            jnp.max(jnp.where(here, arranged, least), axis=self.axis, keepdims=True)
+            for here in self._blocks(arranged)
+        ]
+        return jnp.concatenate(each, axis=self.axis)
+
+
+def _through(view, advance):
+    """The step of one leaf, computed in a view of its arrays."""
+
+    def step(grad, codes, scales, seed):
+        codes, arranged = view.arrange(codes), view.arrange(grad)
+        value, update = advance(_values(codes, view.spread(scales, codes)), arranged)
+        new_codes, new_scales = _encoded(view.keep(value), view, seed)
+        return view.restore(update, grad), view.restore(new_codes, grad), new_scales
+
+    return step
+
+
+# Written in lax, which traces several times as fast as jnp: this is traced for each shape.
+
+
+def _values(codes, scale):
+    """What codes stand for, each with its scale."""
+    code = lax.convert_element_type(codes, np.float32)
+    scale = lax.convert_element_type(lax.stop_gradient(scale), np.float32)
+    units = lax.mul(code, lax.add(lax.abs(code), np.float32(LARGEST)))
+    return lax.mul(lax.mul(units, np.float32(1 / _UNITS)), scale)
+
+
+def _encoded(value, view, seed):
+    """The codes of an arranged value, stochastically rounded, and the scales of its blocks."""
+    value = lax.convert_element_type(lax.stop_gradient(value), np.float32)
+    # As integers, so that what is not finite is the largest on every backend.
+    magnitude = lax.bitwise_and(lax.bitcast_convert_type(value, np.int32), np.int32(0x7FFFFFFF))
+    largest = lax.max(view.largest(magnitude), _LEAST_SCALE.view(np.int32))
+    # Rounded up: no value is above its scale.
+    upper = lax.shift_right_logical(lax.add(largest, np.int32(0xFFFF)), np.int32(16))
+    scales = lax.bitcast_convert_type(lax.convert_element_type(upper, np.uint16), jnp.bfloat16)
+
+    scale = lax.convert_element_type(view.spread(scales, value), np.float32)
+    units = lax.mul(lax.div(lax.abs(value), scale), _UNITS)
+    # The code below, from units = code (code + 127), and by how much it falls short.
+    root = lax.sqrt(lax.add(units, np.float32(LARGEST**2 / 4)))
+    code = lax.floor(lax.sub(root, np.float32(LARGEST / 2)))
+    short = lax.sub(units, lax.mul(code, lax.add(code, np.float32(LARGEST))))
+    gap = lax.add(lax.add(code, code), np.float32(LARGEST + 1))
+    bits = lax.shift_right_logical(random_bits(value, seed), np.uint32(8))
+    uniform = lax.convert_element_type(lax.convert_element_type(bits, np.int32), np.float32)
+    up = lax.gt(short, lax.mul(lax.mul(uniform, np.float32(2**-24)), gap))
+    code = lax.min(lax.add(code, lax.convert_element_type(up, np.float32)), np.float32(LARGEST))
+    code = lax.select(lax.lt(value, np.float32(0)), lax.neg(code), code)
+    return lax.convert_element_type(code, np.int8), scales
+
+
+def _times(value, factor):
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        return value  # Of a param that never moves.
+    dtype = compute_dtype(value.dtype)
+    factor = jnp.asarray(factor, dtype)
+    return jnp.where(factor == 0, jnp.zeros((), dtype), factor * value.astype(dtype))
+
+
+def _positions(shape):
+    """The number of each place, row by row, times an odd constant, modulo 2^32.
+
+    An axis that is split in two leaves it as it is.
+    """
+    position = np.uint32(0)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) * 0x9E3779B1 % 2**32
+        along = lax.broadcasted_iota(np.uint32, shape, axis)
+        position = lax.add(position, lax.mul(along, np.uint32(stride)))
+    return jnp.asarray(position)
+
+
+def _hash(x):
+    """A bijection of 32 bits after which each depends on all (Wellons 2018, lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = lax.bitwise_xor(x, lax.shift_right_logical(x, np.uint32(shift)))
+        x = lax.mul(x, np.uint32(factor))
+    return lax.bitwise_xor(x, lax.shift_right_logical(x, np.uint32(16)))
