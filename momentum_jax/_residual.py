@@ -150,13 +150,17 @@ def _kept_leaf(update, param, residual):
     wanted = _velocity.take_in(update, param).astype(np.float32)
     wanted = wanted + _velocity.hold_like(residual, param).astype(np.float32)
     update = _rounded(wide + wanted, param.dtype) - wide
-    short = wanted - update
+    # The new param, computed as apply_updates computes it: compiled together, the two are one
+    # value, and XLA makes one kernel of a step on a TPU; with `wanted - update` it makes two. XLA
+    # for GPUs drops the two casts, and then too `moved - wide` is `update` to the last bit.
+    moved = (wide + update).astype(param.dtype).astype(np.float32)
+    short = wanted - (moved - wide)
     short = jnp.where(jnp.isfinite(short), short, np.float32(0)).astype(residual.dtype)
     return update, _velocity.hold_like(short, residual)
 
 
 def _rounded(total, dtype):
-    """As two casts would, which a compiler may take for none."""
+    """Rounds as a cast to `dtype` and back, which XLA may drop (`xla_allow_excess_precision`)."""
     if dtype == jnp.bfloat16:
         return lax.reduce_precision(total, exponent_bits=8, mantissa_bits=7)
     normal = lax.reduce_precision(total, exponent_bits=5, mantissa_bits=10)

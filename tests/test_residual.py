@@ -1,6 +1,7 @@
 """keep_residual: params of 16 bits that learn from updates too small for them."""
 
 import functools
+import re
 from typing import Any
 
 import equinox as eqx
@@ -106,6 +107,209 @@ def test_the_sum_is_a_number_of_16_bits(dtype, apply):
     tolerance = 2.0**-8 * np.abs(short) + 2.0**-23 * np.abs(wide) + 1e-40
     tolerance += 2.0**-23 * np.abs(np.asarray(update, np.float64))
     assert (np.abs(kept - short) <= tolerance)[finite].all()
+
+
+def in_numpy(param, residual, update):
+    """The recurrence in float32, rounded by ml_dtypes: the new param and the new residual."""
+    wide, wanted = np.float32(param), update + np.float32(residual)
+    with np.errstate(over="ignore", invalid="ignore"):
+        moved = (wide + wanted).astype(param.dtype)
+        short = wanted - (np.float32(moved) - wide)
+    return moved, np.where(np.isfinite(short), short, 0).astype(residual.dtype)
+
+
+def last_bit(params):
+    """The distance to the next number of 16 bits away from zero, as float32."""
+    info = jnp.finfo(params.dtype)
+    _, exponent = np.frexp(np.float32(params))
+    bit = np.ldexp(np.float32(1), exponent - 1 - info.nmant)
+    return np.maximum(bit, np.float32(info.smallest_subnormal))
+
+
+def hard_to_round(dtype):
+    """Params and updates: the sums are ties, next to ties, subnormal, too large, or the update."""
+    info = jnp.finfo(dtype)
+    mantissas = np.concatenate([1 + np.arange(64) * float(info.eps), np.arange(64) / 64])
+    params = np.outer(2.0 ** np.array([-3, 0, 4, 9]), mantissas).ravel()
+    if dtype == "float16":  # A subnormal bfloat16 is one in float32 too: 0 on most hardware.
+        params = np.concatenate([params, np.arange(2100) * 2.0**-24])
+    params = np.asarray(np.concatenate([params, -params]), dtype)
+    wide, half = np.float32(params), last_bit(params) / 2
+    around = np.random.default_rng(0).uniform(-2, 2, wide.size)
+    updates = [
+        *(half * np.float32(k) for k in (-3, -2, -1.5, -1, -0.5, 0.5, 1, 1.5, 2, 3)),
+        *(sign * np.nextafter(half, np.float32(to)) for sign in (-1, 1) for to in (0, 1)),
+        *(wide * np.float32(k) for k in (-1 - 2.0**-9, -1, -0.5, 2.0**-13)),
+        *(wide * np.float32(2.0**k) for k in range(3, 30)),
+        # Powers of two to which the param is almost nothing: update + param is inexact in float32.
+        *(np.exp2(np.floor(np.log2(half)) + np.float32(k)) for k in range(18, 36)),
+        np.float32(around * float(info.tiny)),
+    ]
+    params = np.tile(params, len(updates))
+    # Half of the last bit beyond the largest number is infinite, and less than that is not.
+    most = np.full(6, info.max, dtype)
+    bit = last_bit(most)[0]
+    beyond = [bit / 4, bit / 2, np.nextafter(bit / 2, np.float32(0)), bit, -bit, 0]
+    params = np.concatenate([params, most])
+    updates = np.concatenate([*updates, np.asarray(beyond, np.float32)])
+    normal = (updates == 0) | (np.abs(updates) >= np.finfo("float32").tiny)
+    return params[normal], updates[normal]
+
+
+def with_pairs_of_casts_dropped(f, *args):
+    """f(*args) without casts to 16 bits and back, and how many it had.
+
+    XLA may compile f so (`xla_allow_excess_precision`); it does for GPUs, and not for CPUs.
+    """
+
+    def run(jaxpr, consts, args):
+        held: dict[Any, Any] = {}
+        before_cast: dict[Any, Any] = {}
+
+        def read(atom):
+            return atom.val if hasattr(atom, "val") else held[atom]
+
+        held.update(zip(jaxpr.constvars, consts, strict=True))
+        held.update(zip(jaxpr.invars, args, strict=True))
+        for eqn in jaxpr.eqns:
+            values = [read(atom) for atom in eqn.invars]
+            inner = eqn.params.get("jaxpr")
+            if inner is not None:
+                results = run(inner.jaxpr, inner.consts, values)
+            else:
+                results = eqn.primitive.bind(*values, **eqn.params)
+                results = results if eqn.primitive.multiple_results else [results]
+            if eqn.primitive.name == "convert_element_type":
+                (source,), (result,) = eqn.invars, eqn.outvars
+                if result.aval.dtype.itemsize == 2 and source.aval.dtype == np.float32:
+                    before_cast[result] = values[0]
+                elif source in before_cast and result.aval.dtype == np.float32:
+                    results = [before_cast[source]]
+                    dropped.append(source)
+            held.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    dropped: list[Any] = []
+    closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+    results = run(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(shape), results), len(dropped)
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # 0 may be -0.
+
+
+@each_apply
+@each_dtype
+@pytest.mark.parametrize("way", ["jit", "eager", "casts dropped"])
+def test_every_rounding_is_that_of_numpy(way, dtype, apply):
+    """Params and residuals are equal bit for bit, also if the compiler drops pairs of casts."""
+    params, updates = hard_to_round(dtype)
+    rng = np.random.default_rng(1)
+    tx = mj.keep_residual(optax.identity())
+
+    def step(params, residual, updates):
+        state = tx.init(params)._replace(residual=residual)
+        updates, state = tx.update(updates, state, params)
+        return apply(params, updates), state.residual
+
+    for size in (0, rng.uniform(-0.5, 0.5, params.size)):
+        residual = jnp.asarray(last_bit(params) * size, "bfloat16")
+        args = jnp.asarray(params), residual, jnp.asarray(updates)
+        if way == "casts dropped":
+            result, dropped = with_pairs_of_casts_dropped(step, *args)
+            assert dropped
+        else:
+            result = (jax.jit(step) if way == "jit" else step)(*args)
+        assert_same(result, in_numpy(params, np.asarray(residual), updates))
+
+
+@each_dtype
+def test_every_step_of_a_scan_is_that_of_numpy(dtype):
+    """100 steps of w <- (1 - 2^-10) w, with the gradient computed in the same program."""
+    rng = np.random.default_rng(0)
+    params = np.asarray(rng.uniform(-2, 2, 1000), dtype)
+    tx = mj.keep_residual(optax.identity())
+
+    def step(carry, scale):
+        params, state = carry
+        grads = jax.grad(lambda w: jnp.sum(w.astype("float32") ** 2) / 2)(params)
+        updates, state = tx.update(scale * grads.astype("float32"), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    scales = np.full(100, -(2.0**-10), "float32")  # A power of two: the product is exact.
+    carry = jnp.asarray(params), tx.init(jnp.asarray(params))
+    (moved, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, scales))(carry)
+    expected = params, np.zeros_like(params, dtype="bfloat16")
+    for scale in scales:
+        expected = in_numpy(*expected, scale * np.float32(expected[0]))
+    assert_same((moved, state.residual), expected)
+    assert np.mean(np.asarray(moved) != params) > 0.9
+
+
+# How XLA describes this GPU, as the target of a compilation.
+H100 = """
+gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+TOPOLOGIES: dict[str, dict[str, str]] = {
+    "libtpu": {"platform": "tpu", "topology_name": "v5e:2x2"},
+    "jax_cuda12_plugin": {
+        "platform": "cuda",
+        "topology_name": "1x1x1",
+        "topology": "1x1x1",
+        "target_config": H100,
+    },
+}
+
+
+@each_dtype
+@each_apply
+@pytest.mark.parametrize("compiler", TOPOLOGIES)
+def test_a_step_is_one_kernel_that_rounds(compiler, apply, dtype, monkeypatch):
+    """It moves 18 bytes per parameter: velocity 8, residual 4, param 4, gradient 2.
+
+    Needs the compiler, not the accelerator: `libtpu` or `jax-cuda12-plugin[with-cuda]`.
+    """
+    pytest.importorskip(compiler)
+    from jax.experimental import topologies
+
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    device = topologies.get_topology_desc(**TOPOLOGIES[compiler]).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    tx = mj.keep_residual(mj.momentum(0.1, 0.9))
+    params = {"w": jax.ShapeDtypeStruct((8192, 4096), dtype)}
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (params, jax.eval_shape(tx.init, params), params),
+    )
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return apply(params, updates), state
+
+    compiled: Any = jax.jit(step, donate_argnums=(0, 1)).trace(*args).lower().compile()
+    text = str(compiled.as_text())
+    entry = text[text.index("ENTRY") :]
+    assert len(re.findall(r"\[8192,4096\].* fusion\(", entry)) == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096
+    if compiler == "libtpu":
+        assert compiled.cost_analysis()["bytes accessed"] / (8192 * 4096) < 18.01
+    assert text.count(" reduce-precision(") == 1
 
 
 def test_wide_params_and_absent_updates_pass():
