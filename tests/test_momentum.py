@@ -27,7 +27,8 @@ import momentum_jax as mj
 
 UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
-    *("AdaptiveRestartState", "MomentumState", "Quantized", "ResidualState"),
+    *("AdaptiveRestartState", "AggMoState", "MomentumState", "QHMState", "ResidualState"),
+    "TraceState",
     *("adaptive_restart", "aggmo", "apply_updates"),
     *(
         "diagnostics",
