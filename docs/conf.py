@@ -166,9 +166,10 @@ def compiled_tables() -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + "). One step is `tx.update` and `optax.apply_updates`, jitted, params and state donated; "
         "training adds the gradient of a network with two layers. *Least*: params, gradients and "
-        "state read once, params and state written once. *Moved*: bytes read and written in device "
-        "memory. *Temporary*: memory beside params, gradients and state. All in bytes per "
-        "parameter; arrays are (8192, 4096) where no shape is given.",
+        "state read once, params and state written once; `adaptive_restart` reads gradients and "
+        "params again, after the decision that depends on all of them. *Moved*: bytes read and "
+        "written in device memory. *Temporary*: memory beside params, gradients and state. All in "
+        "bytes per parameter; arrays are (8192, 4096) where no shape is given.",
         "",
         "| step | least | "
         + " | ".join(f"{of['device']}: moved | temporary | kernels" for of in platforms)
