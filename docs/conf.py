@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import compiled  # noqa: E402
 from benchmarks.__main__ import LABELS, duration  # noqa: E402
 from momentum_jax import __version__ as release  # noqa: E402, F401
 
@@ -104,10 +105,11 @@ def contract_tests() -> tuple[str, list[Path]]:
 
 
 def benchmark_tables() -> tuple[str, list[Path]]:
-    """A section a machine, of each file of benchmarks/results that has times of steps."""
+    """A section a machine, of each file that has times of steps, and the compiled programs."""
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     results = [(path, json.loads(path.read_text())) for path in paths]
-    return "\n".join(machine(path, of) for path, of in results if "sizes" in of), paths
+    machines = [machine(path, of) for path, of in results if "sizes" in of]
+    return "\n".join([*machines, compiled_tables()]), paths
 
 
 def machine(path: Path, results: dict) -> str:
@@ -149,6 +151,63 @@ def comparison(title: str, other: str, pairs: list[tuple[str, dict, str]]) -> li
             f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
         )
     return [*lines, ""]
+
+
+def compiled_tables() -> str:
+    """Bytes of the steps that are compiled for a TPU and a GPU, and the model on many TPUs."""
+    results = json.loads(compiled.RESULT.read_text())
+    platforms = compiled.in_order(results)
+    versions = {name: v for of in platforms for name, v in of["versions"].items()}
+    lines = [
+        "## Bytes per step on a TPU and a GPU",
+        "",
+        "Read by `python -m benchmarks.compiled` from the programs that are compiled for these "
+        "devices ("
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + "). One step is `tx.update` and `optax.apply_updates`, jitted, params and state donated; "
+        "training adds the gradient of a network with two layers. *Least*: params, gradients and "
+        "state read once, params and state written once; `adaptive_restart` reads gradients and "
+        "params again, after the decision that depends on all of them. *Moved*: bytes read and "
+        "written in device memory. *Temporary*: memory beside params, gradients and state. All in "
+        "bytes per parameter; arrays are (8192, 4096) where no shape is given.",
+        "",
+        "| step | least | "
+        + " | ".join(f"{of['device']}: moved | temporary | kernels" for of in platforms)
+        + " |",
+        "| --- | --- |" + " --- | --- | --- |" * len(platforms),
+    ]
+    for name in platforms[0]["rows"]:
+        rows = [of["rows"].get(name, {}) for of in platforms]
+        cells = [fixed(rows[0].get("least_bytes_per_param"))]
+        for row in rows:
+            cells += [fixed(row.get(key)) for key in ("bytes_per_param", "temp_bytes_per_param")]
+            cells.append(str(row.get("kernels", "-")))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "Steps that move over 5% more than the least:", ""]
+    lines += [f"- {text}" for of in platforms for text in compiled.shortfalls(of)] or ["- none"]
+    scale = results["scale"]
+    sizes = " x ".join(f"{n} {name}" for name, n in scale["mesh"].items())
+    lines += [
+        "",
+        f"### On {scale['topology']}, {sizes}",
+        "",
+        f"A step of training of scanned layers with {scale['params'] / 1e9:.1f}e9 float32 params, "
+        "which are sharded over the model axis. MiB on each device; a collective within a loop "
+        "counts once.",
+        "",
+        "| | arguments | temporary | collectives |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, of in scale["rows"].items():
+        sizes = [f"{of[key] / 2**20:.0f}" for key in ("argument_bytes", "temp_bytes")]
+        found = ", ".join(f"{n} {kind}" for kind, n in of["collectives"].items())
+        lines.append(f"| {name} | {' | '.join(sizes)} | {found} |")
+    return "\n".join([*lines, ""])
+
+
+def fixed(value: float | None) -> str:
+    """Two decimals, or a dash where there is no number."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def quantization_table() -> tuple[str, list[Path]]:

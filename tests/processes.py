@@ -1,9 +1,39 @@
-"""Jobs of several processes on this machine, as on several hosts."""
+"""Processes of their own: with one device, for a TPU, or several as on several hosts."""
 
 import os
+import pathlib
 import socket
 import subprocess
 import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run_on_one_device(*arguments):
+    """Runs `python *arguments` with one CPU device, and returns what it has printed."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def run_for_tpu(*arguments):
+    """Runs `python *arguments`, which compiles for devices of `benchmarks.compiled.topology`.
+
+    Several workers of pytest-xdist may do so at once: the topology sets what libtpu needs for that.
+    Not in the worker itself, where libtpu would stay loaded, and devices are eight.
+    """
+    pytest.importorskip("libtpu", reason="no compiler for TPUs: pip install -e '.[tpu-compiler]'")
+    return run_on_one_device(*arguments)
 
 
 def run_job(script, *arguments, processes=2, devices=2, timeout=60):

@@ -7,10 +7,8 @@ import contextlib
 import functools
 import json
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
 from typing import Any
 
@@ -21,8 +19,10 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import run_for_tpu, run_on_one_device
 
 import momentum_jax as mj
+from benchmarks.compiled import topology
 
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else getattr(jax.sharding, "use_mesh")  # noqa: B009
 
@@ -423,24 +423,11 @@ def export_for_eight(folder):
             file.write_bytes(exported.serialize())
 
 
-def run_on_one_device(what, folder, **environment):
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
-    result = subprocess.run(
-        [sys.executable, __file__, what, str(folder)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Programs by the name of the transformation and of the function."""
     folder = tmp_path_factory.mktemp("exported")
-    run_on_one_device("export", folder)
+    run_on_one_device(__file__, "export", str(folder))
     return {
         tuple(file.name.split()): jax.export.deserialize(file.read_bytes()).call
         for file in folder.iterdir()
@@ -459,12 +446,10 @@ def test_c7_arrays_stay_in_place_in_a_program_made_on_one_device(name, exported)
         check(name, result, (params, state, updates))
 
 
-def compile_for_tpu(_):
+def compile_for_tpu():
     """Prints what is compiled for eight TPUs that are not here."""
-    from jax.experimental import topologies
-
     assert jax.device_count() == 1
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    devices = topology("tpu", "v5e:2x4").devices
     mesh = jax.sharding.Mesh(np.reshape(devices, (4, 2)), ("d", "m"), axis_types=(AUTO,) * 2)
 
     def place(shape, spec):
@@ -513,12 +498,8 @@ def compile_for_tpu(_):
     print(json.dumps(found))
 
 
-def test_c7_programs_for_tpus_made_on_one_device_keep_shardings_and_donations(tmp_path):
-    """Needs the compiler alone, `pip install libtpu` in the version that jax[tpu] names."""
-    pytest.importorskip("libtpu")
-    # Without the last one, the compiler is that of one process at a time.
-    tpu = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    printed = run_on_one_device("tpu", tmp_path, **tpu, ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+def test_c7_programs_for_tpus_made_on_one_device_keep_shardings_and_donations():
+    printed = run_for_tpu(__file__, "tpu")
     found = json.loads(printed)
     for name, result in found.items():
         assert result["kept"] == result["given"], name
@@ -528,4 +509,4 @@ def test_c7_programs_for_tpus_made_on_one_device_keep_shardings_and_donations(tm
 
 
 if __name__ == "__main__":
-    {"export": export_for_eight, "tpu": compile_for_tpu}[sys.argv[1]](sys.argv[2])
+    {"export": export_for_eight, "tpu": compile_for_tpu}[sys.argv[1]](*sys.argv[2:])
