@@ -608,14 +608,16 @@ def test_c2_stable_hyperparameters_never_reach_the_state():
     tx = momentum(LEARNING_RATE, MU)
     state = tx.init(params)
 
-    def after(tx, **override):
+    traced_state = trace().init(params)
+
+    def after(tx, state=state, **override):
         return types(jax.eval_shape(lambda g, s: tx.update(g, s, **override)[1], params, state))
 
     for given in HYPERPARAMETERS.values():
         lr, mu = given(LEARNING_RATE), given(MU)
         assert after(momentum(lr, mu)) == types(state)
         assert after(momentum(lambda count, lr=lr: lr, lambda count, mu=mu: mu)) == types(state)
-        assert after(trace(mu, dampening=lr)) == types(state)
+        assert after(trace(mu, dampening=lr), traced_state) == types(traced_state)
         assert after(tx, learning_rate=lr, mu=mu) == types(state)
 
 

@@ -364,8 +364,9 @@ def test_no_gradient_means_no_update_and_an_untouched_velocity(make, case):
 
 def velocities(state):
     """Those of all momentum in a state."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, mj.MomentumState))
-    return [node.velocity for node in nodes if isinstance(node, mj.MomentumState)]
+    kinds = (mj.MomentumState, mj.TraceState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [node[1] for node in nodes if isinstance(node, kinds)]
 
 
 @each_case

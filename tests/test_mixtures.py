@@ -271,8 +271,8 @@ BAD = {
         lambda: (tx := mj.qhm(lambda count: -0.5)).update(jnp.ones(1), tx.init(jnp.ones(1))),
         "the schedule's learning_rate=-0.5 must be finite and not negative",
     ),
-    "a state of momentum": (
-        lambda: mj.aggmo(0.5).update(jnp.ones(1), mj.momentum(0.5).init(jnp.ones(1))),
+    "a state of another number of mus": (
+        lambda: mj.aggmo(0.5).update(jnp.ones(1), mj.aggmo(0.5, (0.0,)).init(jnp.ones(1))),
         "the state must have a velocity for each of the 3 mus, but has 1",
     ),
 }

@@ -155,10 +155,10 @@ def assert_equals_reference(tx, recurrence, tree, seed, steps):
     state = tx.init(tree)
     for step, g in enumerate(grads):
         updates, state = tx.update(g, state)
-        for result in (updates, state.velocity):
+        for result in (updates, state[1]):
             assert jax.tree.structure(result) == jax.tree.structure(tree)
         for u, v, (all_updates, all_velocities) in zip(
-            jax.tree.leaves(updates), jax.tree.leaves(state.velocity), expected, strict=True
+            jax.tree.leaves(updates), jax.tree.leaves(state[1]), expected, strict=True
         ):
             assert u.dtype == v.dtype == np.float64
             # All numbers are below 20, so 8 steps round by less than 1e-13.
@@ -240,7 +240,7 @@ def test_complex_leaves_equal_the_numpy_loop(dtype, nesterov):
         bound = rounding(coefficient * largest(grads) / (1 - mu), mu)
         for name in grads[0]:
             expected_updates, expected_velocities = recurrence([g[name] for g in grads])
-            ours = [u[name] for u in updates], [s.velocity[name] for s in states]
+            ours = [u[name] for u in updates], [s[1][name] for s in states]
             assert all(x.dtype == dtype for x in jax.tree.leaves(ours))
             assert largest_difference(ours, (expected_updates, expected_velocities)) <= (
                 bound if dtype == np.complex64 else 1e-12
