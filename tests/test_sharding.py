@@ -180,6 +180,7 @@ def optimizers():
         "galore": {"rank": 4},
         "lbfgs": {"linesearch": None},
         "noisy_sgd": {"key": 0},
+        "optimistic_adam": {"optimism": 0.01},
     }
     adam = optax.adam(0.01)
     found: dict[str, Any] = {
@@ -273,7 +274,7 @@ def follow(name, tx, params, wrap=jax.jit):
 
 
 @pytest.mark.filterwarnings("ignore:Specifying a key will be required")
-@pytest.mark.filterwarnings('ignore:"seed" is deprecated')
+@pytest.mark.filterwarnings("ignore:.* is deprecated")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_of_optax_has_the_numbers_of_one_device(name):
     """On Auto and on Explicit axes; arrays stay where they were."""
