@@ -116,17 +116,29 @@ def _stand_in(path, param):
         )
     if not isinstance(param, jax.ShapeDtypeStruct):
         return param
-    # The sharding of an array that is bound to no device names the one where it happens to be.
-    if param.sharding in (None, SingleDeviceSharding(jax.local_devices()[0])):
+    sharding: Any = param.sharding
+    # An array that is not committed to a device has the sharding of one that is. On the default
+    # device it is taken as not committed, as arrays are that were made without naming a device.
+    if sharding is None or sharding == SingleDeviceSharding(_default_device()):
         return jnp.zeros(param.shape, dtype)
-    zeros = jnp.zeros(param.shape, dtype, device=param.sharding)
-    if not isinstance(zeros, Tracer):
-        return zeros
-    # Under jit, `device` alone is no constraint.
-    mesh = getattr(param.sharding, "mesh", None)
-    if mesh is not None and is_explicit(mesh):
-        return jax.sharding.reshard(zeros, param.sharding)
-    return jax.lax.with_sharding_constraint(zeros, param.sharding)
+    # Eager, `device` takes no memory kind of a single device.
+    on_device = sharding.with_memory_kind(None) if sharding.memory_kind else sharding
+    zeros = jnp.zeros(param.shape, dtype, device=on_device)
+    if isinstance(zeros, Tracer):
+        # Under jit, `device` alone is no constraint, and a constraint has no memory kind.
+        mesh = getattr(sharding, "mesh", None)
+        explicit = mesh is not None and is_explicit(mesh)
+        put = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+        zeros = put(zeros, on_device)
+    return zeros if on_device == sharding else jax.device_put(zeros, sharding)
+
+
+def _default_device():
+    config: Any = jax.config
+    device = config.jax_default_device
+    if isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device or jax.local_devices()[0]
 
 
 def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> Stored:

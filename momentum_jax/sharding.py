@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_inner
@@ -49,7 +49,9 @@ def zero1(
 
     Args:
       inner: an Optax transformation. An array of its state belongs to the param whose path its
-        own path contains, as in `(mu, nu)` of Adam, in chains and under Optax's wrappers.
+        own path contains, as in `(mu, nu)` of Adam, in chains and under Optax's wrappers. If its
+        arithmetic is refused on Explicit axes, it is run as on Auto axes: then arrays that it
+        holds, such as a learning rate, must not be on the mesh, and JAX 0.7 is too old.
       mesh: the mesh that the params are on; its axes all Auto, or all Explicit.
       axis: the name of the axis.
       strict: whether a param whose state cannot be split is an error.
@@ -87,6 +89,12 @@ def zero1(
     _check(mesh, axis)
     check_inner(inner)
     inner = optax.with_extra_args_support(inner)
+    # Compiled programs belong to this function, and go when it goes.
+    start = _velocity.inlined_jit(
+        functools.partial(_init, inner.init, mesh, axis),
+        static_argnums=(0, 1, 2),
+        keep_unused=True,
+    )
 
     def init(params: optax.Params) -> optax.OptState:
         _check_context()
@@ -103,7 +111,7 @@ def zero1(
         leaves, treedef = jax.tree.flatten(params)
         abstract = tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in leaves)
         arrays = treedef.flatten_up_to(arrays)
-        return _init(inner.init, mesh, axis, owners, treedef, abstract, arrays)
+        return start(owners, treedef, abstract, arrays)
 
     def update(
         updates: optax.Updates,
@@ -127,8 +135,16 @@ def zero1(
         # layers, as long as the params are not split with it.
         grads = _alike(updates, held, mesh, params=whole)
         part = _alike(params, held, mesh)
-        updates, new = inner.update(grads, state, part, **extra_args)
         before = dict(jax.tree_util.tree_leaves_with_path(state))
+        like: tuple[dict[Path, Any], ...] = whole | held, before
+
+        def advance(grads, state, part, extra_args):
+            return inner.update(grads, state, part, **extra_args)
+
+        def sharding(path, shape):
+            return NamedSharding(mesh, _spec(like[path[0].idx].get(path[1:]), shape))
+
+        updates, new = _run(advance, mesh, (grads, state, part, extra_args), whole, sharding)
         return _alike(updates, whole, mesh), _alike(new, before, mesh)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -236,7 +252,6 @@ def _owner(path: Path, params: dict[Path, Any]) -> Path | None:
     return None
 
 
-@functools.partial(_velocity.inlined_jit, static_argnums=(0, 1, 2, 3, 4, 5), keep_unused=True)
 def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
     owners = dict(owners)
 
@@ -264,8 +279,88 @@ def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
         else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding(path, shape.shape))
         for path, shape, array in zip(owners, abstract, arrays, strict=True)
     }
-    state = inner_init(treedef.unflatten(parts.values()))
+    arguments = (treedef.unflatten(parts.values()),)
+    state = _run(inner_init, mesh, arguments, parts, sharding)
     return jax.tree_util.tree_map_with_path(place_like_param, state)
+
+
+def _run(function, mesh, arguments, params, sharding):
+    """`function(*arguments)`: if its arithmetic is refused on Explicit axes, then as on Auto axes.
+
+    Where the two shardings of a sum or a product leave that of the result open, JAX wants to be
+    told which it is, on Explicit axes, and a transformation cannot. The partitioner decides.
+    """
+    try:
+        return function(*arguments)
+    # The types of these errors are not public, nor is it one type.
+    except Exception as error:
+        if not is_explicit(mesh):
+            raise
+        try:
+            return _run_as_auto(function, mesh, arguments, params, sharding)
+        except Exception as other:
+            if str(other) != str(error):
+                error.add_note(
+                    "zero1 then ran the inner transformation as on Auto axes, where it failed too: "
+                    f"{type(other).__name__}: {other}\nIf the transformation holds arrays, such as "
+                    "a learning rate made within jax.set_mesh, give it Python or NumPy numbers. "
+                    "Otherwise use a mesh whose axes are AxisType.Auto."
+                )
+            raise error from None
+
+
+def _run_as_auto(function, mesh, arguments, params, sharding):
+    """`function(*arguments)`, with all arrays on a mesh of the same devices, whose axes are Auto.
+
+    The results come back in `sharding(path, shape)`. Functions among the arguments (of a line
+    search) are called as the caller wrote them: on Explicit axes, with the params in their own
+    shardings.
+    """
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+
+    def enter(x):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            on_auto = NamedSharding(auto, getattr(x.sharding, "spec", PartitionSpec()))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_auto)
+        if isinstance(x, jax.Array):
+            return _move(x, NamedSharding(auto, _spec(x, x.shape)))
+        return functools.partial(call_outside, x) if callable(x) else x
+
+    def leave(path, x):
+        return _move(x, sharding(path, np.shape(x))) if isinstance(x, jax.Array) else x
+
+    def own(path, x):
+        if not isinstance(x, jax.Array):
+            return x
+        return _move(x, NamedSharding(mesh, _spec(params.get(path[1:]), x.shape)))
+
+    def call_outside(called, *args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            args = jax.tree_util.tree_map_with_path(own, args)
+            kwargs = jax.tree_util.tree_map_with_path(own, kwargs)
+            result = called(*args, **kwargs)
+        return jax.tree.map(enter, result)
+
+    with jax.sharding.use_abstract_mesh(auto.abstract_mesh):
+        result = function(*jax.tree.map(enter, arguments, is_leaf=callable))
+    return jax.tree_util.tree_map_with_path(leave, result)
+
+
+def _move(x, sharding):
+    """The array on another mesh of the same devices."""
+    if not isinstance(x, Tracer):
+        return jax.device_put(x, sharding)
+    if is_explicit(sharding.mesh):
+        return jax.sharding.reshard(x, sharding)
+    x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _spec(x, shape):
+    """How an array of this shape is split by its type, on Explicit axes; whole if there is none."""
+    if not isinstance(x, jax.Array) or x.shape != shape:
+        return PartitionSpec()
+    return jax.typeof(x).sharding.spec
 
 
 def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, params: Any = ()) -> PyTree:

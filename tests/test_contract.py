@@ -26,7 +26,7 @@ import reference
 from compiles import count_compiles
 from flax.core import FrozenDict
 from jax import export
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import momentum_jax as mj
@@ -1380,6 +1380,80 @@ def test_c7_init_from_abstract_params_of_which_some_are_bound_to_no_device(wrap)
     assert types(state) == types(tx.init(params))
     del params["fresh"], state.velocity["fresh"]
     assert sharded_otherwise(state.velocity, params) == {}
+
+
+def whereabouts(tree):
+    """The devices of each array, whether it is bound to them, and in which memory it is."""
+    return [(x.devices(), x.committed, x.sharding.memory_kind) for x in jax.tree.leaves(tree)]
+
+
+@contextlib.contextmanager
+def configured(device):
+    """The default device as an option of the whole program."""
+    jax.config.update("jax_default_device", device)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_default_device", None)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "context",
+    [
+        contextlib.nullcontext,
+        lambda: jax.default_device(jax.devices()[2]),
+        lambda: jax.default_device("cpu"),
+        lambda: configured(jax.devices()[2]),
+    ],
+    ids=["none", "device", "platform", "option"],
+)
+def test_c7_init_from_abstract_params_knows_the_default_device(context, wrap):
+    """An array bound to no device stays so; one on another device than the default stays there."""
+    tx = momentum(0.1)
+    with context():
+        free = jnp.ones(4)
+        elsewhere = [jax.device_put(free, d) for d in jax.devices() if d not in free.devices()]
+        for params in (free, *elsewhere[:3]):
+            state = wrap(lambda params=params: tx.init(abstract(params)))()
+            assert whereabouts(state) == whereabouts(tx.init(params))
+        state = tx.init(abstract(free))
+        # It follows a gradient, as the param would.
+        moved = tx.update(jax.device_put(free, jax.devices()[5]), state)[1]
+        assert moved.velocity.devices() == {jax.devices()[5]}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("axis_type", [None, AxisType.Auto, AxisType.Explicit])
+def test_c7_init_from_abstract_params_knows_the_memory(axis_type, wrap):
+    kinds = [m.kind for m in jax.devices()[0].addressable_memories()]
+    if "pinned_host" not in kinds:
+        pytest.skip("one memory")
+    mesh = jax.make_mesh((8,), ("d",), (axis_type or AxisType.Auto,))
+    for kind in kinds:
+        sharding = (
+            SingleDeviceSharding(jax.devices()[1], memory_kind=kind)
+            if axis_type is None
+            else NamedSharding(mesh, P("d"), memory_kind=kind)
+        )
+        for tx in (momentum(0.1), mj.adaptive_restart(momentum(0.1))):
+            with set_mesh(mesh) if axis_type else contextlib.nullcontext():
+                params = jax.device_put(jnp.ones((8, 2)), sharding)
+                expected = wrap(tx.init)(params)
+                state = wrap(lambda tx=tx, params=params: tx.init(abstract(params)))()
+            assert whereabouts(state) == whereabouts(expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_c7_init_from_what_eval_shape_returns(wrap):
+    """On Explicit axes it has shardings, over a mesh without devices."""
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Explicit,))
+    tx = momentum(0.1)
+    with set_mesh(mesh):
+        params = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("d")))
+        shapes = jax.eval_shape(lambda w: 2 * w, params)
+        state = wrap(lambda: tx.init(shapes))()
+        assert sharded_otherwise(state.velocity, params) == {}
 
 
 @pytest.mark.usefixtures("width")

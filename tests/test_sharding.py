@@ -1,13 +1,20 @@
 """ZeRO-1: a part of the state on each device, the numbers and the params as they were.
 
-Run as a program, this file is one process of a job of several.
+Run as a program, this file is one process of a job of several, or compiles for TPUs.
 """
 
 import contextlib
+import functools
+import gc
+import inspect
+import json
 import math
+import os
 import pathlib
 import re
+import subprocess
 import sys
+import weakref
 from typing import Any
 
 import jax
@@ -162,6 +169,203 @@ def test_50_steps_equal_the_unsharded_run(name, axis_type, axes, unsharded):
     assert_close(moved, unsharded(name))
 
 
+def optimizers():
+    """Every optimizer of Optax by its name, as a function that makes it.
+
+    That is whatever takes a learning rate first, and what is made of others.
+    """
+    options: dict[str, dict[str, Any]] = {
+        "adafactor": {"min_dim_size_to_factor": 4},
+        "dpsgd": {"l2_norm_clip": 1.0, "noise_multiplier": 0.1, "key": 0},
+        "galore": {"rank": 4},
+        "lbfgs": {"linesearch": None},
+        "noisy_sgd": {"key": 0},
+        "optimistic_adam": {"optimism": 0.01},
+    }
+    adam = optax.adam(0.01)
+    found: dict[str, Any] = {
+        "apply_if_finite": lambda: optax.apply_if_finite(adam, 3),
+        "backtracking": lambda: optax.chain(
+            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)
+        ),
+        "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(0.1), adam),
+        "contrib.mechanize": lambda: optax.contrib.mechanize(adam),
+        "contrib.normalize": lambda: optax.chain(optax.contrib.normalize(), optax.sgd(0.1)),
+        "contrib.reduce_on_plateau": lambda: optax.chain(adam, optax.contrib.reduce_on_plateau()),
+        "contrib.sam": lambda: optax.contrib.sam(
+            optax.sgd(0.1),
+            optax.chain(optax.contrib.normalize(), optax.sgd(0.05)),
+            opaque_mode=True,
+        ),
+        "contrib.schedule_free": lambda: optax.contrib.schedule_free(adam, 0.01),
+        "contrib.split_real_and_imaginary": lambda: optax.contrib.split_real_and_imaginary(adam),
+        "flatten": lambda: optax.flatten(adam),
+        "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(0.01),
+        "lbfgs with its line search": lambda: optax.lbfgs(memory_size=3),
+        "masked": lambda: optax.masked(adam, {"bias": True, "hidden": True, "out": False}),
+        "MultiSteps": lambda: optax.MultiSteps(adam, 2).gradient_transformation(),
+        "polyak_sgd": lambda: optax.polyak_sgd(),
+        "two of one kind of noise": lambda: optax.chain(
+            optax.add_noise(0.1, 0.5, key=jax.random.key(0)),
+            optax.adafactor(0.01, min_dim_size_to_factor=4),
+        ),
+    }
+    for module, prefix in ((optax, ""), (optax.contrib, "contrib.")):
+        for name, make in vars(module).items():
+            if name.startswith(("_", "scale_by_")) or not (name.islower() and callable(make)):
+                continue
+            parameters = inspect.signature(make).parameters
+            if next(iter(parameters), None) == "learning_rate":
+                given = options.get(name, {})
+                if "key" in given and "key" not in parameters:
+                    given = {"seed": 0} | {k: v for k, v in given.items() if k != "key"}
+                found[prefix + name] = functools.partial(make, 0.01, **given)
+    return found
+
+
+OPTIMIZERS = optimizers()
+# The others can be run on arrays that are split, with the types of Explicit axes.
+NEED_AUTO_AXES = {
+    "adafactor",
+    "contrib.dadapt_adamw",
+    "contrib.galore",
+    "contrib.mechanize",
+    "contrib.momo",
+    "contrib.momo_adam",
+    "contrib.muon",
+    "contrib.prodigy",
+    "flatten",
+    "lbfgs",
+    "lbfgs with its line search",
+    "sm3",
+    "two of one kind of noise",
+}
+SMALL = {"bias": (3,), "hidden": (16, 24), "out": (24, 8)}
+
+
+def follow(name, tx, params, wrap=jax.jit):
+    """The params, the state and the updates after three steps; each param is drawn to its half."""
+    ends = {k: jnp.asarray(np.asarray(w) / 2 + 0.01) for k, w in make_params(shapes=SMALL).items()}
+
+    def loss(params, *_):
+        return sum(jnp.mean((w - ends[k]) ** 2) for k, w in params.items())
+
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        extra: Any = {"value": value, "grad": grads, "value_fn": loss, "obj_fn": loss}
+        extra |= {"loss": value, "grad_fn": lambda params, _: jax.grad(loss)(params)}
+        if name == "contrib.sam":
+            extra = {"grad_fn": extra["grad_fn"]}
+        elif name == "backtracking" or "line search" in name:
+            extra = {k: extra[k] for k in ("value", "grad", "value_fn")}
+        if name == "contrib.dpsgd":  # A gradient of each example.
+            grads = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), grads)
+        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+        return mj.apply_updates(params, updates), state, updates
+
+    state, updates = tx.init(params), None
+    like = params, state
+    # Half the time goes without what LLVM does to make programs fast.
+    step = wrap(step, compiler_options={"xla_backend_optimization_level": 0})
+    for _ in range(3):
+        params, state, updates = step(params, state)
+        jax.block_until_ready(params)
+    return (params, state, updates), (*like, params)
+
+
+@pytest.mark.filterwarnings("ignore:Specifying a key will be required")
+@pytest.mark.filterwarnings("ignore:.* is deprecated")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_optax_has_the_numbers_of_one_device(name):
+    """On Auto and on Explicit axes; arrays stay where they were."""
+    tx = OPTIMIZERS[name]()
+    params = make_params(shapes=SMALL)
+    expected, _ = follow(name, tx, jax.tree.map(jnp.asarray, params))
+    for axis_type in (AUTO, EXPLICIT):
+        mesh = make_mesh(axis_type)
+        with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
+            params = make_params(mesh, SMALL)
+            if axis_type is EXPLICIT and name in NEED_AUTO_AXES and not CAN_LEAVE_EXPLICIT:
+                with pytest.raises(Exception, match=r"a mesh whose axes are AxisType\.Auto"):
+                    follow(name, zero1(tx, mesh), params)
+                continue
+            result, like = follow(name, zero1(tx, mesh), params)
+        assert_same_sharding(result, like)
+        # What the arithmetic makes of 1e-7 in a sum that is taken in parts.
+        assert_close(floats(result), floats(expected), 1e-5)
+
+
+def floats(tree):
+    keys = jax.dtypes.prng_key
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, keys) else x, tree
+    )
+
+
+# Before, JAX has no public way to leave the types of Explicit axes for a part of a program.
+CAN_LEAVE_EXPLICIT = hasattr(jax.sharding, "use_abstract_mesh")
+needs_auto_axes = pytest.mark.skipif(not CAN_LEAVE_EXPLICIT, reason="JAX is too old")
+
+
+@needs_auto_axes
+@pytest.mark.parametrize("name", ["adafactor", "sm3"])
+def test_optimizers_that_need_auto_axes_run_on_explicit_ones_in_eager_steps(name):
+    """And with params that are split over another axis."""
+    tx = OPTIMIZERS[name]()
+    params = make_params(shapes=SMALL)
+    expected, _ = follow(name, tx, jax.tree.map(jnp.asarray, params))
+    for axes, wrap in (("data", lambda f, **_: f), ("data, model", jax.jit)):
+        mesh = make_mesh(EXPLICIT, axes)
+        with set_mesh(mesh):
+            result, like = follow(name, zero1(tx, mesh), make_params(mesh, SMALL), wrap)
+        assert_same_sharding(result, like)
+        assert_close(result, expected, 1e-5)
+
+
+@needs_auto_axes
+@pytest.mark.parametrize("number", [jnp.float32, np.float32])
+def test_a_learning_rate_may_be_an_array_on_the_mesh(number):
+    """As one is that is made within set_mesh; but not where Auto axes are needed."""
+    mesh = make_mesh(EXPLICIT)
+    with set_mesh(mesh):
+        params = make_params(mesh, SMALL)
+        for name in ("sgd", "sm3"):
+            tx = zero1(getattr(optax, name)(number(0.5)), mesh)
+            state = tx.init(params)
+            expected = contextlib.nullcontext()
+            if name == "sm3" and number is jnp.float32:
+                expected = pytest.raises(Exception, match=r"(?s)sharded.*Python or NumPy numbers")
+            with expected:
+                jax.jit(tx.update)(params, state, params)
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_nothing_of_an_instance_outlives_it(axis_type, wrap):
+    """Compiled programs hold what their functions hold: they go with the instance."""
+
+    class Held:
+        pass
+
+    def use():
+        held, inner = Held(), mj.momentum(0.1)
+        mesh = make_mesh(axis_type)
+
+        def init(params):
+            assert held
+            return inner.init(params)
+
+        tx = zero1(optax.GradientTransformation(init, inner.update), mesh)
+        with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
+            params = make_params(mesh, SMALL)
+            wrap(tx.update)(params, wrap(tx.init)(params), params)
+        return weakref.ref(held)
+
+    held = use()
+    gc.collect()
+    assert held() is None
+
+
 @pytest.mark.parametrize(("axis_type", "axes"), MESHES)
 @pytest.mark.parametrize(("name", "arrays"), [("momentum", 1), ("adam", 2), ("restart", 2)])
 def test_each_device_holds_an_eighth_of_the_state(name, arrays, axis_type, axes):
@@ -250,6 +454,124 @@ def test_the_program_gathers_the_updates_and_nothing_else(name, axis_type):
     summed = [shape for kind, shape in found if kind in ("all-reduce", "reduce-scatter")]
     assert sorted(sorted(shape) for shape in summed if shape)[-2:] == [[16, 32], [32, 64]]
     assert {kind for kind, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+def bytes_moved(compiled):
+    """Bytes of the float32 arrays that are summed or put together, by kind of collective.
+
+    XLA for TPU writes a reduce-scatter as an all-reduce in a function of its own, and one gather
+    that runs beside other work several times, in the same channel.
+    """
+    found, function = {}, ""
+    for line in compiled.as_text().splitlines():
+        if line.endswith("{"):
+            function = line.split()[0]
+        match = re.search(r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", line)
+        if match:
+            kind = "reduce-scatter" if "all-reduce-scatter" in function else match[2]
+            sizes = [
+                4 * math.prod(map(int, dims.split(","))) if dims else 4
+                for dims in re.findall(r"f32\[([\d,]*)\]", match[1])
+            ]
+            channel: Any = re.search(r"channel_id=(\d+)", line)
+            found[channel[1] if channel else line] = kind, sum(sizes)
+    return {
+        kind: sum(size for each, size in found.values() if each == kind)
+        for kind, _ in found.values()
+    }
+
+
+def program_of_the_guide(tx, mesh, split, shapes):
+    """The compiled step of `docs/devices.md`, for the devices of the mesh, which may be away."""
+
+    def place(shape, spec, dtype: Any = np.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def objective(params, x, y):
+        prediction = jnp.tanh(x @ params["hidden"]) @ params["out"] + params["bias"]
+        return jnp.mean((prediction - y) ** 2)
+
+    def step(params, state, x, y):
+        updates, state = tx.update(jax.grad(objective)(params, x, y), state, params)
+        return mj.apply_updates(params, updates), state
+
+    params = {name: place(shape, P()) for name, shape in shapes.items()}
+    state = jax.eval_shape(tx.init, params)
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, P()), state)
+    if split:
+        shardings = jax.jit(tx.init).lower(params).compile().output_shardings
+    state = jax.tree.map(lambda x, s: place(x.shape, s.spec, x.dtype), state, shardings)
+    batch = (place((128, shapes[k][i]), P("data")) for k, i in (("hidden", 0), ("bias", 0)))
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, *batch).compile()
+
+
+GUIDE = {"hidden": (32, 64), "out": (64, 8), "bias": (8,)}
+
+
+@pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10), reason="other programs, other bytes"
+)
+def test_the_traffic_is_that_of_the_guide():
+    """The rows of its table: bytes in all-reduces, bytes in all-gathers."""
+    inner: dict[str, Any] = {
+        "no `zero1`": mj.momentum(0.1),
+        "`mj.momentum`": mj.momentum(0.1),
+        '`mj.momentum`, `velocity_dtype="int8"`': mj.momentum(0.1, velocity_dtype="int8"),
+        "`optax.adam`": optax.adam(0.1),
+        "`optax.clip_by_global_norm`, `optax.adam`": optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adam(0.1)
+        ),
+        "`optax.lamb`": optax.lamb(0.1),
+        "`optax.adafactor`": optax.adafactor(0.1, min_dim_size_to_factor=8),
+        "`optax.sm3`": optax.sm3(0.1),
+        "`optax.lbfgs`": optax.lbfgs(0.1, linesearch=None),
+        "`optax.contrib.prodigy`": optax.contrib.prodigy(0.1),
+        "`optax.contrib.muon`": optax.contrib.muon(0.1),
+    }
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "devices.md").read_text()
+    rows = re.findall(r"^\| (.*?) \| ([\d,]+) \| ([\d,]+) \|$", page, re.M)
+    assert [row[0] for row in rows] == list(inner)
+    mesh = make_mesh()
+    for name, summed, gathered in rows:
+        split = name != "no `zero1`"
+        tx = zero1(inner[name], mesh) if split else inner[name]
+        found = bytes_moved(program_of_the_guide(tx, mesh, split, GUIDE))
+        expected = {"all-reduce": summed, "all-gather": gathered}
+        assert found == {k: int(v.replace(",", "")) for k, v in expected.items() if v != "0"}, name
+
+
+def print_traffic_on_tpus():
+    """Compiled for eight TPUs that are not here."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(AUTO,))
+    shapes = {"hidden": (1024, 2048), "out": (2048, 1024), "bias": (1024,)}
+    tx = mj.momentum(0.1)
+    programs = (
+        program_of_the_guide(tx, mesh, False, shapes),
+        program_of_the_guide(zero1(tx, mesh), mesh, True, shapes),
+    )
+    print(json.dumps([bytes_moved(program) for program in programs]))
+
+
+def test_tpus_scatter_what_they_sum():
+    """Needs the compiler alone, `pip install libtpu` in the version that jax[tpu] names."""
+    pytest.importorskip("libtpu")
+    alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "XLA_FLAGS": ""}
+    alone |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    printed = subprocess.run(
+        [sys.executable, __file__, "tpu"], env=os.environ | alone, capture_output=True, text=True
+    )
+    assert printed.returncode == 0, printed.stderr
+    plain, split = json.loads(printed.stdout)
+    matrices, bias = 4 * 2 * 1024 * 2048, 4 * 1024
+    assert plain == {"all-reduce": matrices + bias}
+    assert split == {
+        "reduce-scatter": matrices,
+        "all-reduce": bias,
+        "all-gather": matrices + bias,
+    }
 
 
 def test_a_value_may_be_held_in_two_shardings():
@@ -490,4 +812,7 @@ def test_two_processes_train_alike_and_their_checkpoint_goes_on_elsewhere(tmp_pa
 
 
 if __name__ == "__main__":
-    job(*sys.argv[1:])
+    if sys.argv[1:] == ["tpu"]:
+        print_traffic_on_tpus()
+    else:
+        job(*sys.argv[1:])
