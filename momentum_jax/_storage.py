@@ -210,7 +210,8 @@ def codec_of(stored: Stored) -> Cast:
     values, scales = stored
     if scales is not None:
         return WIDE if np.shape(scales) == np.shape(values) else BLOCKS
-    return CODECS.get(np.dtype(values.dtype), CAST)
+    codec = CODECS.get(np.dtype(values.dtype), CAST)
+    return CAST if codec is BLOCKS else codec  # The int8 of a param that never moves.
 
 
 def decoded_dtype(stored: Stored) -> np.dtype:

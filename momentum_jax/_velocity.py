@@ -528,7 +528,7 @@ def _check_stored(path, one, velocity_dtype):
     """Raises a TypeError unless the state stores a leaf as the transformation would."""
     dtype = one.values.dtype
     if velocity_dtype is None:
-        fits = one.scales is None and CODECS.get(np.dtype(dtype), CAST) is CAST
+        fits = codec_of(one) is CAST
     elif velocity_dtype == np.int8:
         fits = one.scales is not None
     else:

@@ -259,7 +259,7 @@ def test_a_state_dict_of_bfloat16_and_of_named_params(oracle):
             to_params=lambda weights: weights,
         )
 
-    np.testing.assert_array_equal(load("w")[0].velocity["w"], [1, 2, 3])
+    np.testing.assert_array_equal(load("w")[0].trace["w"], [1, 2, 3])
     with pytest.raises(ValueError, match="the optimizer's own names are w, but names has u"):
         load("u")
 
@@ -455,6 +455,7 @@ def test_a_job_of_optax_goes_on_here_and_back(case):
 def test_inside_and_outside_go_on_as_each_other():
     """At a constant learning rate, both ways; the count comes along."""
     inside, outside = mj.momentum(0.25, 0.5), optax_sgd(0.25, 0.5)
+    kinds = (mj.MomentumState, mj.TraceState)
     expected, _ = run(inside, inside.init(PARAMS), 12)
     for source, target, convert in (
         (inside, outside, outside_from_inside),
@@ -466,10 +467,8 @@ def test_inside_and_outside_go_on_as_each_other():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, expected)
         assert {
             int(part.count)
-            for part in jax.tree.leaves(
-                after, is_leaf=lambda node: isinstance(node, mj.MomentumState)
-            )
-            if isinstance(part, mj.MomentumState)
+            for part in jax.tree.leaves(after, is_leaf=lambda node: isinstance(node, kinds))
+            if isinstance(part, kinds)
         } == {12}
 
 
@@ -512,8 +511,8 @@ def load(state_dict=None, names=tuple(WEIGHTS), to_params=fc, params=FC, tx=None
 def test_load_torch_fills_velocity_and_count():
     """Without a count, that a step was taken; with one, that one, in all schedules."""
     state: Any = load()[0]
-    np.testing.assert_array_equal(state.velocity["kernel"], BUFFERS[0].T)
-    np.testing.assert_array_equal(state.velocity["bias"], BUFFERS[1])
+    np.testing.assert_array_equal(state.trace["kernel"], BUFFERS[0].T)
+    np.testing.assert_array_equal(state.trace["bias"], BUFFERS[1])
     assert (int(state.count), state.count.dtype) == (1, np.int32)
     assert int(load(a_state_dict([]), names=WEIGHTS)[0].count) == 0
     momentum, schedule = load(tx=torch_sgd(rate, 0.5), count=7)
@@ -531,7 +530,7 @@ def test_load_torch_keeps_dtype_and_sharding():
     tx = torch_sgd(0.5, 0.5)
     w = jax.device_put(np.zeros((8, 8), np.float32), sharding)
     state: Any = load_torch(tx.init(w), state_dict, names=["w"], to_params=lambda ws: ws["w"].T)
-    velocity = state[0].velocity
+    velocity = state[0].trace
     assert velocity.sharding == sharding
     assert velocity.dtype == np.float32
     np.testing.assert_array_equal(velocity, buffer.T)
@@ -540,8 +539,8 @@ def test_load_torch_keeps_dtype_and_sharding():
 def test_a_missing_buffer_is_a_velocity_at_rest():
     """Of a param that never had a gradient, if its shape is known."""
     state: Any = load(a_state_dict([1]), names=WEIGHTS)[0]
-    np.testing.assert_array_equal(state.velocity["kernel"], np.zeros((3, 2)))
-    np.testing.assert_array_equal(state.velocity["bias"], BUFFERS[1])
+    np.testing.assert_array_equal(state.trace["kernel"], np.zeros((3, 2)))
+    np.testing.assert_array_equal(state.trace["bias"], BUFFERS[1])
     dumped = dump_torch((state,), a_state_dict([]), names=WEIGHTS, to_params=fc)
     np.testing.assert_array_equal(dumped["state"][1]["momentum_buffer"], BUFFERS[1])
 
@@ -558,7 +557,7 @@ def test_a_param_that_is_frozen_here_needs_no_buffer():
     """Masked here, without a buffer there; with one, it would be lost."""
     tx = optax.masked(torch_sgd(0.5, 0.5), {"kernel": False, "bias": True})
     state: Any = load(a_state_dict([1]), names=WEIGHTS, tx=tx)
-    np.testing.assert_array_equal(state.inner_state[0].velocity["bias"], BUFFERS[1])
+    np.testing.assert_array_equal(state.inner_state[0].trace["bias"], BUFFERS[1])
     with pytest.raises(ValueError, match=r"only in what is carried over: \['kernel'\]"):
         load(tx=tx)
     dumped = dump_torch(state, a_state_dict([]), names=WEIGHTS, to_params=fc)
@@ -705,7 +704,7 @@ def test_joined_and_split_weights_are_carried_over_and_back():
     state: Any = load_torch(tx.init(params), state_dict, names=list(weights), to_params=to_params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-        state[0].velocity,
+        state[0].trace,
         to_params(buffers),
     )
     dumped = dump_torch(state, state_dict, names=list(weights), to_params=to_params)
@@ -803,7 +802,7 @@ def test_a_state_of_numpy_arrays_is_filled():
     tx = torch_sgd(0.5, 0.5)
     state = jax.tree.map(np.asarray, tx.init(FC))
     filled: Any = load_torch(state, a_state_dict(), names=list(WEIGHTS), to_params=fc)[0]
-    np.testing.assert_array_equal(filled.velocity["bias"], BUFFERS[1])
+    np.testing.assert_array_equal(filled.trace["bias"], BUFFERS[1])
 
 
 def test_gathered_gradients_of_optax_are_not_dropped():
