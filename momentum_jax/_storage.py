@@ -249,7 +249,7 @@ def compute_dtype(dtype: Any) -> np.dtype:
 
 def seed_of(count: jax.Array) -> jax.Array:
     """32 bits for the step of this count."""
-    return _hash(jnp.asarray(count).astype(np.uint32))
+    return _hash(jnp.asarray(count).astype(np.int32))
 
 
 def random_bits(value: jax.Array, seed: jax.Array) -> jax.Array:
@@ -261,7 +261,7 @@ def random_bits(value: jax.Array, seed: jax.Array) -> jax.Array:
     program for each; and a last bit that another machine rounds in another way seldom moves them.
     """
     value = lax.convert_element_type(lax.stop_gradient(value), np.float32)
-    upper = lax.shift_right_logical(lax.bitcast_convert_type(value, np.uint32), np.uint32(16))
+    upper = lax.shift_right_logical(lax.bitcast_convert_type(value, np.int32), np.int32(16))
     position = reshard_like(_positions(value.shape), value)
     return _hash(lax.bitwise_xor(lax.add(position, seed), upper))
 
@@ -273,7 +273,7 @@ def stochastic_round(value: jax.Array, bits: jax.Array, dtype: np.dtype) -> jax.
     The upper random bits decide; what the dtype can hold stays what it is.
     """
     value = lax.convert_element_type(value, np.float32)
-    dropped = np.uint32(23 - jnp.finfo(dtype).nmant)
+    dropped = np.int32(23 - jnp.finfo(dtype).nmant)
     offset = np.float32(0)
     if dtype == np.float16:
         # Below its normal numbers float16 is evenly spaced: just as it is between 1 and 2 of the
@@ -281,8 +281,8 @@ def stochastic_round(value: jax.Array, bits: jax.Array, dtype: np.dtype) -> jax.
         least = np.float32(jnp.finfo(dtype).tiny)
         low = jnp.abs(value) < least
         offset = jnp.where(low, jnp.copysign(least, value), np.float32(0))
-    wide = lax.bitcast_convert_type(lax.add(value, offset), np.uint32)
-    wide = lax.add(wide, lax.shift_right_logical(bits, np.uint32(32) - dropped))
+    wide = lax.bitcast_convert_type(lax.add(value, offset), np.int32)
+    wide = lax.add(wide, lax.shift_right_logical(bits, np.int32(32) - dropped))
     wide = lax.shift_left(lax.shift_right_logical(wide, dropped), dropped)
     rounded = lax.sub(lax.bitcast_convert_type(wide, np.float32), offset)
     return lax.convert_element_type(lax.select(lax.is_finite(value), rounded, value), dtype)
@@ -418,15 +418,15 @@ def _encoded(value, view, seed):
 
     scale = lax.convert_element_type(view.spread(scales, value), np.float32)
     units = lax.mul(lax.div(lax.abs(value), scale), _UNITS)
-    # The code below, from units = code (code + 127), and by how much it falls short.
-    root = lax.sqrt(lax.add(units, np.float32(LARGEST**2 / 4)))
-    code = lax.floor(lax.sub(root, np.float32(LARGEST / 2)))
-    short = lax.sub(units, lax.mul(code, lax.add(code, np.float32(LARGEST))))
-    gap = lax.add(lax.add(code, code), np.float32(LARGEST + 1))
-    bits = lax.shift_right_logical(random_bits(value, seed), np.uint32(8))
-    uniform = lax.convert_element_type(lax.convert_element_type(bits, np.int32), np.float32)
-    up = lax.gt(short, lax.mul(lax.mul(uniform, np.float32(2**-24)), gap))
-    code = lax.min(lax.add(code, lax.convert_element_type(up, np.float32)), np.float32(LARGEST))
+    # units = code (code + 127) = (code + 63.5)^2 - 63.5^2, so the code below is low - 64. Above it
+    # units grow by 2 low: up with the probability of the share of that by which low falls short.
+    square = lax.add(units, np.float32(LARGEST**2 / 4))
+    low = lax.floor(lax.add(lax.sqrt(square), np.float32(0.5)))
+    chance = lax.convert_element_type(random_bits(value, seed), np.float32)
+    chance = lax.mul(chance, np.float32(2**-31))
+    up = lax.gt(lax.sub(square, np.float32(0.25)), lax.mul(low, lax.add(low, chance)))
+    code = lax.add(low, lax.convert_element_type(up, np.float32))
+    code = lax.sub(lax.min(code, np.float32(LARGEST + 64)), np.float32(64))
     code = lax.select(lax.lt(value, np.float32(0)), lax.neg(code), code)
     return lax.convert_element_type(code, np.int8), scales
 
@@ -444,17 +444,16 @@ def _positions(shape):
 
     An axis that is split in two leaves it as it is.
     """
-    position = np.uint32(0)
+    position = np.int32(0)
     for axis in range(len(shape)):
-        stride = math.prod(shape[axis + 1 :]) * 0x9E3779B1 % 2**32
-        along = lax.broadcasted_iota(np.uint32, shape, axis)
-        position = lax.add(position, lax.mul(along, np.uint32(stride)))
+        stride = np.uint32(math.prod(shape[axis + 1 :]) * 0x9E3779B1 % 2**32).view(np.int32)
+        position = lax.add(position, lax.mul(lax.broadcasted_iota(np.int32, shape, axis), stride))
     return jnp.asarray(position)
 
 
 def _hash(x):
-    """A bijection of 32 bits after which each depends on all (Wellons 2018, lowbias32)."""
+    """Mixes 32 bits (Wellons 2018, lowbias32, but for its last step, which alters lower bits)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = lax.bitwise_xor(x, lax.shift_right_logical(x, np.uint32(shift)))
-        x = lax.mul(x, np.uint32(factor))
-    return lax.bitwise_xor(x, lax.shift_right_logical(x, np.uint32(16)))
+        x = lax.bitwise_xor(x, lax.shift_right_logical(x, np.int32(shift)))
+        x = lax.mul(x, np.uint32(factor).view(np.int32))
+    return x
