@@ -118,7 +118,9 @@ class Blocks(Cast):
 
     def init(self, param: jax.Array, dtype: np.dtype) -> Stored:
         """Codes and scales of 0, in the param's sharding."""
-        view = _View(*block_axis(param.shape))
+        found = block_axis(param.shape)
+        assert found is not None  # Or the leaf were wide.
+        view = _View(*found)
         first = lax.index_in_dim(view.split(param), 0, view.axis + 1, keepdims=False)
         return Stored(zeros_like(param, dtype), zeros_like(first, np.dtype(jnp.bfloat16)))
 
