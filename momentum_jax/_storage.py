@@ -44,6 +44,8 @@ LARGEST = 127
 _UNITS = np.float32(2 * LARGEST**2)
 # The least scale, 2^-100: below it, some backends have no normal numbers for the codes' units.
 _LEAST_SCALE = np.float32(2**-100)
+# The bits of the largest NaN that is a bfloat16.
+_LARGEST_NAN = np.int32(0x7FFF0000)
 
 # A step of one leaf: (velocity, grad) -> (velocity, update).
 Advance = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -410,8 +412,8 @@ def _encoded(value, view, seed):
     value = lax.convert_element_type(lax.stop_gradient(value), np.float32)
     # As integers, so that what is not finite is the largest on every backend.
     magnitude = lax.bitwise_and(lax.bitcast_convert_type(value, np.int32), np.int32(0x7FFFFFFF))
-    largest = lax.max(view.largest(magnitude), _LEAST_SCALE.view(np.int32))
-    # Rounded up: no value is above its scale.
+    # Rounded up: no value is above its scale. A NaN whose bits are all ones, NVIDIA's, would be 0.
+    largest = lax.clamp(_LEAST_SCALE.view(np.int32), view.largest(magnitude), _LARGEST_NAN)
     upper = lax.shift_right_logical(lax.add(largest, np.int32(0xFFFF)), np.int32(16))
     scales = lax.bitcast_convert_type(lax.convert_element_type(upper, np.uint16), jnp.bfloat16)
 
