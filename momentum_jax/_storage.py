@@ -20,6 +20,7 @@ from jax import lax
 
 from momentum_jax._placement import (
     hold_like,
+    is_split,
     merge_axes,
     reshard_like,
     set_apart,
@@ -120,7 +121,9 @@ class Blocks(Cast):
 
     def init(self, param: jax.Array, dtype: np.dtype) -> Stored:
         """Codes and scales of 0, in the param's sharding."""
-        view = _View(*block_axis(param.shape))
+        block = block_axis(param.shape)
+        assert block is not None  # Else it is stored wide.
+        view = _View(*block)
         first = lax.index_in_dim(view.split(param), 0, view.axis + 1, keepdims=False)
         return Stored(zeros_like(param, dtype), zeros_like(first, np.dtype(jnp.bfloat16)))
 
@@ -160,7 +163,9 @@ class Blocks(Cast):
         view = _View.of(*stored)
         split = _through(_SplitView(*view), advance)
         is_last = view.axis == grad.ndim - 1 and grad.ndim > 1
-        on_lanes = is_last and grad.shape[view.axis] // view.length <= MOST_ON_LANES
+        few = grad.shape[view.axis] // view.length <= MOST_ON_LANES
+        # Where a device has some of the blocks, no slice is that of one block.
+        on_lanes = is_last and few and not is_split(stored.scales, view.axis)
         update, codes, scales = lax.platform_dependent(
             grad,
             stored.values,
