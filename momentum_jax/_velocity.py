@@ -256,7 +256,8 @@ def decode(stored: Stored) -> PyTree:
 
 def rescale(stored: Stored, factor: Any, masks: Iterable[Any], count: jax.Array) -> Stored:
     """`factor * stored` where the mask of a leaf says so; 0 if the factor is, whatever it was."""
-    seed = seed_of(count)
+    # Of states that were stacked, by vmap or scan, there are several counts.
+    seed = seed_of(jnp.max(jnp.asarray(count)))
 
     def leaf(one, mask):
         one = jax.tree.map(jnp.asarray, one)
