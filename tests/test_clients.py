@@ -214,7 +214,7 @@ def test_c6_nnx_vmap_trains_an_ensemble():
 
 def make_mesh(shape=(4, 2), names=("data", "model"), axis_type=AxisType.Auto):
     devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, names, (axis_type,) * len(shape), devices=devices)
+    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape), devices=devices)
 
 
 SPECS = [("model", None), (None, "model"), ("data", "model")]
