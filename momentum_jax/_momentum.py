@@ -361,10 +361,15 @@ def _check_state(updates: Any, state: Any, state_type: type) -> None:
         raise TypeError(
             "the state is None. Call `state = tx.init(params)` before the first update."
         )
+    origin = remedy = ""
+    if isinstance(state, optax.TraceState):  # There is one of ours of the same name.
+        origin = " of Optax"
+        remedy = " To continue a job of Optax, see momentum_jax.frameworks.load_optax."
     raise TypeError(
-        f"the state is {type(state).__name__}, but must be the {state_type.__name__} that init or "
-        "the last update of this transformation returned. In a chain, call the chain's update; "
-        "after a restore, give the restoring function tx.init(params) as its target."
+        f"the state is {type(state).__name__}{origin}, but must be the {state_type.__name__} that "
+        "init or the last update of this transformation returned. In a chain, call the chain's "
+        "update; after a restore, give the restoring function tx.init(params) as its target."
+        + remedy
     )
 
 

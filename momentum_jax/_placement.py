@@ -114,6 +114,12 @@ def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
+def is_split(value: jax.Array, axis: int) -> bool:
+    """Whether its type says that an axis of it is sharded: on Explicit axes alone."""
+    held = jax.typeof(value).sharding
+    return is_explicit(held.mesh) and held.spec[axis] is not None
+
+
 def axes_that_differ(*trees: Any) -> set[str]:
     """The manual axes, as within shard_map, along which a device may have values of its own.
 

@@ -278,7 +278,9 @@ def _scaled(state, masks, scale, masks_of_residuals=None):
 
     def part(node):
         if has_velocity(node):
-            stored = _velocity.rescale(stored_in(node), scale, next(masks), node.count)
+            # Within another library's own wrapper of an array, if it is in one.
+            (count,) = jax.tree.leaves(node.count)
+            stored = _velocity.rescale(stored_in(node), scale, next(masks), count)
             return type(node)(node.count, *stored)
         if not _has_residual(node):
             return node

@@ -20,6 +20,7 @@ from jax import lax
 
 from momentum_jax._placement import (
     hold_like,
+    is_split,
     merge_axes,
     reshard_like,
     set_apart,
@@ -44,6 +45,8 @@ LARGEST = 127
 _UNITS = np.float32(2 * LARGEST**2)
 # The least scale, 2^-100: below it, some backends have no normal numbers for the codes' units.
 _LEAST_SCALE = np.float32(2**-100)
+# The bits of the largest NaN that is a bfloat16.
+_LARGEST_NAN = np.int32(0x7FFF0000)
 
 # A step of one leaf: (velocity, grad) -> (velocity, update).
 Advance = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -118,9 +121,9 @@ class Blocks(Cast):
 
     def init(self, param: jax.Array, dtype: np.dtype) -> Stored:
         """Codes and scales of 0, in the param's sharding."""
-        found = block_axis(param.shape)
-        assert found is not None  # Or the leaf were wide.
-        view = _View(*found)
+        block = block_axis(param.shape)
+        assert block is not None  # Else it is stored wide.
+        view = _View(*block)
         first = lax.index_in_dim(view.split(param), 0, view.axis + 1, keepdims=False)
         return Stored(zeros_like(param, dtype), zeros_like(first, np.dtype(jnp.bfloat16)))
 
@@ -159,7 +162,9 @@ class Blocks(Cast):
         view = _View.of(*stored)
         split = _through(_SplitView(*view), advance)
         is_last = view.axis == grad.ndim - 1 and grad.ndim > 1
-        on_lanes = is_last and grad.shape[view.axis] // view.length <= MOST_ON_LANES
+        few = grad.shape[view.axis] // view.length <= MOST_ON_LANES
+        # Where a device has some of the blocks, no slice is that of one block.
+        on_lanes = is_last and few and not is_split(stored.scales, view.axis)
         update, codes, scales = lax.platform_dependent(
             grad,
             stored.values,
@@ -421,8 +426,8 @@ def _encoded(value, view, seed):
     value = lax.convert_element_type(lax.stop_gradient(value), np.float32)
     # As integers, so that what is not finite is the largest on every backend.
     magnitude = lax.bitwise_and(lax.bitcast_convert_type(value, np.int32), np.int32(0x7FFFFFFF))
-    largest = lax.max(view.largest(magnitude), _LEAST_SCALE.view(np.int32))
-    # Rounded up: no value is above its scale.
+    # Rounded up: no value is above its scale. A NaN whose bits are all ones, NVIDIA's, would be 0.
+    largest = lax.clamp(_LEAST_SCALE.view(np.int32), view.largest(magnitude), _LARGEST_NAN)
     upper = lax.shift_right_logical(lax.add(largest, np.int32(0xFFFF)), np.int32(16))
     scales = lax.bitcast_convert_type(lax.convert_element_type(upper, np.uint16), jnp.bfloat16)
 

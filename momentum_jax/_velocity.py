@@ -23,6 +23,7 @@ from momentum_jax._storage import (
     BLOCKS,
     CAST,
     CODECS,
+    WIDE,
     Stored,
     codec_for,
     codec_of,
@@ -268,7 +269,8 @@ def decode(stored: Stored) -> PyTree:
 
 def rescale(stored: Stored, factor: Any, masks: Iterable[Any], count: jax.Array) -> Stored:
     """`factor * stored` where the mask of a leaf says so; 0 if the factor is, whatever it was."""
-    seed = seed_of(count)
+    # Of states that were stacked, by vmap or scan, there are several counts.
+    seed = seed_of(jnp.max(jnp.asarray(count)))
 
     def leaf(one, mask):
         one = jax.tree.map(jnp.asarray, one)
@@ -405,7 +407,7 @@ def _wide_pairs(grads, held, name="velocity"):
 # On the host: outside jit nothing new can be made on an Explicit mesh.
 def with_value(one: Stored, value: Any) -> Stored:
     """A leaf of another value, stored in the same way."""
-    host = jax.tree.map(np.asarray, one)
+    host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), one)
     return codec_of(host).encode(jnp.asarray(np.asarray(value)), host, seed_of(jnp.uint32(0)))
 
 
@@ -534,11 +536,11 @@ def _check_stored(path, one, velocity_dtype):
     else:
         fits = one.scales is None and dtype == velocity_dtype
     if not fits:
-        is_blocks = codec_of(one) is BLOCKS
+        note = {BLOCKS: " codes", WIDE: ", as velocity_dtype=int8 does with some leaves"}
         raise TypeError(
-            f"the state stores the velocity {at(path)} in {dtype}{' codes' if is_blocks else ''}, "
+            f"the state stores the velocity {at(path)} in {dtype}{note.get(codec_of(one), '')}, "
             f"but the transformation was made with velocity_dtype={velocity_dtype}. Make it with "
-            f"the velocity_dtype of the state, or make a new state with its init."
+            "the velocity_dtype of the state, or make a new state with its init."
         )
 
 

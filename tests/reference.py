@@ -5,7 +5,6 @@ lists of the same length: the updates and the velocities. A hyperparameter is a 
 function of the step's count, from 0.
 """
 
-import zlib
 from typing import Any
 
 import numpy as np
@@ -76,43 +75,45 @@ def caffe(start, gradient, base_lr, momentum, weight_decay, steps):
     return params
 
 
-def noise(path, count, shape):
-    """32 bits a value: a hash of the value's position, begun by the hash of count and path."""
-    seed = _hash(_hash(np.uint64(count)) + np.uint64(zlib.crc32(path.encode())))
-    return _hash(np.arange(np.prod(shape, dtype=int), dtype=np.uint64).reshape(shape) + seed)
+def random_bits(values, count):
+    """32 bits for each value: a hash of count, position and the upper half of its float32."""
+    values = np.asarray(values, np.float32)
+    position = np.arange(values.size, dtype=np.uint64).reshape(values.shape)
+    upper = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint64)
+    place = position * np.uint64(0x9E3779B1) + _hash(np.uint64(count))
+    return _hash((place & np.uint64(2**32 - 1)) ^ upper)
 
 
-def rounded_by_chance(values, dtype, bits):
-    """Up, away from 0, with the chance of how far the value is on its way to there."""
+def stochastic_round(values, dtype, bits):
+    """Away from 0 with the probability of how far the value is on its way there."""
     mantissa, least = {"bfloat16": (7, -133), "float16": (10, -24)}[dtype]
     values = np.asarray(values, np.float64)
-    exponent = np.maximum(np.frexp(values)[1] - 1 - mantissa, least)
-    whole, rest = np.divmod(np.abs(values), 2.0**exponent)
+    gap = 2.0 ** np.maximum(np.frexp(values)[1] - 1 - mantissa, least)
+    whole, rest = np.divmod(np.abs(values), gap)
     dropped = 23 - mantissa
-    up = rest / 2.0**exponent + (bits >> np.uint64(32 - dropped)) / 2.0**dropped >= 1
-    return np.copysign((whole + up) * 2.0**exponent, values)
+    up = rest / gap + (bits >> np.uint64(32 - dropped)) / 2.0**dropped >= 1
+    return np.copysign((whole + up) * gap, values)
 
 
-def quantized(values, seed_path, count):
-    """What 8 bits a value leave of it, in blocks of 64 along the last axis, and the codes."""
+def quantized(values, count, axis, length):
+    """Codes, the scale of each block along an axis, and what these stand for."""
     values = np.asarray(values, np.float64)
-    quarters = values.reshape(*values.shape[:-1], -1, 4, 16)
-    u = (noise(seed_path, count, values.shape) >> np.uint64(8)) / 2.0**24 - 0.5
-    u = u.reshape(quarters.shape)
-    largest = np.abs(quarters).max(-1)
-    # Each quarter's scale is a 64th of a power of 2 that is above all in the block, as many times
-    # as it takes to be above all in the quarter.
-    unit = 2.0 ** np.frexp(largest.max(-1, keepdims=True))[1] / 64
-    scale = ((np.floor(largest / unit) + 1) * unit)[..., None]
+    blocks = np.moveaxis(values, axis, -1)
+    blocks = blocks.reshape(*blocks.shape[:-1], -1, length)
+    # The largest magnitude, rounded up to the 8 significant bits of a bfloat16.
+    largest = np.maximum(np.abs(blocks).max(-1), 2.0**-100)
+    gap = 2.0 ** (np.frexp(largest)[1] - 8)
+    scales = np.moveaxis(np.ceil(largest / gap) * gap, -1, axis)
+    each = np.repeat(scales, length, axis)
 
-    x = np.abs(quarters) / scale
-    a = np.sign(quarters) * (np.sqrt(1 / 4 + 2 * x) - 1 / 2)
-    codes = np.floor(126.5 * a + u + 0.5)
-    a = (codes - u) / 126.5
-    read = scale * np.sign(a) * (np.abs(a) + a**2 - 1 / (12 * 126.5**2)) / 2
-    codes = np.where(quarters == 0, -128, codes)
-    read = np.where(quarters == 0, 0, read)
-    return read.reshape(values.shape), codes.reshape(values.shape)
+    # Code k stands for k (|k| + 127) units.
+    unit = each / (2 * 127**2)
+    x = np.abs(values) / unit
+    below = np.floor(np.sqrt(x + 127**2 / 4) - 127 / 2)
+    part = (x - below * (below + 127)) / (2 * below + 128)
+    uniform = (random_bits(values, count) >> np.uint64(8)) / 2.0**24
+    codes = np.sign(values) * np.minimum(below + (uniform < part), 127)
+    return codes, scales, codes * (np.abs(codes) + 127) * unit
 
 
 def _hash(x):

@@ -138,6 +138,7 @@ def test_c2_orbax_restores_8_bits_and_residuals(sharded, tmp_path):
     restored = restore(tmp_path / "state", state)
     assert_same_bits(restored, state)
     assert restored.inner_state.velocity["table"].dtype == jnp.int8
+    assert restored.inner_state.scales["table"].dtype == jnp.bfloat16
     for leaf, original in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         assert leaf.sharding == original.sharding
     assert_same_bits(tx.update(params, restored, params), tx.update(params, state, params))

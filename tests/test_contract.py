@@ -981,7 +981,7 @@ def test_c3_long_memory_with_narrow_params(param_dtype, hyperparameter):
 def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
     """Bit for bit the wide result, rounded once to each dtype that it is stored in.
 
-    Velocities of 16 bits are rounded by chance, which the reference knows.
+    Velocities of 16 bits are rounded stochastically; the reference knows the random bits.
     """
     make_tx, equations = TRANSFORMS[name]
     tx = make_tx(velocity_dtype=velocity_dtype)
@@ -999,9 +999,8 @@ def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
                 velocity[dtype].astype(np.float64), grads[dtype].astype(np.float64)
             )
             if velocity_dtype:
-                path = f"[0]['{dtype}']" if name == "aggmo" else f"['{dtype}']"
-                bits_of_step = reference.noise(path, seed, (512,))
-                wide_velocity = reference.rounded_by_chance(
+                bits_of_step = reference.random_bits(wide_velocity, seed)
+                wide_velocity = reference.stochastic_round(
                     wide_velocity, velocity_dtype, bits_of_step
                 )
             velocity[dtype] = wide_velocity.astype(held)

@@ -655,10 +655,11 @@ def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
         moved = run(tx, params, state)
         read = mj.read_velocity(moved[1])
     assert_same_sharding(moved, (params, state))
-    velocity: Any = state.inner_state.velocity
-    # A byte and a sixteenth a value, an eighth of them here; the seed.
+    held: Any = state.inner_state
+    # A byte and a sixteenth per parameter, an eighth of them here.
     eighth = 64 * 256 // 8
-    assert bytes_by_device(velocity["hidden"]) == {eighth + eighth // 16 + 4}
+    assert bytes_by_device(held.velocity["hidden"]) == {eighth}
+    assert bytes_by_device(held.scales["hidden"]) == {eighth // 16}
     params = jax.tree.map(jnp.asarray, make_params(shapes=shapes))
     expected = run(inner, params, inner.init(params))
     assert_close(moved[0], expected[0])
