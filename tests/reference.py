@@ -111,18 +111,18 @@ def quantized(values, count, axis, length):
     x = np.abs(values) / unit
     below = np.floor(np.sqrt(x + 127**2 / 4) - 127 / 2)
     part = (x - below * (below + 127)) / (2 * below + 128)
-    uniform = (random_bits(values, count) >> np.uint64(8)) / 2.0**24
+    # The bits as a signed integer, from -2^31.
+    uniform = ((random_bits(values, count) + np.uint64(2**31)) % np.uint64(2**32)) / 2.0**32
     codes = np.sign(values) * np.minimum(below + (uniform < part), 127)
     return codes, scales, codes * (np.abs(codes) + 127) * unit
 
 
 def _hash(x):
-    """Wellons (2018), lowbias32; in 64 bits, of which the upper ones are thrown away."""
+    """Wellons (2018), lowbias32 without its last step; in 64 bits, of which 32 are kept."""
     low = np.uint64(2**32 - 1)
     x = x & low
     x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D)) & low
-    x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x846CA68B)) & low
-    return x ^ (x >> np.uint64(16))
+    return ((x ^ (x >> np.uint64(15))) * np.uint64(0x846CA68B)) & low
 
 
 def _at(value: Any, count):
