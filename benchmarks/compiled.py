@@ -131,6 +131,7 @@ def trace_scaled() -> optax.GradientTransformation:
 # With the usual settings.
 momentum = functools.partial(mj.momentum, LEARNING_RATE, MU)
 sgd = functools.partial(optax.sgd, LEARNING_RATE, MU)
+bfloat16 = functools.partial(momentum, velocity_dtype="bfloat16")
 int8 = functools.partial(momentum, velocity_dtype="int8")
 
 SHAPES: dict[str, tuple[Shape, ...]] = {
@@ -155,7 +156,7 @@ ROWS = (
     Row("aggmo", functools.partial(mj.aggmo, LEARNING_RATE)),
     # Whether to restart depends on all gradients and params, both of which are read again after.
     Row("adaptive_restart", lambda: mj.adaptive_restart(momentum()), read_twice=8),
-    Row("velocity bfloat16", functools.partial(momentum, velocity_dtype="bfloat16")),
+    Row("velocity bfloat16", bfloat16),
     Row("velocity float16", functools.partial(momentum, velocity_dtype="float16")),
     Row("velocity int8", int8),
     Row("params bfloat16", momentum, dtype="bfloat16"),
@@ -164,11 +165,15 @@ ROWS = (
     *(Row(f"momentum, {name}", momentum, shapes) for name, shapes in SHAPES.items()),
     *(Row(f"velocity int8, {name}", int8, shapes) for name, shapes in SHAPES.items()),
     *(
+        Row(f"velocity bfloat16, {name}", bfloat16, SHAPES[name])
+        for name in ("200 x (100, 100)", "200 shapes")
+    ),
+    *(
         Row(f"training, {name}", make, LAYERS, batch=BATCH)
         for name, make in {
             "optax.sgd": sgd,
             "momentum": momentum,
-            "velocity bfloat16": functools.partial(momentum, velocity_dtype="bfloat16"),
+            "velocity bfloat16": bfloat16,
             "velocity int8": int8,
         }.items()
     ),
@@ -308,6 +313,25 @@ def shortfalls(of: dict[str, Any], tolerance: float = 0.05) -> list[str]:
             sentences.append(
                 f"{of['device']}: *{name}* moves {moved:.1f} bytes per parameter, "
                 f"{moved / bound:.2f} times {what} ({bound:.1f})."
+            )
+    return sentences
+
+
+def compile_times(of: dict[str, Any]) -> list[str]:
+    """A sentence for each low-precision row of 200 arrays: how long it takes beside float32."""
+
+    def seconds(row):
+        return sum(row[f"{stage}_seconds"] for stage in ("trace", "lower", "compile"))
+
+    sentences = []
+    for name, row in of["rows"].items():
+        what, _, arrays = name.partition(", 200")
+        wide = of["rows"].get(f"momentum, 200{arrays}")
+        if arrays and what != "momentum" and wide is not None:
+            ratio = seconds(row) / seconds(wide)
+            sentences.append(
+                f"{of['device']}: *{name}*: {seconds(row):.1f} s, {ratio:.1f} times the "
+                f"{seconds(wide):.1f} s of float32."
             )
     return sentences
 

@@ -185,6 +185,12 @@ def compiled_tables() -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "Steps that move over 5% more than the least:", ""]
     lines += [f"- {text}" for of in platforms for text in compiled.shortfalls(of)] or ["- none"]
+    lines += [
+        "",
+        "Seconds to trace, lower and compile a step with 200 arrays, once, on two cores:",
+        "",
+    ]
+    lines += [f"- {text}" for of in platforms for text in compiled.compile_times(of)]
     scale = results["scale"]
     sizes = " x ".join(f"{n} {name}" for name, n in scale["mesh"].items())
     lines += [
