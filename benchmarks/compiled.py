@@ -327,7 +327,7 @@ def compile_times(of: dict[str, Any]) -> list[str]:
     for name, row in of["rows"].items():
         what, _, arrays = name.partition(", 200")
         wide = of["rows"].get(f"momentum, 200{arrays}")
-        if arrays and what != "momentum" and wide is not None:
+        if arrays and what != "momentum" and "error" not in {**row, **(wide or {"error": 1})}:
             ratio = seconds(row) / seconds(wide)
             sentences.append(
                 f"{of['device']}: *{name}*: {seconds(row):.1f} s, {ratio:.1f} times the "

@@ -187,7 +187,7 @@ def compiled_tables() -> str:
     lines += [f"- {text}" for of in platforms for text in compiled.shortfalls(of)] or ["- none"]
     lines += [
         "",
-        "Seconds to trace, lower and compile a step with 200 arrays, once, on two cores:",
+        "Seconds to trace, lower and compile a step with 200 arrays, measured once:",
         "",
     ]
     lines += [f"- {text}" for of in platforms for text in compiled.compile_times(of)]

@@ -230,7 +230,8 @@ def block_axis(shape: tuple[int, ...]) -> tuple[int, int] | None:
 
     The axis before the last, or the next before it, that 32 divides: the arrays of scales can be
     sharded like their params, and no compiler has to turn anything around. Else blocks of 128
-    along the last axis. Else the length nearest to 32, from 16 to 128, that divides any.
+    along the last axis. Else the least length from 32 to 128 that divides any axis, or the largest
+    from 31 down to 16.
     """
     axes = list(range(len(shape) - 2, -1, -1))
     for axis in axes:

@@ -326,6 +326,22 @@ def test_a_shortfall_is_said_with_its_number():
     ]
 
 
+def test_compile_times_are_said_beside_those_of_float32():
+    def row(seconds):
+        return {"trace_seconds": seconds, "lower_seconds": 0.0, "compile_seconds": seconds}
+
+    rows = {
+        "momentum, 200 shapes": row(1.0),
+        "velocity int8, 200 shapes": row(5.5),
+        "velocity int8, (8, 8)": row(1.0),
+        "velocity bfloat16, 200 shapes": {"error": "no room"},
+        "velocity int8, 200 more": row(1.0),
+    }
+    assert compiled.compile_times({"device": "H100", "rows": rows}) == [
+        "H100: *velocity int8, 200 shapes*: 11.0 s, 5.5 times the 2.0 s of float32."
+    ]
+
+
 def test_what_is_not_compiled_again_stays_in_the_file(tmp_path):
     path = tmp_path / "new" / "compiled.json"
     compiled.write(None, platforms={"tpu": 1})
