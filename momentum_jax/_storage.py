@@ -161,10 +161,10 @@ class Blocks(Cast):
         """
         view = _View.of(*stored)
         split = _through(_SplitView(*view), advance)
-        is_last = view.axis == grad.ndim - 1 and grad.ndim > 1
-        few = grad.shape[view.axis] // view.length <= MOST_ON_LANES
+        on_lanes = view.axis == grad.ndim - 1 > 0 and view.length == LAST_BLOCK
+        on_lanes &= grad.shape[view.axis] // view.length <= MOST_ON_LANES
         # Where a device has some of the blocks, no slice is that of one block.
-        on_lanes = is_last and few and not is_split(stored.scales, view.axis)
+        on_lanes &= not is_split(stored.scales, view.axis)
         update, codes, scales = lax.platform_dependent(
             grad,
             stored.values,
