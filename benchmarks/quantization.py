@@ -1,181 +1,205 @@
-"""`python -m benchmarks.quantization`: how a velocity in few bits is best held, by measurement.
+"""`python -m benchmarks.quantization`: ways to store a velocity in 8 bits, compared by measurement.
 
-Schemes are compared by what storing once costs, by whether a velocity reaches its limit and
-decays again, and by the loss of a network that trains with them. None of it is a timing, and all
-of it repeats to the bit on one machine; `--speed` times the package's own steps instead.
+Schemes are compared by the error of storing once, and by whether a velocity reaches its limit and
+decays again. The package's own formats are then compared with float32: how widely noisy params
+spread around the optimum, and the loss of a network. None of it is a timing, and all of it repeats
+to the bit on one machine; `--speed` times the package's steps instead.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 import momentum_jax as mj
 from benchmarks.timing import interleave, paired_ratio, summary
 from momentum_jax import study
+from momentum_jax._storage import BLOCKS, Stored, seed_of
 from momentum_jax.study import Arm, Contrast, problems
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-VALUES = 2**18
-Array = np.ndarray
+SHAPE = (64, 4096)
+MUS = (0.9, 0.99, 0.999)
+DTYPES = ("float32", "bfloat16", "int8")
+LARGEST = 127
 
 
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """Codes from -127 to 127 by block: how dense around 0, how rounded, with what scale.
+def package(values: jax.Array, key: jax.Array, *, block: tuple[int, int]) -> jax.Array:
+    """The package's codec, with a scale for each block of this shape."""
+    scales = [size // length for size, length in zip(values.shape, block, strict=True)]
+    zeros = Stored(jnp.zeros(values.shape, jnp.int8), jnp.zeros(scales, jnp.bfloat16))
+    return BLOCKS.decode(BLOCKS.encode(values, zeros, seed_of(jax.random.bits(key))))
 
-    `curve` is "linear"; "softsign", 2x / (1 + |x|), as FlashOptim (2026) has it; or a number c:
-    a value is c a + (1 - c) a^2 of its block's scale, a being the code over the largest code.
-    `scale` is "float16", "float32"; "uint16": a float32's bits 1 to 16, without the sign; or
-    "quarters": 32 bits, of which 8 are an exponent and 6 the scale of each quarter of the block.
-    `rounding` is "nearest", "stochastic" or "dithered": the noise that decides is added before
-    rounding and taken off on reading.
+
+def other(
+    values: jax.Array,
+    key: jax.Array,
+    *,
+    scale: Callable[[jax.Array], jax.Array],
+    curve: float | None,
+    rounding: str,
+    half_precision: bool = False,
+) -> jax.Array:
+    """Codes from -127 to 127 of a scale, which is a function of the magnitudes.
+
+    With a = |code| / 127 a code stands for c a + (1 - c) a^2 of the scale, c being the `curve`;
+    None is FlashOptim's softsign, a / (2 - a). "dithered": the noise that decides is added before
+    rounding and subtracted when reading.
     """
-
-    curve: Any
-    block: int
-    scale: str
-    rounding: str
-    exact: bool = False  # Two codes kept for the block's largest value and for 0.
-
-    @property
-    def bytes(self) -> float:
-        """Bytes a value."""
-        return 1 + {"float16": 2, "uint16": 2}.get(self.scale, 4) / self.block
-
-
-SCHEMES = {
-    "flashoptim": Scheme("softsign", 32, "float16", "nearest"),
-    "linear, nearest": Scheme("linear", 32, "uint16", "nearest"),
-    "linear, stochastic": Scheme("linear", 32, "uint16", "stochastic"),
-    "linear, dithered": Scheme("linear", 32, "uint16", "dithered"),
-    "softsign, dithered, exact": Scheme("softsign", 32, "uint16", "dithered", exact=True),
-    "curve 0.4, nearest": Scheme(0.4, 32, "uint16", "nearest"),
-    "curve 0.4, stochastic": Scheme(0.4, 32, "uint16", "stochastic"),
-    "curve 0.4, stochastic, float32 64": Scheme(0.4, 64, "float32", "stochastic"),
-    "curve 0.4, dithered": Scheme(0.4, 32, "uint16", "dithered"),
-    "curve 0.4, dithered, exact": Scheme(0.4, 32, "uint16", "dithered", exact=True),
-    "curve 0.5, dithered, exact": Scheme(0.5, 32, "uint16", "dithered", exact=True),
-    "curve 0.4, dithered, quarters": Scheme(0.4, 64, "quarters", "dithered"),
-    "curve 0.5, dithered, quarters": Scheme(0.5, 64, "quarters", "dithered"),
-    "curve 0.6, dithered, quarters": Scheme(0.6, 64, "quarters", "dithered"),
-    "softsign, dithered, quarters": Scheme("softsign", 64, "quarters", "dithered"),
-}
-# What the package does, to be found by its name in the table.
-CHOSEN = "curve 0.5, dithered, quarters"
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def store(scheme: Scheme, values: jax.Array, key: jax.Array) -> jax.Array:
-    """What reading gives back after storing values of shape (blocks, block)."""
-    # Noise must not go beyond the last code.
-    largest_code = 126 if scheme.exact else 126.5 if scheme.scale == "quarters" else 127
-    expand, compress, excess = _curve(scheme.curve, largest_code)
     size = jnp.abs(values)
-    largest = size.max(-1, keepdims=True)
-    key, key_of_scale = jax.random.split(key)
-    if scheme.scale == "quarters":
-        scale = _scales_of_quarters(size)
-    else:
-        scale = _scale(scheme, largest, key_of_scale)
-    # FlashOptim divides by the scale before it is rounded.
-    by = largest if scheme.scale == "float16" else scale
-    share = jnp.minimum(size / jnp.where(by > 0, by, 1), 1)
-    code = largest_code * compress(share)
+    scales = scale(size)
+    share = jnp.minimum(size / jnp.where(scales > 0, scales, 1), 1)
+    if half_precision:  # FlashOptim divides by the scale before it is rounded.
+        scales = scales.astype(jnp.float16).astype(jnp.float32)
+    # Noise must not go beyond the last code.
+    largest = LARGEST - 0.5 if rounding == "dithered" else LARGEST
+    code = largest * _compressed(share, curve)
     noise = jax.random.uniform(key, values.shape)
-    if scheme.rounding == "nearest":
-        read = expand(jnp.floor(code + 0.5) / largest_code)
-    elif scheme.rounding == "stochastic":
+    if rounding == "nearest":
+        read = _expanded(jnp.round(code) / largest, curve)
+    elif rounding == "stochastic":
         low = jnp.floor(code)
-        below, above = expand(low / largest_code), expand((low + 1) / largest_code)
+        below, above = (_expanded(code / largest, curve) for code in (low, low + 1))
         read = jnp.where(noise < (share - below) / (above - below), above, below)
     else:
         u = noise - 0.5
-        last = int(largest_code + 0.5)
-        a = (jnp.clip(jnp.floor(code + u + 0.5), -last, last) - u) / largest_code
-        read = jnp.sign(a) * (expand(jnp.abs(a)) - excess)
-    if scheme.exact:
-        read = jnp.where(size == largest, 1.0, jnp.where(size == 0, 0.0, read))
-    return jnp.sign(values) * scale * read
+        a = (jnp.clip(jnp.round(code + u), -LARGEST, LARGEST) - u) / largest
+        # Less what the noise adds to the square on average.
+        excess = 0 if curve is None else (1 - curve) / (12 * largest**2)
+        read = jnp.sign(a) * (_expanded(jnp.abs(a), curve) - excess)
+    return jnp.sign(values) * scales * read
 
 
-def _curve(curve, largest_code) -> tuple[Callable, Callable, float]:
-    """From the code's share to the value's and back, and what noise adds to the former's mean."""
-    if curve == "linear":
-        return lambda a: a, lambda x: x, 0.0
-    if curve == "softsign":
-        return lambda a: a / (2 - a), lambda x: 2 * x / (1 + x), 0.0
-    square = 1 - curve
-    return (
-        lambda a: curve * a + square * a * a,
-        lambda x: (jnp.sqrt(curve**2 + 4 * square * x) - curve) / (2 * square),
-        square / (12 * largest_code**2),
-    )
+def _expanded(a, curve):
+    return a / (2 - a) if curve is None else curve * a + (1 - curve) * a**2
 
 
-def _scale(scheme, largest, key):
-    if scheme.scale == "float32":
-        return largest
-    if scheme.scale == "float16":
-        return largest.astype(jnp.float16).astype(jnp.float32)
-    # An exact largest value must be right on average; otherwise all must fit below the scale.
-    noise = jax.random.bits(key, largest.shape) >> 17 if scheme.exact else jnp.uint32(2**15 - 1)
-    bits = jax.lax.bitcast_convert_type(largest, jnp.uint32) + noise
-    return jax.lax.bitcast_convert_type(bits >> 15 << 15, jnp.float32)
+def _compressed(x, curve):
+    if curve is None:
+        return 2 * x / (1 + x)
+    if curve == 1:
+        return x
+    return (jnp.sqrt(curve**2 + 4 * (1 - curve) * x) - curve) / (2 * (1 - curve))
 
 
-def _scales_of_quarters(size):
-    largest = size.reshape(-1, 4, size.shape[-1] // 4).max(-1)
+def of_blocks(size: jax.Array, *, axis: int) -> jax.Array:
+    """The largest magnitude of each block of 32 along an axis."""
+    blocks = jnp.moveaxis(size, axis, -1)
+    largest = jnp.repeat(blocks.reshape(*blocks.shape[:-1], -1, 32).max(-1), 32, axis=-1)
+    return jnp.moveaxis(largest, -1, axis)
+
+
+def of_rows(size: jax.Array) -> jax.Array:
+    """The largest magnitude of each row."""
+    return size.max(1, keepdims=True)
+
+
+def of_rows_and_columns(size: jax.Array) -> jax.Array:
+    """The lesser of the largest magnitudes of row and column."""
+    return jnp.minimum(of_rows(size), size.max(0, keepdims=True))
+
+
+def of_quarters(size: jax.Array) -> jax.Array:
+    """Of 64 values in a row one exponent, and 6 bits for the scale of each 16 of them."""
+    largest = size.reshape(size.shape[0], -1, 4, 16).max(-1)
     _, exponent = jnp.frexp(largest.max(-1, keepdims=True))
     unit = jnp.ldexp(jnp.float32(1), exponent - 6)
-    scales = (jnp.floor(largest / unit) + 1) * unit
-    return jnp.repeat(scales, size.shape[-1] // 4, axis=-1)
+    return jnp.repeat((jnp.floor(largest / unit) + 1) * unit, 16, axis=-1).reshape(size.shape)
 
 
-def velocities() -> dict[str, Array]:
+class Scheme(NamedTuple):
+    """Bytes per value, and a function of values and a key: what is read after storing."""
+
+    bytes: float
+    store: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _scheme(scale, curve, rounding, nbytes=1 + 2 / 32, **options):
+    options |= {"scale": scale, "curve": curve, "rounding": rounding}
+    return Scheme(nbytes, jax.jit(functools.partial(other, **options)))
+
+
+# Blocks are of 32 rows, and for FlashOptim of 32 values in a row. Bytes of scales for a whole row
+# or column are those of a matrix of 4096 x 4096, in float32.
+down = functools.partial(of_blocks, axis=0)
+along = functools.partial(of_blocks, axis=1)
+SCHEMES = {
+    "momentum_jax": Scheme(1 + 2 / 32, jax.jit(functools.partial(package, block=(32, 1)))),
+    "momentum_jax, 128 of a row": Scheme(
+        1 + 2 / 128, jax.jit(functools.partial(package, block=(1, 128)))
+    ),
+    "the same codes, nearest": _scheme(down, 0.5, "nearest"),
+    "linear, stochastic": _scheme(down, 1.0, "stochastic"),
+    "linear, nearest": _scheme(down, 1.0, "nearest"),
+    "flashoptim": _scheme(along, None, "nearest", half_precision=True),
+    "row, squares, stochastic": _scheme(of_rows, 0.0, "stochastic", 1 + 4 / 4096),
+    "row and column, squares, stochastic": _scheme(
+        of_rows_and_columns, 0.0, "stochastic", 1 + 8 / 4096
+    ),
+    "former format, dithered": _scheme(of_quarters, 0.5, "dithered"),
+}
+# What the package does wherever 32 divides an axis before the last.
+CHOSEN = "momentum_jax"
+
+
+def velocities() -> dict[str, np.ndarray]:
     """Velocities to be stored once."""
     rng = np.random.default_rng(0)
-    normal = rng.normal(size=VALUES)
+    normal = rng.normal(size=SHAPE)
+
+    def unlike(count):
+        return 10 ** rng.uniform(-4, 0, count)
+
     return {
         "normal": normal,
-        "uniform": rng.uniform(-1, 1, VALUES),
-        "heavy-tailed": rng.standard_t(3, VALUES),
+        "uniform": rng.uniform(-1, 1, SHAPE),
+        "heavy-tailed": rng.standard_t(3, SHAPE),
+        "unlike columns": normal * unlike(SHAPE[1]),
+        "unlike rows": normal * unlike((SHAPE[0], 1)),
         "normal x 1e-8": 1e-8 * normal,
     }
 
 
-def errors(scheme: Scheme, of: dict[str, Array]) -> dict[str, float]:
+# Of rows or columns of unlike size, the error of the median row or column, each over its own size:
+# over all values it would be that of the largest.
+BY_LINE = {"unlike columns": 0, "unlike rows": 1}
+
+
+def errors(scheme: Scheme, of: dict[str, np.ndarray]) -> dict[str, float]:
     """The root mean square error of storing once, over the root mean square velocity."""
 
-    def error(values):
-        blocks = jnp.asarray(values.reshape(-1, scheme.block), jnp.float32)
-        read = np.asarray(store(scheme, blocks, jax.random.key(0)), np.float64)
-        blocks = np.asarray(blocks, np.float64)
-        return float(np.sqrt(np.mean((read - blocks) ** 2) / np.mean(blocks**2)))
+    def error(name, values):
+        given = jnp.asarray(values, jnp.float32)
+        read = np.asarray(scheme.store(given, jax.random.key(0)), np.float64)
+        given, axis = np.asarray(given, np.float64), BY_LINE.get(name)
+        squares = np.mean((read - given) ** 2, axis) / np.mean(given**2, axis)
+        return float(np.sqrt(np.median(squares)))
 
-    return {name: error(values) for name, values in of.items()}
+    return {name: error(name, values) for name, values in of.items()}
 
 
-def stall(scheme: Scheme, mu: float) -> dict[str, float]:
-    """Shares of the limit that a velocity m <- mu m + g has reached, all values together.
+def levels(scheme: Scheme, mu: float) -> dict[str, float]:
+    """What a velocity m <- mu m + g reaches of its limit, all values of (32, 1024) together.
 
-    `risen`: from the limit of other gradients, after 9 times its memory. `left`: of that, after as
-    many steps without gradients. 1 and 0.0001 without rounding.
+    `risen`: from the limit of other gradients, after 9 times its memory, 1 / (1 - mu) steps.
+    `scatter`: the root mean square distance of single values, over that of the limit. `left`: the
+    norm after as many steps without gradients, over the norm before. Without rounding these are 1,
+    0.0002 and 0.0001.
     """
     rng = np.random.default_rng(0)
-    first, second = (jnp.asarray(rng.normal(size=(64, scheme.block)), jnp.float32) for _ in "12")
+    first, second = (jnp.asarray(rng.normal(size=(32, 1024)), jnp.float32) for _ in "12")
     steps = round(9 / (1 - mu))
 
     def settle(velocity, grads, key):
         def step(velocity, key):
-            return store(scheme, mu * velocity + grads, key), None
+            return scheme.store(mu * velocity + grads, key), None
 
         return jax.lax.scan(step, velocity, jax.random.split(key, steps))[0]
 
@@ -185,11 +209,72 @@ def stall(scheme: Scheme, mu: float) -> dict[str, float]:
         old = settle(jnp.zeros_like(first), first, one)
         new = settle(old, second, two)
         left = settle(new, jnp.zeros_like(first), three)
-        risen = jnp.sum(new * second) * (1 - mu) / jnp.sum(second**2)
-        return risen, jnp.linalg.norm(left) / jnp.linalg.norm(new)
+        limit = second / (1 - mu)
+        return {
+            "risen": jnp.sum(new * limit) / jnp.sum(limit**2),
+            "scatter": jnp.linalg.norm(new - limit) / jnp.linalg.norm(limit),
+            "left": jnp.linalg.norm(left) / jnp.linalg.norm(new),
+        }
 
-    risen, left = run()
-    return {"risen": float(risen), "left": float(left)}
+    return {name: float(value) for name, value in run().items()}
+
+
+# Shapes of 4,096 params, and the sizes of their rows: one over the other of two decades.
+MODELS = {
+    "blocks of 32": ((32, 128), 1.0),
+    "blocks of 128 in a row of 4096": ((1, 4096), 1.0),
+    "blocks of 32, unlike rows": ((32, 128), 0.01),
+}
+
+
+def stationary(shape: tuple[int, int], least: float, mu: float, seeds: int) -> dict[str, Any]:
+    """How params w spread around 0, where their gradients are w and heavy-tailed noise, t(3).
+
+    The velocities of all dtypes meet the same noise. Rows of noise have sizes from `least` to 1,
+    and all measures are over the size of the row. Steps: 8 times the velocity's memory, of which
+    the first half is not measured. `variance`: that of the params over that with float32, the
+    geometric mean over the seeds. `mean`: how much further from 0 the params are on average on the
+    side from which they came, over the standard deviation with float32. 95% intervals over seeds.
+    """
+    rate, steps = 0.1 * (1 - mu), round(8 / (1 - mu))
+    sizes = jnp.asarray(np.geomspace(least, 1, shape[0])[:, None], jnp.float32)
+    txs: list[Any] = [mj.momentum(rate, mu, velocity_dtype=dtype) for dtype in DTYPES]
+
+    def run(key):
+        def step(carry, i):
+            normal = jax.random.normal(jax.random.fold_in(key, i), (4, *shape))
+            noise = sizes * normal[0] * jnp.sqrt(3 / jnp.sum(normal[1:] ** 2, axis=0))
+            found = []
+            for tx, (w, state) in zip(txs, carry, strict=True):
+                updates, state = tx.update(w + noise, state, w)
+                found.append((mj.apply_updates(w, updates), state))
+            w = jnp.stack([w / sizes for w, _ in found])
+            return found, (w.mean((1, 2)), w.var((1, 2)))
+
+        w = jnp.broadcast_to(sizes, shape)
+        start = [(w, tx.init(w)) for tx in txs]
+        mean, variance = jax.lax.scan(step, start, jnp.arange(steps))[1]
+        return mean[steps // 2 :].mean(0), variance[steps // 2 :].mean(0)
+
+    keys = jax.random.split(jax.random.key(0), seeds)
+    mean, variance = (np.asarray(x, np.float64) for x in jax.jit(jax.vmap(run))(keys))
+    further = (mean - mean[:, :1]) / np.sqrt(variance[:, :1])
+    ratio = np.log(variance / variance[:, :1])
+    return {
+        dtype: {
+            "variance": {name: float(np.exp(x)) for name, x in _interval(ratio[:, i]).items()},
+            "mean": _interval(further[:, i]),
+        }
+        for i, dtype in enumerate(DTYPES)
+        if i
+    }
+
+
+def _interval(samples):
+    """The mean, and its 95% interval by Student's t."""
+    value = float(np.mean(samples))
+    half = float(stats.t.ppf(0.975, len(samples) - 1) * stats.sem(samples))
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def training(seeds: int) -> list[dict[str, Any]]:
@@ -248,11 +333,11 @@ def interval(row: dict[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in ("value", "low", "high")}
 
 
-def speed(values: int, rounds: int) -> dict[str, Any]:
+def speed(shape: tuple[int, int], rounds: int) -> dict[str, Any]:
     """Seconds of a jitted, donated step with each velocity, and ratios to float32's."""
 
     def contestant(dtype):
-        params = {"w": jnp.ones((values // 1000, 1000))}
+        params = {"w": jnp.ones(shape)}
         grads = jax.tree.map(lambda w: 1e-3 * w, params)
         tx: Any = mj.momentum(1e-3, velocity_dtype=dtype)
 
@@ -271,70 +356,81 @@ def speed(values: int, rounds: int) -> dict[str, Any]:
 
         return run
 
-    dtypes = {"float32": None, "bfloat16": "bfloat16", "int8": "int8"}
-    runs = {name: contestant(dtype) for name, dtype in dtypes.items()}
-    seconds = interleave(runs, rounds, 0.05)
+    seconds = interleave({dtype: contestant(dtype) for dtype in DTYPES}, rounds, 0.05)
     return {
         name: summary(each) | {"ratio": paired_ratio(each, seconds["float32"])}
         for name, each in seconds.items()
     }
 
 
-def measure(seeds: int) -> Iterator[tuple[str, Any]]:
-    """Each scheme with its errors and stalls as soon as they are known, then the training."""
+def measure(noisy: int, seeds: int) -> Iterator[tuple[str, str, Any]]:
+    """Section, name and result of each measurement, as soon as it is known."""
     for name, scheme in SCHEMES.items():
         result: dict[str, Any] = {"bytes": scheme.bytes, "errors": errors(scheme, velocities())}
-        result["stall"] = {str(mu): stall(scheme, mu) for mu in (0.9, 0.99, 0.999)}
-        yield name, result
-    if seeds:
-        yield "training", training(seeds)
+        yield "schemes", name, result | {"levels": {str(mu): levels(scheme, mu) for mu in MUS}}
+    for name, (shape, least) in MODELS.items() if noisy else ():
+        yield "stationary", name, {str(mu): stationary(shape, least, mu, noisy) for mu in MUS}
+    for row in training(seeds) if seeds else ():
+        yield "training", row["arm"], row
+
+
+def line(section: str, name: str, result: dict[str, Any]) -> str:
+    """What the terminal shows of a result."""
+    if section == "schemes":
+        once = "".join(f"{100 * error:9.3f}" for error in result["errors"].values())
+        of = result["levels"]
+        at = "".join(f"{value:8.4f}" for mu in MUS[1:] for value in of[str(mu)].values())
+        return f"{name:36}{result['bytes']:6.3f}{once}{at}"
+    if section == "stationary":
+        return "\n".join(
+            f"{name}, mu {mu}, {dtype}: variance {shown(one['variance'], '.4f')} of float32's, "
+            f"mean {shown(one['mean'], '+.5f')}"
+            for mu, of in result.items()
+            for dtype, one in of.items()
+        )
+    loss, difference = result["loss"]["value"], shown(result["difference"], "+.6f")
+    return f"loss on digits, {name}: {loss:.5f}, minus float32's: {difference}"
+
+
+def shown(interval: dict[str, float], form: str) -> str:
+    """A value with its interval."""
+    value, low, high = (format(interval[key], form) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quantization",
-        description="Compares ways to hold a velocity in 8 bits: error of storing once, whether "
-        "a velocity reaches its limit and decays, loss of a network. Writes JSON.",
+        description="Compares ways to store a velocity in 8 bits: error of storing once, whether "
+        "a velocity reaches its limit and decays, spread of noisy params, loss of a network. "
+        "Writes JSON.",
     )
-    parser.add_argument("--seeds", type=int, default=100, help="of the training (100); 0 for none")
+    parser.add_argument("--noisy", type=int, default=20, help="seeds of noisy params (20); 0: none")
+    parser.add_argument("--seeds", type=int, default=100, help="of the training (100); 0: none")
     parser.add_argument("--speed", action="store_true", help="time the package's steps instead")
-    parser.add_argument("--values", type=int, default=20_000_000, help="of the step timed")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1024x1024", "2048x4096"], help="of the params timed"
+    )
     parser.add_argument("--rounds", type=int, default=30, help="of the timing")
     parser.add_argument("--out", type=pathlib.Path, help="where the JSON goes")
     args = parser.parse_args(arguments)
+    results: dict[str, Any] = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     if args.speed:
-        results: dict[str, Any] = {
-            "device": jax.devices()[0].device_kind,
-            "values": args.values,
-            "steps": speed(args.values, args.rounds),
-        }
-        for name, each in results["steps"].items():
-            ratio = each["ratio"]
-            low, middle, high = ratio["low"], ratio["median"], ratio["high"]
-            median = 1e3 * each["median"]
-            print(f"{name:10} {median:8.2f} ms   {middle:.3f} [{low:.3f}, {high:.3f}]")
+        results["shapes"] = {}
+        for name in args.shapes:
+            rows, columns = map(int, name.split("x"))
+            results["shapes"][name] = speed((rows, columns), args.rounds)
+            for dtype, of in results["shapes"][name].items():
+                ratio = shown(of["ratio"] | {"value": of["ratio"]["median"]}, ".3f")
+                print(f"{name} {dtype:9} {1e3 * of['median']:8.2f} ms, {ratio}", flush=True)
     else:
-        results = {"jax": jax.__version__, "chosen": CHOSEN, "schemes": {}}
-        print(f"{'':38} bytes   once: normal uniform  heavy   1e-8   risen, left at .99    at .999")
-        for name, result in measure(args.seeds):
-            if name == "training":
-                results[name] = result
-                continue
-            results["schemes"][name] = result
-            once = "".join(f"{1e3 * error:8.3f}" for error in result["errors"].values())
-            stalls = "".join(
-                f"{result['stall'][mu]['risen']:10.4f}{result['stall'][mu]['left']:8.4f}"
-                for mu in ("0.99", "0.999")
-            )
-            print(f"{name:38}{result['bytes']:6.3f}    {once}{stalls}", flush=True)
-        for row in results.get("training", []):
-            loss, difference = row["loss"]["value"], row["difference"]
-            print(
-                f"loss on digits, {row['arm']:18} {loss:.5f}   less float32's: "
-                f"{difference['value']:+.6f} [{difference['low']:+.6f}, {difference['high']:+.6f}]"
-            )
-    out = args.out or RESULTS / ("narrow-speed.json" if args.speed else "quantization.json")
+        results["chosen"] = CHOSEN
+        print("% of the velocity:", ", ".join(velocities()), "| risen, scatter, left at .99, .999")
+        for section, name, result in measure(args.noisy, args.seeds):
+            results.setdefault(section, {})[name] = result
+            print(line(section, name, result), flush=True)
+    out = args.out or RESULTS / ("storage-speed.json" if args.speed else "quantization.json")
     out.write_text(json.dumps(results, indent=2) + "\n")
 
 

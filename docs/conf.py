@@ -216,24 +216,69 @@ def fixed(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def quantization_table() -> tuple[str, list[Path]]:
-    """What storing a velocity in 8 bits costs by each scheme, and whether it stalls."""
-    path = ROOT / "benchmarks" / "results" / "quantization.json"
-    results = json.loads(path.read_text())
-    lines = ["| scheme | bytes a value | error: normal | uniform | heavy-tailed | risen |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+def precision_tables() -> tuple[str, list[Path]]:
+    """What velocities of low precision cost: bytes moved, times, errors, spread and losses."""
+    folder = ROOT / "benchmarks" / "results"
+    paths = [compiled.RESULT, folder / "quantization.json"]
+    results = json.loads(paths[1].read_text())
+    lines = ["### Storing once, and under constant gradients", ""]
+    names = next(iter(results["schemes"].values()))["errors"]
+    lines += table("format", "bytes", *names, "risen", "scatter")
     for name, of in results["schemes"].items():
-        errors = [f"{1e3 * of['errors'][key]:.2f}" for key in ("normal", "uniform", "heavy-tailed")]
-        cells = [f"{of['bytes']:.4f}", *errors, f"{of['stall']['0.999']['risen']:.1%}"]
-        label = f"**{name}**, here" if name == results["chosen"] else name
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""]), [path]
+        label = f"**{name}**" if name == results["chosen"] else name
+        level = of["levels"]["0.999"]
+        cells = [f"{100 * error:.2f}%" for error in of["errors"].values()]
+        cells += [f"{level['risen']:.1%}", f"{level['scatter']:.1%}"]
+        lines.append(f"| {label} | {of['bytes']:.3f} | {' | '.join(cells)} |")
+    lines += ["", "### Noisy params", ""]
+    lines += table("blocks", "mu", "velocity", "variance / float32's", "mean, less float32's")
+    for name, of in results["stationary"].items():
+        for mu, dtypes in of.items():
+            for dtype, one in dtypes.items():
+                cells = [f"{mu}", dtype, interval(one["variance"], ".3f")]
+                lines.append(f"| {name} | {' | '.join(cells)} | {interval(one['mean'], '+.4f')} |")
+    lines += ["", "### Training on digits", ""]
+    lines += table("velocity", "loss", "less float32's, x 1e-4", "runs that end lower")
+    for name, of in results["training"].items():
+        scaled = {key: 1e4 * value for key, value in of["difference"].items()}
+        cells = [f"{of['loss']['value']:.4f}", interval(scaled, "+.2f")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {interval(of['ends_lower'], '.2f')} |")
+    lines += ["", "### Bytes moved in device memory", "", "In bytes per parameter.", ""]
+    platforms = compiled.in_order(json.loads(compiled.RESULT.read_text()))
+    lines += table("step", "least", *(of["device"] for of in platforms))
+    for name in ("momentum", "velocity bfloat16", "velocity int8", "keep_residual"):
+        rows = [of["rows"].get(name, {}) for of in platforms]
+        cells = [fixed(row.get("bytes_per_param")) for row in rows]
+        least = fixed(rows[0].get("least_bytes_per_param"))
+        lines.append(f"| {name} | {least} | {' | '.join(cells)} |")
+    speed = folder / "storage-speed.json"
+    if speed.exists():
+        paths.append(speed)
+        timed = json.loads(speed.read_text())
+        lines += ["", f"### Time of a step ({timed['device']})", ""]
+        lines += table("params", "velocity", "time", "over float32's")
+        for name, dtypes in timed["shapes"].items():
+            for dtype, of in dtypes.items():
+                ratio = interval(of["ratio"] | {"value": of["ratio"]["median"]}, ".2f")
+                lines.append(f"| {name} | {dtype} | {duration(of['median'])} | {ratio} |")
+    return "\n".join([*lines, ""]), paths
+
+
+def table(*names: str) -> list[str]:
+    """The head of a table."""
+    return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+
+
+def interval(of: dict[str, float], form: str) -> str:
+    """A value with its interval."""
+    value, low, high = (format(of[key], form) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 GENERATED = {
     "benchmarks": benchmark_tables,
     "contract_tests": contract_tests,
-    "fewer_bits": quantization_table,
+    "fewer_bits": precision_tables,
 }
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example|Source):$")
