@@ -88,8 +88,8 @@ def qhm(
       velocity_dtype: as for `momentum`.
 
     Returns:
-      An Optax transformation like that of `momentum`; `update` takes `learning_rate`, `mu` and
-      `nu` as overriding keywords.
+      An Optax transformation like that of `momentum`, whose state is a `QHMState`; `update` takes
+      `learning_rate`, `mu` and `nu` as overriding keywords.
 
     Raises:
       ValueError, TypeError: as for `momentum`.
@@ -132,8 +132,8 @@ def aggmo(
       velocity_dtype: as for `momentum`; there are as many velocities as mus.
 
     Returns:
-      An Optax transformation like that of `momentum`; the velocity of its state is a tuple of
-      trees, one a mu, and `update` takes `learning_rate` and `mus` as overriding keywords.
+      An Optax transformation like that of `momentum`; its state is an `AggMoState`, and `update`
+      takes `learning_rate` and `mus` as overriding keywords.
 
     Raises:
       ValueError, TypeError: as for `momentum`; no mus, or as an override not as many.

@@ -135,18 +135,20 @@ def momentum(
         for a schedule, because a type can be called.
       nesterov: whether the update looks one step ahead.
       velocity_dtype: the dtype to store the velocities of real params in: float32, float64,
-        bfloat16, float16 or int8. None is the param's own, widened to at least float32. Those of
-        fewer bits are rounded by chance, so that they are right on average, where with nearest
-        rounding a bfloat16 velocity stops at a quarter of its limit at mu 0.999. Chance is a hash
-        of the count, the param's path and the position in it: the same bits in each run, on any
-        backend and under any sharding (within shard_map the position is the one in the device's
-        part), and the runs of a vmap share it. Beyond them compilers differ in the last bit of
-        the arithmetic, as they do in 32 bits. int8 takes 1.06 bytes a value and makes of each
-        velocity a `Quantized`, of no derivative; those of less than 4096 values stay wide.
+        bfloat16, float16 or int8. None is the param's own, widened to at least float32. The 16-bit
+        ones and int8 are rounded stochastically, so that they are right on average: rounded to
+        nearest, a bfloat16 velocity stops at a quarter of its limit at mu 0.999. The random bits
+        are a hash of the count, the position of the value and its upper 16 bits: the same in each
+        run, on any backend and under any sharding (within shard_map the position is the one in
+        the device's part). Beyond them compilers differ in the last bit of the arithmetic, as they
+        do in float32. int8 takes 1.06 bytes per parameter: codes in `velocity`, and in `scales` a
+        bfloat16 for each block of 32 values along the axis before the last, or along another axis
+        if 32 does not divide that. Arrays of less than 4096 values, arrays that no block length
+        from 16 to 128 divides, and complex ones stay wide. int8 velocities are not differentiable.
         `read_velocity` gives all of them as floats.
 
     Returns:
-      An Optax transformation. `init(params)` returns a `MomentumState` at rest.
+      An Optax transformation. `init(params)` returns a `MomentumState` of zeros.
       `update(grads, state, params=None, *, learning_rate=None, mu=None)` returns the updates,
       in the gradients' dtypes, and the next state; the keywords override what was given here
       for that call and never recompile. bfloat16 gradients have bfloat16 updates, which move
@@ -209,8 +211,8 @@ def trace(
     `optax.chain(mj.trace(mu), optax.scale_by_learning_rate(learning_rate))` is `optax.sgd`: in
     float32 and float64 under jit to the bit, wherever the gradient is computed (tested on CPU).
     With the learning rate outside, a change of it acts on the whole velocity at
-    once; with `momentum` it acts on new gradients only. The states of the two have one type and
-    differ in sign and scale: neither continues the other.
+    once; with `momentum` it acts on new gradients only. What the states of the two store differs in
+    sign and scale, and neither takes the other's: see `frameworks.inside_from_outside`.
 
     Args:
       mu: the momentum coefficient, in (-1, 1]: a float, a scalar array (traced or not), or a
@@ -222,10 +224,10 @@ def trace(
       velocity_dtype: as for `momentum`.
 
     Returns:
-      An Optax transformation like that of `momentum`; `update` takes `mu` and `dampening` as
-      overriding keywords. In a chain every transform is handed all keywords and takes those
-      it knows, so a `learning_rate` given to `update` has no effect here: it is
-      `scale_by_learning_rate` that holds it (`optax.inject_hyperparams` makes it adjustable).
+      An Optax transformation like that of `momentum`, whose state is a `TraceState`; `update`
+      takes `mu` and `dampening` as overriding keywords. In a chain every transform is handed all
+      keywords and takes those it knows, so a `learning_rate` given to `update` has no effect here:
+      it is `scale_by_learning_rate` that holds it (`optax.inject_hyperparams` makes it adjustable).
 
     Raises:
       ValueError, TypeError: as for `momentum`.

@@ -65,8 +65,8 @@ def measure(
     Args:
       grads: the gradients of the step; None, an `optax.MaskedNode` or float0 leaves a param out.
       velocity: the velocity after the step, with the learning rate inside, such as the
-        `velocity` of the state of `momentum`, in any velocity_dtype. For that of `trace`, give its
-        updates times -learning_rate.
+        `velocity` of the state of `momentum`; of an int8 one, give `read_velocity(state)`. For that
+        of `trace`, give its updates times -learning_rate.
       learning_rate: that of the step, at least 0. At 0 what is divided by it is 0.
       mu: that of the step, in (-1, 1].
       loss: the loss, for the energies.
