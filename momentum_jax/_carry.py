@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from momentum_jax import _velocity
 from momentum_jax._mixtures import AggMoState, QHMState
@@ -31,7 +32,76 @@ _MAKERS = {
     QHMState: "qhm",
     AggMoState: "aggmo",
 }
-_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+# The field in which each of Optax' states counts the steps that a schedule follows.
+_COUNTERS = {
+    "ScaleByScheduleState": "count",
+    "InjectHyperparamsState": "count",
+    "InjectStatefulHyperparamsState": "count",
+    "ConditionallyTransformState": "step",
+    "ConditionallyMaskState": "step",
+    "AddNoiseState": "count",
+    "MultiStepsState": "gradient_step",
+}
+# What else Optax' wrappers remember: the field, its value where nothing would be lost, what is
+# lost otherwise, and the remedy.
+_REMEMBERED = {
+    "MultiStepsState": (
+        "mini_step",
+        0,
+        "optax.MultiSteps has gathered {} gradients that no step has used",
+        "Carry the state over after a whole step.",
+    ),
+    "ApplyEvery": (
+        "count",
+        0,
+        "optax.apply_every has gathered {} gradients that no step has used",
+        "Carry the state over after a whole step.",
+    ),
+    "LookaheadState": (
+        "steps_since_sync",
+        0,
+        "optax.lookahead has taken {} fast steps since the slow params were synchronized",
+        "Carry the state over after a synchronization.",
+    ),
+    "SAMState": (
+        "steps_since_sync",
+        0,
+        "optax.contrib.sam has taken {} steps since it was synchronized",
+        "Carry the state over after a synchronization.",
+    ),
+    "ApplyIfFiniteState": (
+        "notfinite_count",
+        0,
+        "optax.apply_if_finite has counted {} gradients in a row that were not finite",
+        "Carry the state over after a finite gradient.",
+    ),
+    "ReduceLROnPlateauState": (
+        "scale",
+        1,
+        "optax.contrib.reduce_on_plateau has a scale of {}",
+        "Multiply the learning rate by the scale, and give the state with a scale of 1.",
+    ),
+    "ScheduleFreeState": (
+        "weight_sum",
+        0,
+        "optax.contrib.schedule_free has averaged params, with a sum of weights of {}",
+        "Give the state of the wrapped optimizer, and the params to go on from.",
+    ),
+    "MechanicState": (
+        "count",
+        0,
+        "optax.contrib.mechanicize has taken {} steps from its initial params",
+        "Give the state of the wrapped optimizer, and the params to go on from.",
+    ),
+    "GaLoreState": (
+        "count",
+        0,
+        "optax.contrib.galore has taken {} steps in projected spaces",
+        "Begin with the state that init returned.",
+    ),
+}
+# Values that are worked on at once: the temporaries are small beside the weights.
+_CHUNK = 1 << 16
 
 
 def velocities(state: PyTree, kind: type) -> dict[str, Any]:
@@ -85,38 +155,96 @@ def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type
 
     Each leaf keeps its dtype and sharding.
     """
+    if count:
+        _check_one_clock(state, kind)
+
+    def is_filled(node):
+        return isinstance(node, kind) or _optax_name(node) in _COUNTERS
 
     def tree(node):
-        return jax.tree.map(part, node, is_leaf=lambda node: isinstance(node, parts_filled))
+        return jax.tree.map(part, node, is_leaf=is_filled)
 
     def part(node):
-        if not isinstance(node, parts_filled):
+        if not is_filled(node):
             return node
+        field = "count" if "count" in node._fields else _COUNTERS.get(_optax_name(node))
         if isinstance(node, kind):
             stored = _stored_in(node)
             leaves, treedef = _velocity.leaves_of(stored)
-            filled = [
-                jax.tree.map(_like, one, _velocity.with_value(one, values[_name(path)]))
-                for path, one in leaves
-            ]
+            filled = [_with_velocity(_name(path), one, values[_name(path)]) for path, one in leaves]
             node = _with_stored(node, _velocity.together(treedef, filled, stored))
-        if isinstance(node, _INJECTED):
-            node = node._replace(inner_state=tree(node.inner_state))
-            if isinstance(node, optax.InjectStatefulHyperparamsState):
-                node = node._replace(hyperparams_states=_count_up(node.hyperparams_states, count))
-        if count is not None and "count" in node._fields:
+        else:
+            node = type(node)(*(tree(child) for child in node))
+        if isinstance(node, optax.InjectStatefulHyperparamsState):
+            node = node._replace(hyperparams_states=_count_up(node.hyperparams_states, count))
+        if count is not None and field is not None:
             # Within another library's own wrapper of an array, if it is in one.
-            counted = jax.tree.map(lambda held: _like(held, count), node.count)
-            node = node._replace(count=counted)
+            counted = jax.tree.map(lambda held: _counted(held, count), getattr(node, field))
+            node = node._replace(**{field: counted})
         return node
 
-    parts_filled = (kind, optax.ScaleByScheduleState, *_INJECTED)
     return tree(state)
 
 
+def check_whole(state: PyTree, name: str) -> None:
+    """Raises a ValueError if a part of the state would be lost or is on other processes.
+
+    Both what is carried over and what it is carried over to must pass.
+    """
+    check_addressable(state, name)
+    for part in _named_parts(state):
+        found = _REMEMBERED.get(_optax_name(part))
+        if found is None:
+            continue
+        field, start, loss, remedy = found
+        for leaf in jax.tree.leaves(getattr(part, field)):
+            numbers = np.ravel(np.asarray(leaf))
+            others = numbers[numbers != start]
+            if others.size:
+                raise ValueError(
+                    f"in {name}, {loss.format(others[0])}. That is not carried over. {remedy}"
+                )
+
+
+def check_addressable(state: PyTree, name: str) -> None:
+    """Raises a ValueError if this process has a part of an array only."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+            continue
+        if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            raise ValueError(
+                f"{name}{_name(path)} is an array of shape {leaf.shape} that is sharded over "
+                "several processes, so that no process can read all of it. Gather it first, in "
+                f"every process: {name} = jax.experimental.multihost_utils.process_allgather("
+                f"{name}, tiled=True). A state that is filled can be put back with jax.device_put."
+            )
+
+
+def check_finite(values: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Raises a ValueError if a value is infinite or no number."""
+    for name, array in values.items():
+        array = np.asarray(array)
+        bad = sum(chunk.size - np.count_nonzero(np.isfinite(chunk)) for _, chunk in _chunks(array))
+        if bad:
+            raise ValueError(
+                f"{what} {name or 'at the root'} has {bad} of {array.size} values that are not "
+                f"finite. The steps to come would spread them to the params. {remedy}"
+            )
+
+
+# For `check_finite` on states.
+NOT_FINITE_HERE = (
+    "Go back to an earlier checkpoint, or set the velocity to 0 with momentum_jax.reset_velocity."
+)
+
+
 def follows_a_schedule(state: PyTree) -> bool:
-    """Whether the state has a count that is not momentum's own."""
-    return bool(_scheduled(state))
+    """Whether the state has a count that is not momentum's own.
+
+    That of `optax.MultiSteps` matters only where the number of gradients follows a schedule,
+    which the state does not show.
+    """
+    return any(not label.startswith("MultiStepsState") for label, _ in _scheduled(state))
 
 
 def scheduled_count(state: PyTree) -> int | None:
@@ -125,9 +253,13 @@ def scheduled_count(state: PyTree) -> int | None:
 
 
 def taken_count(state: PyTree) -> int | None:
-    """How many steps the velocities have taken, or the schedules where there are none."""
-    found = [part for kind in _MAKERS for part in parts(state, kind)]
-    return _common_count(found or _scheduled(state))
+    """How many steps the velocities and the schedules have taken, all of them alike."""
+    return _common_count(_taken(state) + _scheduled(state))
+
+
+def has_stepped(state: PyTree) -> bool:
+    """Whether the velocities have taken a step, or the schedules where there are none."""
+    return any(_number(count) for _, count in _taken(state) or _scheduled(state))
 
 
 def match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -173,24 +305,47 @@ class Routes:
         A byte is exact in every floating dtype that weights may be converted to on the way.
         """
         self.shapes = dict(shapes)
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        self.starts = dict(zip(shapes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
-        self.total = sum(sizes)
-        numbers = np.arange(1, self.total + 1)  # 0 is what a constant may be.
-        sums: dict[str, Any] = {}
-        for shift in range(0, max(self.total.bit_length(), 1), 8):
-            for path, digits in self._send((numbers >> shift) & 255, to_params).items():
-                sums[path] = sums.get(path, 0) + (digits << shift)
-        self.places = {path: number - 1 for path, number in sums.items()}
+        self.names = list(shapes)
+        self.sizes = [math.prod(shape) for shape in shapes.values()]
+        self.total = sum(self.sizes)
+        self.starts = np.cumsum([0, *self.sizes[:-1]])[: len(self.sizes)]
+        dtype = np.uint32 if self.total < 2**32 - 1 else np.uint64
+        self.places: dict[str, np.ndarray] = {}
+        values = np.empty(self.total, np.float32)
+        top = 8 * ((max(self.total.bit_length(), 1) - 1) // 8)
+        for shift in range(top, -8, -8):  # From the highest byte down.
+            # Numbers from 1: 0 is what a constant may be.
+            self._refill(values, lambda index, shift=shift: ((index + 1) >> shift) & 255)
+            self._take_digits(self._send(values, to_params), first=shift == top, dtype=dtype)
         self._check()
-        values = np.random.default_rng(0).integers(-127, 128, self.total)
-        for path, sent in self._send(values, to_params).items():
-            if not np.array_equal(sent, values[self.places[path]]):
-                raise self._changes(path)
+        # And once more with values that are not in order.
+        self._refill(values, _scrambled)
+        for path, leaf in self._same_leaves(self._send(values, to_params)):
+            for at, digits in _chunks(leaf):
+                digits = self._whole(path, digits, -127, 127)
+                if not np.array_equal(digits, _scrambled(self.places[path][at].astype(np.int64))):
+                    raise self._changes(path)
+
+    def _take_digits(self, sent, first, dtype):
+        if first:
+            self.places = {path: np.zeros(leaf.shape, dtype) for path, leaf in sent.items()}
+        for path, leaf in self._same_leaves(sent):
+            for at, digits in _chunks(leaf):
+                digits = self._whole(path, digits, 0, 255)
+                places = self.places[path][at]
+                places <<= dtype(0 if first else 8)
+                places |= digits.astype(dtype)
+
+    def _refill(self, values, of_index):
+        for start in range(0, self.total, _CHUNK):
+            end = min(start + _CHUNK, self.total)
+            values[start:end] = of_index(np.arange(start, end))
 
     def _send(self, values, to_params):
-        values = values.astype(np.float32)
-        arrays = {name: self._of_name(values, name) for name in self.shapes}
+        arrays = {
+            name: values[start : start + size].reshape(self.shapes[name])
+            for name, start, size in zip(self.names, self.starts, self.sizes, strict=True)
+        }
         try:
             params = to_params(arrays)
         except Exception as error:
@@ -202,23 +357,39 @@ class Routes:
             error.add_note("This was within to_params, which is called with NumPy arrays by name.")
             raise
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        sent = {_name(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
-        for path, leaf in sent.items():
-            if not np.array_equal(leaf, np.rint(leaf)):
-                raise self._changes(path)
-        return {path: leaf.astype(np.int64) for path, leaf in sent.items()}
+        return {_name(path): np.asarray(leaf) for path, leaf in leaves}
 
-    def _of_name(self, values, name):
-        start, shape = self.starts[name], self.shapes[name]
-        return values[start : start + math.prod(shape)].reshape(shape)
+    def _same_leaves(self, sent):
+        """What was sent; it may not depend on the values which leaves there are."""
+        shapes = {path: places.shape for path, places in self.places.items()}
+        for path in {**shapes, **sent}:
+            if path not in sent or sent[path].shape != shapes.get(path):
+                raise self._changes(path)
+        return sent.items()
+
+    def _whole(self, path, digits, low, high):
+        digits = digits.astype(np.float64)
+        whole = (digits == np.rint(digits)) & (digits >= low) & (digits <= high)
+        if not whole.all():
+            raise self._changes(path)
+        return digits.astype(np.int64)
 
     def _check(self):
+        """Numbers become places, each in the range and there only once."""
         used = np.zeros(self.total, bool)
+        for path, places in self.places.items():
+            for _, chunk in _chunks(places):
+                chunk -= chunk.dtype.type(1)  # 0 wraps around, out of the range.
+                if np.any(chunk >= self.total):
+                    raise self._changes(path)
+                used[chunk] = True
+        if np.count_nonzero(used) == sum(places.size for places in self.places.values()):
+            return
+        used[:] = False
         count = 0
         for path, places in self.places.items():
-            if np.any(places < 0) or np.any(places >= self.total):
-                raise self._changes(path)
-            used[places] = True
+            for _, chunk in _chunks(places):
+                used[chunk] = True
             count += places.size
             if np.count_nonzero(used) != count:
                 raise self._changes(path)
@@ -232,28 +403,84 @@ class Routes:
             "transpose, split and join only."
         )
 
-    def forward(self, buffers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Named arrays, as arrays by the path in the params."""
-        flat = np.concatenate([np.ravel(buffers[name]) for name in self.shapes])
-        return {path: flat[places] for path, places in self.places.items()}
+    def _pieces(self, path):
+        """Which values of the flat array at the path are which values of which flat weight."""
+        places = self.places[path].reshape(-1)
+        for start in range(0, places.size, _CHUNK):
+            chunk = places[start : start + _CHUNK].astype(np.int64)
+            ends = np.array([chunk.min(), chunk.max()])
+            first, last = np.searchsorted(self.starts, ends, "right") - 1
+            if first == last:
+                here = slice(start, start + chunk.size)
+                yield here, self.names[first], chunk - self.starts[first]
+                continue
+            owners = np.searchsorted(self.starts, chunk, "right") - 1
+            for owner in np.unique(owners):
+                of = np.flatnonzero(owners == owner)
+                yield start + of, self.names[owner], chunk[of] - self.starts[owner]
 
-    def backward(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays by path as named arrays; without those of which no value is there."""
-        dtype = np.result_type(np.float32, *(array.dtype for array in arrays.values()))
-        flat, there = np.zeros(self.total, dtype), np.zeros(self.total, bool)
-        for path, array in arrays.items():
-            flat[self.places[path]], there[self.places[path]] = array, True
-        named = {}
-        for name in self.shapes:
-            here = self._of_name(there, name)
-            if here.all():
-                named[name] = self._of_name(flat, name).copy()
-            elif here.any():
+    def forward(
+        self, buffers: Mapping[str, np.ndarray], paths: Iterable[str]
+    ) -> dict[str, np.ndarray]:
+        """Named arrays, as arrays by these paths in the params, 0 where there is none."""
+        dtype = np.result_type(np.float32, *(buffer.dtype for buffer in buffers.values()))
+        flat = {name: np.ravel(buffer) for name, buffer in buffers.items()}
+        arrays = {}
+        for path in paths:
+            array = arrays[path] = np.zeros(self.places[path].shape, dtype)
+            for here, name, index in self._pieces(path):
+                if name in flat:
+                    array.reshape(-1)[here] = flat[name][index]
+        return arrays
+
+    def reached(self, names: Iterable[str]) -> set[str]:
+        """The paths to which a value of the named arrays goes."""
+        names = set(names)
+        return {
+            path for path in self.places if any(name in names for _, name, _ in self._pieces(path))
+        }
+
+    def covered(self, paths: Iterable[str]) -> list[str]:
+        """The names of which every value goes to one of the paths; a part only is refused."""
+        counts = dict.fromkeys(self.names, 0)
+        for path in paths:
+            for _, name, index in self._pieces(path):
+                counts[name] += index.size
+        for name, size in zip(self.names, self.sizes, strict=True):
+            if 0 < counts[name] < size:
                 raise ValueError(
                     f"the state has velocities of a part of {name} only. Leave a param out as a "
                     "whole, or keep it."
                 )
+        sizes = zip(self.names, self.sizes, strict=True)
+        return [name for name, size in sizes if counts[name] == size]
+
+    def backward(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays by path as named arrays; without those of which no value is there."""
+        dtype = np.result_type(np.float32, *(array.dtype for array in arrays.values()))
+        named = {name: np.empty(self.shapes[name], dtype) for name in self.covered(arrays)}
+        for path, array in arrays.items():
+            flat = array.reshape(-1)
+            for here, name, index in self._pieces(path):
+                named[name].reshape(-1)[index] = flat[here]
         return named
+
+
+def _chunks(array):
+    """Small parts of an array, without a copy of it, and where each is."""
+    if not array.ndim or array.size <= _CHUNK:
+        yield ..., array[...]
+        return
+    axis = int(np.argmax(array.shape))
+    step = max(1, _CHUNK * array.shape[axis] // array.size)
+    for start in range(0, array.shape[axis], step):
+        at = (slice(None),) * axis + (slice(start, start + step),)
+        yield at, array[at]
+
+
+def _scrambled(index):
+    """A whole number in [-127, 127] for each index, in no order."""
+    return (((index + 1) * 2654435761 % 2**32) >> 13) % 255 - 127
 
 
 def to_numpy(name: str, array: Any) -> np.ndarray:
@@ -310,18 +537,73 @@ def parts(state: PyTree, kind: type) -> list[Any]:
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
+def _optax_name(node):
+    """The name of a type of Optax', which not every version exports; else an empty one."""
+    return type(node).__name__ if type(node).__module__.split(".")[0] == "optax" else ""
+
+
+def _named_parts(state, depth=0):
+    """All named tuples within a state, also within one another."""
+    for _, part in _parts_at_depth(state, depth):
+        yield part
+
+
+def _parts_at_depth(state, depth):
+    """The same, with the number of `optax.MultiSteps` around what each part counts."""
+
+    def is_named(node):
+        return hasattr(node, "_fields")
+
+    for leaf in jax.tree.leaves(state, is_leaf=is_named):
+        if is_named(leaf):
+            within = depth + (_optax_name(leaf) == "MultiStepsState")
+            yield within, leaf
+            for field in leaf:
+                yield from _parts_at_depth(field, within)
+
+
+def _is_clock(part):
+    # Without states of its own, what is injected are constants.
+    name = _optax_name(part)
+    return name in _COUNTERS and (
+        not name.startswith("Inject") or bool(getattr(part, "hyperparams_states", True))
+    )
+
+
 def _scheduled(state):
-    found = parts(state, optax.ScaleByScheduleState)
-    for kind in _INJECTED:
-        # Without states of its own, what is injected are constants.
-        found += [part for part in parts(state, kind) if getattr(part, "hyperparams_states", True)]
+    """The counts that schedules follow, with where they are."""
+    found = []
+    for part in _named_parts(state):
+        if _is_clock(part):
+            field = _COUNTERS[_optax_name(part)]
+            found.append((f"{_optax_name(part)}.{field}", getattr(part, field)))
     return found
+
+
+def _taken(state):
+    """The counts of the velocities, with where they are."""
+    found = [part for part in _named_parts(state) if isinstance(part, tuple(_MAKERS))]
+    return [(f"{type(part).__name__}.count", part.count) for part in found]
+
+
+def _check_one_clock(state, kind):
+    depths = {
+        depth
+        for depth, part in _parts_at_depth(state, 0)
+        if _is_clock(part) or (isinstance(part, kind) and "count" in part._fields)
+    }
+    if len(depths) > 1:
+        raise ValueError(
+            "the state counts steps within optax.MultiSteps and gradients outside it, so that "
+            "one count cannot be right for both. Put every schedule and momentum within "
+            "MultiSteps, or none."
+        )
 
 
 def _count_up(states, count):
     def at(path, held):
         named = path and getattr(path[-1], "name", None) == "count"
-        return _like(held, count) if named and count is not None else held
+        return _counted(held, count) if named and count is not None else held
 
     return jax.tree_util.tree_map_with_path(at, states)
 
@@ -331,14 +613,41 @@ def _name(path):
     return jax.tree_util.keystr(path).removesuffix(".value")
 
 
+def _number(count):
+    (number,) = (int(leaf) for leaf in jax.tree.leaves(count))
+    return number
+
+
 def _common_count(counting):
-    counts = {int(leaf) for part in counting for leaf in jax.tree.leaves(part.count)}
-    if len(counts) > 1:
+    counts = {label: _number(count) for label, count in counting}
+    found = sorted({_number(count) for _, count in counting})
+    if len(found) > 1:
+        where = ", ".join(f"{label} {count}" for label, count in counts.items())
         raise ValueError(
-            f"the parts of the state have counted {sorted(counts)} steps, not alike, so that it "
+            f"the parts of the state have counted {found} steps, not alike ({where}), so that it "
             "is not clear which count is meant. Where there is an argument count, give it."
         )
-    return counts.pop() if counts else None
+    return found[0] if found else None
+
+
+def _with_velocity(name, one, value):
+    """A leaf with another velocity, of the same dtype and sharding."""
+    filled = jax.tree.map(_like, one, _velocity.with_value(one, value))
+    for leaf in jax.tree.leaves(filled):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            remedy = f"They are too large for {leaf.dtype}: give a state with wider velocities."
+            check_finite({name: leaf}, "once stored, the velocity", remedy)
+    return filled
+
+
+def _counted(held, count):
+    limit = np.iinfo(held.dtype).max
+    if count > limit:
+        raise ValueError(
+            f"count={count} must be at most {limit}: the state counts in {held.dtype}. Give a "
+            "smaller count, with schedules that are shifted by the difference."
+        )
+    return _like(held, count)
 
 
 def _like(held, value):
