@@ -56,7 +56,7 @@ def test_the_page_on_fewer_bits_prints_what_its_comments_say(capsys):
     program = "\n".join(programs("fewer_bits.md"))
     run(program)
     assert capsys.readouterr().out.splitlines() == said(program)
-    assert len(said(program)) == 7
+    assert len(said(program)) == 10
 
 
 def test_the_picture_of_the_readme_shows_what_is_found_today():
@@ -156,7 +156,7 @@ def test_both_sides_end_at_the_same_weights(framework, monkeypatch):
 def test_a_job_is_carried_over(capsys):
     program = programs("from_others.md")[6]
     names = run(program)
-    np.testing.assert_array_equal(names["state"][0].velocity["kernel"], np.ones((2, 3)))
+    np.testing.assert_array_equal(names["state"][0].trace["kernel"], np.ones((2, 3)))
     assert capsys.readouterr().out == "(2, 3)\n"
 
 
