@@ -40,12 +40,17 @@ what comes in has `__array__`, what goes out is NumPy.
 
 All of these, and `inside_from_outside` and `outside_from_inside`, carry over velocities and the
 counts that schedules follow. They raise a ValueError where a state of ours or of Optax', on
-either side, holds more that decides the steps to come: gradients gathered by `optax.MultiSteps`
-or `optax.apply_every`, a period of `optax.lookahead` or `optax.contrib.sam` that has not ended,
-rejected gradients counted by `optax.apply_if_finite`, a reduced scale of
-`optax.contrib.reduce_on_plateau`, and any step of `optax.contrib`'s `schedule_free`,
-`mechanicize` or `galore`. The same holds for counts that differ, velocities that are not finite,
-and arrays that are sharded over several processes.
+either side, holds more that decides the steps to come:
+
+  - gradients gathered by `optax.MultiSteps` or `optax.apply_every`;
+  - a period of `optax.lookahead` or `optax.contrib.sam` that has not ended;
+  - gradients in a row that `optax.apply_if_finite` has rejected;
+  - a scale of `optax.contrib.reduce_on_plateau` other than 1;
+  - a residual of `momentum_jax.keep_residual`;
+  - a step of `schedule_free`, `mechanize` or `galore` of `optax.contrib`.
+
+The same holds for counts that differ, velocities that are not finite, and arrays that are
+sharded over several processes.
 
 Example:
   A checkpoint of PyTorch, `{"model": model.state_dict(), "optimizer": optimizer.state_dict()}`::
