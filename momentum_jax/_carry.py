@@ -557,7 +557,7 @@ def _optax_name(node):
 
 
 def _named_parts(state, depth=0):
-    """All named tuples within a state, also within one another."""
+    """All states within a state, also within one another."""
     for _, part in _parts_at_depth(state, depth):
         yield part
 
@@ -566,13 +566,14 @@ def _parts_at_depth(state, depth):
     """The same, with the number of `optax.MultiSteps` around what each part counts."""
 
     def is_named(node):
-        return hasattr(node, "_fields")
+        # In some versions SAMState is a dataclass.
+        return hasattr(node, "_fields") or _optax_name(node) in _REMEMBERED
 
     for leaf in jax.tree.leaves(state, is_leaf=is_named):
         if is_named(leaf):
             within = depth + (_optax_name(leaf) == "MultiStepsState")
             yield within, leaf
-            for field in leaf:
+            for field in leaf if isinstance(leaf, tuple) else vars(leaf).values():
                 yield from _parts_at_depth(field, within)
 
 

@@ -1050,7 +1050,8 @@ class _KerasJob(_Job):
 def _of_keras_2(name):
     return (
         f"the variable {name} has a name of Keras 2 (tf_keras), but must have a path of Keras 3. "
-        "Give a dict by such paths, and weights as names:\n"
+        "Give a dict by such paths, and weights as names (a legacy optimizer has "
+        'optimizer.get_slot(w, "momentum") for each weight w in place of momentums):\n'
         '    weights = {w.name.removesuffix(":0"): w for w in model.trainable_variables}\n'
         '    variables = {"sgd/iteration": optimizer.iterations.numpy()}\n'
         "    for name, m in zip(weights, optimizer.momentums):\n"
