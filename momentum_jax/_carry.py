@@ -19,6 +19,7 @@ from jax.core import Tracer
 from momentum_jax import _velocity
 from momentum_jax._mixtures import AggMoState, QHMState
 from momentum_jax._momentum import MomentumState, TraceState
+from momentum_jax._residual import ResidualState
 from momentum_jax._storage import Stored
 
 PyTree = Any
@@ -90,7 +91,7 @@ _REMEMBERED = {
     "MechanicState": (
         "count",
         0,
-        "optax.contrib.mechanicize has taken {} steps from its initial params",
+        "optax.contrib.mechanize has taken {} steps from its initial params",
         "Give the state of the wrapped optimizer, and the params to go on from.",
     ),
     "GaLoreState": (
@@ -193,6 +194,16 @@ def check_whole(state: PyTree, name: str) -> None:
     """
     check_addressable(state, name)
     for part in _named_parts(state):
+        if isinstance(part, ResidualState):
+            residuals = jax.tree_util.tree_leaves_with_path(part.residual)
+            short = [_name(path) for path, leaf in residuals if np.any(np.asarray(leaf))]
+            if short:
+                raise ValueError(
+                    f"in {name}, momentum_jax.keep_residual has updates of {listed(short)} that "
+                    "rounding has kept from the params. They are not carried over. Add them, "
+                    "state.residual, to the params in float32 and give state.inner_state; or to "
+                    "keep them, fill state.inner_state alone and put it back with _replace."
+                )
         found = _REMEMBERED.get(_optax_name(part))
         if found is None:
             continue
@@ -215,8 +226,11 @@ def check_addressable(state: PyTree, name: str) -> None:
             raise ValueError(
                 f"{name}{_name(path)} is an array of shape {leaf.shape} that is sharded over "
                 "several processes, so that no process can read all of it. Gather it first, in "
-                f"every process: {name} = jax.experimental.multihost_utils.process_allgather("
-                f"{name}, tiled=True). A state that is filled can be put back with jax.device_put."
+                "every process; jax.device_put brings a filled state back to its shardings:\n"
+                "    gather = jax.experimental.multihost_utils.process_allgather\n"
+                "    whole = jax.tree.map(\n"
+                "        lambda x: x if x.is_fully_addressable else gather(x, tiled=True), state\n"
+                "    )"
             )
 
 
@@ -543,7 +557,7 @@ def _optax_name(node):
 
 
 def _named_parts(state, depth=0):
-    """All named tuples within a state, also within one another."""
+    """All states within a state, also within one another."""
     for _, part in _parts_at_depth(state, depth):
         yield part
 
@@ -552,13 +566,14 @@ def _parts_at_depth(state, depth):
     """The same, with the number of `optax.MultiSteps` around what each part counts."""
 
     def is_named(node):
-        return hasattr(node, "_fields")
+        # In some versions SAMState is a dataclass.
+        return hasattr(node, "_fields") or _optax_name(node) in _REMEMBERED
 
     for leaf in jax.tree.leaves(state, is_leaf=is_named):
         if is_named(leaf):
             within = depth + (_optax_name(leaf) == "MultiStepsState")
             yield within, leaf
-            for field in leaf:
+            for field in leaf if isinstance(leaf, tuple) else vars(leaf).values():
                 yield from _parts_at_depth(field, within)
 
 

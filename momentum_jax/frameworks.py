@@ -40,12 +40,17 @@ what comes in has `__array__`, what goes out is NumPy.
 
 All of these, and `inside_from_outside` and `outside_from_inside`, carry over velocities and the
 counts that schedules follow. They raise a ValueError where a state of ours or of Optax', on
-either side, holds more that decides the steps to come: gradients gathered by `optax.MultiSteps`
-or `optax.apply_every`, a period of `optax.lookahead` or `optax.contrib.sam` that has not ended,
-rejected gradients counted by `optax.apply_if_finite`, a reduced scale of
-`optax.contrib.reduce_on_plateau`, and any step of `optax.contrib`'s `schedule_free`,
-`mechanicize` or `galore`. The same holds for counts that differ, velocities that are not finite,
-and arrays that are sharded over several processes.
+either side, holds more that decides the steps to come:
+
+  - gradients gathered by `optax.MultiSteps` or `optax.apply_every`;
+  - a period of `optax.lookahead` or `optax.contrib.sam` that has not ended;
+  - gradients in a row that `optax.apply_if_finite` has rejected;
+  - a scale of `optax.contrib.reduce_on_plateau` other than 1;
+  - a residual of `momentum_jax.keep_residual`;
+  - a step of `schedule_free`, `mechanize` or `galore` of `optax.contrib`.
+
+The same holds for counts that differ, velocities that are not finite, and arrays that are
+sharded over several processes.
 
 Example:
   A checkpoint of PyTorch, `{"model": model.state_dict(), "optimizer": optimizer.state_dict()}`::
@@ -1045,7 +1050,8 @@ class _KerasJob(_Job):
 def _of_keras_2(name):
     return (
         f"the variable {name} has a name of Keras 2 (tf_keras), but must have a path of Keras 3. "
-        "Give a dict by such paths, and weights as names:\n"
+        "Give a dict by such paths, and weights as names (a legacy optimizer has "
+        'optimizer.get_slot(w, "momentum") for each weight w in place of momentums):\n'
         '    weights = {w.name.removesuffix(":0"): w for w in model.trainable_variables}\n'
         '    variables = {"sgd/iteration": optimizer.iterations.numpy()}\n'
         "    for name, m in zip(weights, optimizer.momentums):\n"

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import re
+import tracemalloc
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 from golden.record import float64, import_keras
+from processes import run_job
 
 import momentum_jax as mj
 from momentum_jax.frameworks import (
@@ -805,12 +807,382 @@ def test_a_state_of_numpy_arrays_is_filled():
     np.testing.assert_array_equal(filled.trace["bias"], BUFFERS[1])
 
 
-def test_gathered_gradients_of_optax_are_not_dropped():
-    """In the midst of MultiSteps there is more than a velocity."""
-    tx = optax.MultiSteps(optax.sgd(0.5, 0.5), 2)
-    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-    with pytest.raises(ValueError, match=r"MultiSteps has gathered 1 gradients"):
-        load_optax(optax_sgd(0.5, 0.5).init(PARAMS), state)
+# Each wrapper of Optax' that remembers more than a velocity, and what its error says.
+REMEMBERED = {
+    "MultiSteps": (
+        lambda inner: optax.MultiSteps(inner, 3).gradient_transformation(),
+        "optax.MultiSteps has gathered 1 gradients",
+    ),
+    "MultiSteps in a chain": (
+        lambda inner: optax.chain(
+            optax.identity(), optax.MultiSteps(inner, 3).gradient_transformation()
+        ),
+        "optax.MultiSteps has gathered 1 gradients",
+    ),
+    "apply_every": (
+        lambda inner: optax.chain(optax.apply_every(3), inner),
+        "optax.apply_every has gathered 1 gradients",
+    ),
+    "apply_if_finite": (
+        lambda inner: optax.apply_if_finite(inner, 3),
+        "optax.apply_if_finite has counted 1 gradients in a row",
+    ),
+    "lookahead": (
+        lambda inner: optax.lookahead(inner, 3, 0.5),
+        "optax.lookahead has taken 1 fast steps",
+    ),
+    "sam": (
+        lambda inner: optax.contrib.sam(inner, optax.sgd(0.1), sync_period=3),
+        "optax.contrib.sam has taken 1 steps",
+    ),
+    "reduce_on_plateau": (
+        lambda inner: optax.chain(inner, optax.contrib.reduce_on_plateau(0.5, 1)),
+        "optax.contrib.reduce_on_plateau has a scale of 0.25",
+    ),
+    "schedule_free": (
+        lambda inner: optax.contrib.schedule_free(inner, 0.1),
+        "optax.contrib.schedule_free has averaged params",
+    ),
+    "mechanize": (
+        optax.contrib.mechanize,
+        "optax.contrib.mechanize has taken 1 steps",
+    ),
+}
+KERAS_OF_FC = {
+    "sgd/iteration": np.array(3),
+    "sgd/fc.weight_momentum": BUFFERS[0],
+    "sgd/fc.bias_momentum": BUFFERS[1],
+}
+# Each function: the transformation within the state that it reads and within the one that it
+# fills, None where that is another framework's, and the call.
+CARRIED = {
+    "load_torch": (
+        None,
+        torch_sgd(0.5, 0.5),
+        lambda _, target: load_torch(target, a_state_dict(), names=list(WEIGHTS), to_params=fc),
+    ),
+    "load_keras": (
+        None,
+        keras_sgd(0.5, 0.5),
+        lambda _, target: load_keras(target, KERAS_OF_FC, names=list(WEIGHTS), to_params=fc),
+    ),
+    "load_optax": (
+        optax.sgd(0.5, 0.5),
+        optax_sgd(0.5, 0.5),
+        lambda source, target: load_optax(target, source),
+    ),
+    "dump_torch": (
+        torch_sgd(0.5, 0.5),
+        None,
+        lambda source, _: dump_torch(source, a_state_dict(), names=list(WEIGHTS), to_params=fc),
+    ),
+    "dump_keras": (
+        keras_sgd(0.5, 0.5),
+        None,
+        lambda source, _: dump_keras(source, KERAS_OF_FC, names=list(WEIGHTS), to_params=fc),
+    ),
+    "dump_optax": (
+        optax_sgd(0.5, 0.5),
+        optax.sgd(0.5, 0.5),
+        lambda source, target: dump_optax(target, source),
+    ),
+    "inside_from_outside": (
+        mj.trace(0.5),
+        mj.momentum(0.5, 0.5),
+        lambda source, target: inside_from_outside(target, source, learning_rate=0.5),
+    ),
+    "outside_from_inside": (
+        mj.momentum(0.5, 0.5),
+        mj.trace(0.5),
+        lambda source, target: outside_from_inside(target, source, learning_rate=0.5),
+    ),
+}
+
+
+def begun(case, tx):
+    """The first state of a wrapper, and that in the midst of what it gathers."""
+    tx = REMEMBERED[case][0](tx)
+    params = optax.LookaheadParams.init_synced(FC) if case == "lookahead" else FC
+    first = state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, FC)
+    if case == "apply_if_finite":
+        grads = jax.tree.map(lambda g: g * np.nan, grads)
+    for _ in range(3 if case == "reduce_on_plateau" else 1):
+        extra = {"value": jnp.ones([])} if case == "reduce_on_plateau" else {}
+        _, state = tx.update(grads, state, params, **extra)
+    return first, state
+
+
+@pytest.mark.parametrize("function", CARRIED)
+@pytest.mark.parametrize("case", REMEMBERED)
+def test_what_a_wrapper_remembers_is_not_dropped(function, case):
+    """Neither from the state that is read nor from the one that is filled."""
+    reads, fills, carry = CARRIED[function]
+    source = None if reads is None else reads.init(FC)
+    target: Any = None if fills is None else fills.init(FC)
+    carry(source, target)  # As it should be.
+    if reads is not None:
+        first, later = begun(case, reads)
+        carry(first, target)
+        with pytest.raises(ValueError, match=re.escape(REMEMBERED[case][1])):
+            carry(later, target)
+    if fills is not None:
+        first, later = begun(case, fills)
+        carry(source, first)
+        with pytest.raises(ValueError, match=re.escape(REMEMBERED[case][1])):
+            carry(source, later)
+
+
+@pytest.mark.parametrize("function", [name for name in CARRIED if not name.startswith("load")])
+def test_what_rounding_has_kept_is_not_dropped(function):
+    """The remedy is what keeps it, or makes params of float32."""
+    reads, fills, carry = CARRIED[function]
+    target: Any = None if fills is None else fills.init(FC)
+    tx = mj.keep_residual(reads)
+    state: Any
+    params = jax.tree.map(lambda w: jnp.ones_like(w, jnp.bfloat16), FC)
+    carry(tx.init(params), target)
+    grads = jax.tree.map(lambda w: jnp.full(w.shape, 0.001), FC)
+    _, state = tx.update(grads, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"keep_residual has updates of \['bias'\], \['kernel'\]"):
+        carry(state, target)
+    carry(state.inner_state, target)
+
+
+def test_projected_momentum_is_refused():
+    """Its shapes need not differ from those of the params."""
+    if not hasattr(optax.contrib, "GaLoreState"):
+        pytest.skip("this Optax has no galore")
+    source = optax.contrib.GaLoreState(jnp.array(1), optax.sgd(0.5, 0.5).init(FC), ())
+    with pytest.raises(ValueError, match=r"optax\.contrib\.galore has taken 1 steps"):
+        load_optax(optax_sgd(0.5, 0.5).init(FC), source)
+
+
+def test_between_the_steps_of_multisteps_nothing_is_gathered():
+    """The job goes on there and here, and its count with it."""
+    theirs = optax.MultiSteps(optax.sgd(rate, 0.5), 2).gradient_transformation()
+    ours = optax.MultiSteps(optax_sgd(rate, 0.5), 2).gradient_transformation()
+    end: Any
+    expected, end = run(theirs, theirs.init(PARAMS), 12)
+    params, state = run(theirs, theirs.init(PARAMS), 6)
+    there: Any = load_optax(ours.init(PARAMS), state)
+    assert int(there.gradient_step) == 3
+    moved, there = run(ours, there, 6, 6, params)
+    jax.tree.map(np.testing.assert_allclose, moved, expected)
+    back = dump_optax(theirs.init(PARAMS), there)
+    assert int(back.gradient_step) == 6
+    end = end._replace(acc_grads=back.acc_grads)  # What a step has used is not read again.
+    jax.tree.map(np.testing.assert_allclose, back, end)
+
+
+def always(step, **extra):
+    del step, extra
+    return True
+
+
+COUNTED = {
+    "MultiSteps": lambda inner: optax.MultiSteps(inner, 2).gradient_transformation(),
+    "conditionally_transform": lambda inner: optax.conditionally_transform(inner, always),
+    "conditionally_mask": lambda inner: optax.conditionally_mask(inner, always),
+    "add_noise": lambda inner: optax.chain(optax.add_noise(0.0, 0.5, 0), inner),
+    "scale_by_schedule": lambda inner: optax.chain(inner, optax.scale_by_schedule(rate)),
+    "inject_hyperparams": lambda inner: injected(
+        lambda factor: optax.chain(inner, optax.scale(factor)), factor=rate
+    ),
+    "both": lambda inner: optax.conditionally_transform(
+        optax.MultiSteps(optax.conditionally_mask(inner, always), 2).gradient_transformation(),
+        always,
+    ),
+}
+
+
+def counts_of(state):
+    """All counts in a state, by the ends of their paths."""
+    return {
+        jax.tree_util.keystr(path): int(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if getattr(path[-1], "name", None) in ("count", "step", "gradient_step")
+    }
+
+
+@pytest.mark.parametrize("case", [case for case in COUNTED if case != "both"])
+def test_every_count_is_set(case):
+    """Whatever follows it, in each function that fills a state."""
+    tx = COUNTED[case](torch_sgd(0.5, 0.5))
+    filled = load(tx=tx, count=7)
+    assert len(counts_of(filled)) >= 2
+    assert set(counts_of(filled).values()) == {7}
+    back = dump_optax(COUNTED[case](optax.sgd(0.5, 0.5)).init(FC), filled)
+    assert set(counts_of(back).values()) == {7}
+    assert set(counts_of(load_optax(tx.init(FC), back)).values()) == {7}
+    inside = COUNTED[case](mj.momentum(0.5, 0.5)).init(FC)
+    inside = inside_from_outside(inside, filled, learning_rate=0.5)
+    assert set(counts_of(inside).values()) == {7}
+    dumped = dump_keras(inside, KERAS_OF_FC, names=list(WEIGHTS), to_params=fc)
+    assert dumped["sgd/iteration"] == 7
+    # And without one, not guessed where a schedule must follow it.
+    if case == "MultiSteps":
+        assert set(counts_of(load(tx=tx)).values()) == {1}
+    else:
+        with pytest.raises(ValueError, match="a schedule that continues"):
+            load(tx=tx)
+
+
+def test_steps_and_gradients_are_not_counted_as_one():
+    """One count cannot be right within MultiSteps and outside it."""
+    tx = COUNTED["both"](torch_sgd(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"counts steps within optax\.MultiSteps and gradients"):
+        load(tx=tx, count=7)
+    assert set(counts_of(load(a_state_dict([]), WEIGHTS, tx=tx, count=0)).values()) == {0}
+
+
+def test_counts_that_differ_are_refused_by_name():
+    """A schedule that began later than the velocity."""
+    trace, schedule = load(tx=torch_sgd(rate, 0.5), count=7)
+    state = (trace, schedule._replace(count=jnp.array(2)))
+    message = r"\[2, 7\] steps, not alike \(TraceState.count 7, ScaleByScheduleState.count 2\)"
+    with pytest.raises(ValueError, match=message):
+        dump_optax(optax.sgd(rate, 0.5).init(FC), state)
+    with pytest.raises(ValueError, match=message):
+        inside_from_outside(mj.momentum(0.5).init(FC), state, learning_rate=0.5)
+
+
+def test_a_count_that_does_not_fit_is_refused():
+    """Or it would go on as a negative one."""
+    with pytest.raises(ValueError, match="count=2147483648 must be at most 2147483647"):
+        load(count=2**31)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("function", CARRIED)
+def test_values_that_are_not_finite_are_refused(function, bad):
+    """With the name, how many there are, and the remedy."""
+    reads, fills, carry = CARRIED[function]
+    target: Any = None if fills is None else fills.init(FC)
+    if reads is not None:
+        source = jax.tree.map(
+            lambda leaf: leaf.at[1:, 0].set(bad) if leaf.shape == (3, 2) else leaf, reads.init(FC)
+        )
+        with pytest.raises(ValueError, match=r"velocity \['kernel'\] has 2 of 6 values that are"):
+            carry(source, target)
+        return
+    buffer = BUFFERS[0].copy()
+    buffer[0, 1:] = bad
+    buffers = {i: {"momentum_buffer": b} for i, b in enumerate([buffer, BUFFERS[1]])}
+    arguments: Any = dict(names=list(WEIGHTS), to_params=fc)
+    message = r"momentum of fc\.weight has 2 of 6 .*np\.nan_to_num"
+    if function == "load_torch":
+        with pytest.raises(ValueError, match=message):
+            load_torch(target, {**a_state_dict(), "state": buffers}, **arguments)
+    else:
+        variables = {**KERAS_OF_FC, "sgd/fc.weight_momentum": buffer}
+        with pytest.raises(ValueError, match=message):
+            load_keras(target, variables, **arguments)
+
+
+def test_values_that_are_not_finite_once_stored_are_refused():
+    """Too large for the dtype, or at the learning rate."""
+    params = jax.tree.map(lambda w: w.astype(jnp.float16), FC)
+    tx = optax.chain(optax.trace(0.5, accumulator_dtype=jnp.float16))
+    state = (mj.TraceState(jnp.array(1), jax.tree.map(lambda w: w.at[...].set(1e6), FC)),)
+    with pytest.raises(ValueError, match=r"has 2 of 2 values .* too large for float16"):
+        dump_optax(tx.init(params), state)
+    variables = {
+        path: value.astype(np.float16) if "momentum" in path else value
+        for path, value in KERAS_OF_FC.items()
+    }
+    inside = (mj.MomentumState(*state[0]),)
+    with pytest.raises(ValueError, match=r"momentum of fc\.weight has 6 of 6 .* float16"):
+        dump_keras(inside, variables, names=list(WEIGHTS), to_params=fc)
+    with pytest.raises(ValueError, match=r"once stored, .* too large for float32"):
+        outside_from_inside(mj.trace(0.5).init(FC), inside, learning_rate=1e-35)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_carrying_over_takes_at_most_16_bytes_per_value(copies):
+    """Beside the arguments: NumPy's arrays, at their peak."""
+    shapes = {"a": (1000, 700), "b": (500, 300, 2), "c": (1, 100_000)}
+    generator = np.random.default_rng(0)
+    buffers = [generator.standard_normal(shape, np.float32) for shape in shapes.values()]
+    total = sum(buffer.size for buffer in buffers)
+
+    def to_params(weights):
+        return {name: np.ascontiguousarray(w.T) if copies else w.T for name, w in weights.items()}
+
+    arguments: Any = dict(names=list(shapes), to_params=to_params)
+    state_dict = {
+        "state": {i: {"momentum_buffer": b} for i, b in enumerate(buffers)},
+        "param_groups": [{**SETTINGS, "params": [0, 1, 2]}],
+    }
+    tx = torch_sgd(0.5, 0.5)
+    weights = dict(zip(shapes, buffers, strict=True))
+    state = tx.init(jax.tree.map(jnp.zeros_like, to_params(weights)))
+
+    def peak(carry):
+        carry()  # What is compiled and imported is no array.
+        tracemalloc.start()
+        try:
+            result = carry()
+            return tracemalloc.get_traced_memory()[1] / total, result
+        finally:
+            tracemalloc.stop()
+
+    loading, state = peak(lambda: load_torch(state, state_dict, **arguments))
+    dumping, dumped = peak(lambda: dump_torch(state, state_dict, **arguments))
+    for i, buffer in enumerate(buffers):
+        np.testing.assert_array_equal(dumped["state"][i]["momentum_buffer"], buffer)
+    # In small chunks, whose temporaries are of one size whatever the weights.
+    assert loading < 16
+    assert dumping < 16
+
+
+def test_routes_of_more_than_a_chunk_are_exact():
+    """Joined from weights of several sizes, an empty one, and more than two bytes of numbers."""
+    weights = {"a": np.zeros((300, 250)), "empty": np.zeros((0, 3)), "b": np.zeros(70_001)}
+
+    def to_params(weights):
+        joined = np.concatenate([weights["b"][::-1], weights["a"].T.ravel()])
+        return {"first": joined[:100_000], "rest": joined[100_000:], "empty": weights["empty"]}
+
+    generator = np.random.default_rng(0)
+    buffers = {n: generator.standard_normal(w.shape).astype("f") for n, w in weights.items()}
+    state_dict = {
+        "state": {i: {"momentum_buffer": b} for i, b in enumerate(buffers.values())},
+        "param_groups": [{**SETTINGS, "params": [0, 1, 2]}],
+    }
+    arguments: Any = dict(names=list(weights), to_params=to_params)
+    tx = torch_sgd(0.5, 0.5)
+    state: Any = tx.init(jax.tree.map(jnp.asarray, to_params(weights)))
+    state = load_torch(state, state_dict, **arguments)
+    jax.tree.map(np.testing.assert_array_equal, state[0].trace, to_params(buffers))
+    dumped = dump_torch(state, state_dict, **arguments)["state"]
+    for i, buffer in enumerate(buffers.values()):
+        np.testing.assert_array_equal(dumped[i]["momentum_buffer"], buffer)
+
+
+def in_place(weights):
+    weights["fc.weight"] *= -1
+    return fc(weights)
+
+
+def by_size(weights):
+    swap = weights["fc.bias"][0] > weights["fc.bias"][1]
+    return {**fc(weights), "bias": weights["fc.bias"][::-1] if swap else weights["fc.bias"]}
+
+
+def sometimes(weights):
+    params = fc(weights)
+    return params if weights["fc.bias"][0] < weights["fc.bias"][1] else {"kernel": params["kernel"]}
+
+
+@pytest.mark.parametrize(
+    "to_params",
+    [in_place, by_size, sometimes, lambda weights: jax.tree.map(np.abs, fc(weights))],
+)
+def test_to_params_that_depends_on_values_is_refused(to_params):
+    """Even if it moves whole numbers above 0 rightly."""
+    with pytest.raises(ValueError, match="does more than move values"):
+        load(to_params=to_params)
 
 
 def test_an_error_of_to_params_says_where_it_was():
@@ -858,3 +1230,108 @@ def test_variables_without_paths_are_refused(as_shipped, variables):
     """With what to give."""
     with pytest.raises(TypeError, match=r"has no path: give optimizer\.variables"):
         load_keras(keras_sgd().init(FC), variables, names=[], to_params=fc)
+
+
+class Variable:
+    """A variable of Keras 2, as tf_keras makes them: with a name, without a path."""
+
+    def __init__(self, name, value):
+        self.name, self.value, self.shape = name, np.asarray(value), np.shape(value)
+
+    def numpy(self):
+        return self.value
+
+
+class KerasTwo:
+    """What the remedy reads of a model and its optimizer of Keras 2."""
+
+    trainable_variables = (Variable("fc/kernel:0", np.zeros(2)),)
+    iterations = Variable("iteration:0", 3)
+    momentums = (Variable("SGD/m/fc/kernel:0", [1.0, 2.0]),)
+    variables = (iterations, Variable("learning_rate:0", 0.5), *momentums)
+
+
+@pytest.mark.parametrize("given", ["variables", "dict"])
+def test_variables_of_keras_2_are_told_how(as_shipped, given):
+    """The error is code that works."""
+    variables: Any = KerasTwo.variables
+    if given == "dict":
+        variables = {variable.name: variable.value for variable in variables}
+    state = keras_sgd(0.5, 0.5).init(jnp.zeros(2))
+    arguments: Any = dict(names=["fc/kernel"], to_params=lambda weights: weights["fc/kernel"])
+    kind = ValueError if given == "dict" else TypeError
+    with pytest.raises(kind, match=r"iteration:0 has a name of Keras 2 \(tf_keras\)") as error:
+        load_keras(state, variables, **arguments)
+    _, code = str(error.value).split("\n", 1)
+    scope: dict[str, Any] = {"model": KerasTwo, "optimizer": KerasTwo}
+    exec("if True:\n" + code, scope)
+    arguments["names"] = scope["weights"]
+    filled: Any = load_keras(state, scope["variables"], **arguments)
+    assert int(filled.count) == 3
+    np.testing.assert_array_equal(filled.velocity, [1, 2])
+
+
+JOB = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax
+import jax.experimental.multihost_utils
+import momentum_jax as mj
+from momentum_jax import frameworks
+
+coordinator, processes, index = sys.argv[1:]
+jax.distributed.initialize(coordinator, int(processes), int(index))
+mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+sharded = jax.make_array_from_callback((8,), sharding, np.arange(8.0, dtype="f").__getitem__)
+local = jnp.zeros(8)
+group = dict(lr=0.5, momentum=0.5, dampening=0, nesterov=False, params=[0])
+buffers = {"state": {0: {"momentum_buffer": np.ones(8)}}, "param_groups": [group]}
+variables = {"sgd/iteration": np.array(3), "sgd/w_momentum": np.ones(8)}
+named = dict(names=["w"], to_params=lambda weights: weights["w"])
+
+
+def trace(w):
+    return mj.TraceState(jnp.array(1), w)
+
+
+def momentum(w):
+    return mj.MomentumState(jnp.array(1), w)
+
+
+def calls(w, other):
+    yield lambda: frameworks.load_torch(trace(w), buffers, **named)
+    yield lambda: frameworks.load_keras(momentum(w), variables, **named)
+    yield lambda: frameworks.dump_torch(trace(w), buffers, **named)
+    yield lambda: frameworks.dump_keras(momentum(w), variables, **named)
+    yield lambda: frameworks.load_optax(trace(w), optax.TraceState(other))
+    yield lambda: frameworks.load_optax(trace(other), optax.TraceState(w))
+    yield lambda: frameworks.dump_optax(optax.TraceState(w), trace(other))
+    yield lambda: frameworks.dump_optax(optax.TraceState(other), trace(w))
+    yield lambda: frameworks.inside_from_outside(momentum(w), trace(other), learning_rate=1.0)
+    yield lambda: frameworks.inside_from_outside(momentum(other), trace(w), learning_rate=1.0)
+    yield lambda: frameworks.outside_from_inside(trace(w), momentum(other), learning_rate=1.0)
+    yield lambda: frameworks.outside_from_inside(trace(other), momentum(w), learning_rate=1.0)
+
+
+for call in calls(sharded, local):
+    try:
+        call()
+    except ValueError as error:
+        assert "of shape (8,) that is sharded over several processes" in str(error), error
+        message = str(error)
+    else:
+        raise AssertionError("not refused")
+state = trace(sharded)
+exec("if True:\\n" + message.split("\\n", 1)[1])
+for call in calls(whole.trace, local):
+    call()
+dumped = frameworks.dump_torch(whole, buffers, **named)
+print(dumped["state"][0]["momentum_buffer"].tolist())
+"""
+
+
+def test_arrays_of_several_processes_are_told_how(tmp_path):
+    """The error is code that works, in each function."""
+    (tmp_path / "job.py").write_text(JOB)
+    for printed in run_job(tmp_path / "job.py"):
+        assert printed.splitlines()[-1] == str(np.arange(8.0).tolist())
