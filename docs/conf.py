@@ -235,7 +235,7 @@ def precision_tables() -> tuple[str, list[Path]]:
     for name, of in results["stationary"].items():
         for mu, dtypes in of.items():
             for dtype, one in dtypes.items():
-                cells = [f"{mu}", dtype, interval(one["variance"], ".3f")]
+                cells = [f"{mu}", dtype, interval(one["variance"], ".4f")]
                 lines.append(f"| {name} | {' | '.join(cells)} | {interval(one['mean'], '+.4f')} |")
     lines += ["", "### Training on digits", ""]
     lines += table("velocity", "loss", "less float32's, x 1e-4", "runs that end lower")

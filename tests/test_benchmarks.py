@@ -164,6 +164,53 @@ def test_the_chosen_scheme_is_what_the_package_does():
     assert SCHEMES[CHOSEN].bytes == 1.0625
 
 
+def test_the_page_about_low_precision_says_what_was_measured():
+    """What docs/fewer_bits.md says, in the committed numbers."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "quantization.json").read_text())
+    assert results["schemes"].keys() == SCHEMES.keys()
+    ours = results["schemes"][results["chosen"]]
+    once = {name: results["schemes"][name]["errors"]["normal"] for name in SCHEMES}
+    assert round(once[CHOSEN], 4) == 0.0074
+    assert round(once["the same codes, nearest"], 4) == round(once["flashoptim"], 4) == 0.0050
+    assert round(once["former format, dithered"], 4) == 0.0049
+    assert round(ours["errors"]["unlike rows"], 2) == 0.13
+    levels = ours["levels"]
+    assert [round(levels[mu]["scatter"], 3) for mu in levels] == [0.011, 0.017, 0.024]
+    exact = results["schemes"]["the same codes, exact scales"]["levels"]["0.999"]
+    assert round(exact["scatter"], 3) == 0.007
+    for level in levels.values():
+        assert abs(level["risen"] - 1) < 0.001
+        assert level["left"] < 0.0002
+    larger = {}
+    for name, of in results["stationary"].items():
+        for mu, each in of.items():
+            low = each["bfloat16"]["variance"]["value"] - 1
+            assert abs(low) < 0.0035
+            larger[name, mu] = each["int8"]["variance"]["value"] - 1
+            if "unlike" not in name:
+                for dtype in ("bfloat16", "int8"):
+                    mean = each[dtype]["mean"]
+                    assert -0.0003 < mean["low"] <= 0 <= mean["high"] < 0.0003
+    assert larger["blocks of 32", "0.9"] < 0.001
+    assert list(larger.values())[1:6] == pytest.approx(
+        [0.003, 0.029, 0.001, 0.004, 0.040], abs=0.0005
+    )
+    assert list(larger.values())[6:] == pytest.approx([0.03, 0.28, 2.2], abs=0.02)
+    for name, row in results["training"].items():
+        low, high = row["difference"]["low"], row["difference"]["high"]
+        assert low < 0 < high
+        if name.startswith("int8"):
+            limit = 0.0005 if name.endswith("mu 0.9") else 0.002
+            assert max(-low, high) < limit * row["float32_loss"]["value"]
+    timed = json.loads((ROOT / "benchmarks" / "results" / "storage-speed.json").read_text())
+    ratios = {
+        dtype: [of[dtype]["ratio"]["median"] for of in timed["shapes"].values()]
+        for dtype in ("bfloat16", "int8")
+    }
+    assert 1.05 < min(ratios["bfloat16"]) <= max(ratios["bfloat16"]) < 1.35
+    assert ratios["int8"] == pytest.approx([2.2, 2.2], abs=0.1)
+
+
 # In the form that the compiler for TPUs writes: a scalar, a copy into memory on the chip under way
 # beside a slice, a fusion that reads both and one array twice, a copy back.
 TPU_PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={...}

@@ -56,7 +56,7 @@ def test_the_page_on_fewer_bits_prints_what_its_comments_say(capsys):
     program = "\n".join(programs("fewer_bits.md"))
     run(program)
     assert capsys.readouterr().out.splitlines() == said(program)
-    assert len(said(program)) == 10
+    assert len(said(program)) == 12
 
 
 def test_the_picture_of_the_readme_shows_what_is_found_today():
