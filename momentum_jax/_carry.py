@@ -17,6 +17,7 @@ import optax
 from jax.core import Tracer
 
 from momentum_jax import _velocity
+from momentum_jax._dispatch import inlined_jit
 from momentum_jax._mixtures import AggMoState, QHMState
 from momentum_jax._momentum import MomentumState, TraceState
 from momentum_jax._residual import ResidualState
@@ -134,7 +135,7 @@ def velocities(state: PyTree, kind: type) -> dict[str, Any]:
 
 
 # Outside jit nothing new can be made on an Explicit mesh, as decoding 8 bits does.
-_decode = _velocity.inlined_jit(_velocity.decode)
+_decode = inlined_jit(_velocity.decode)
 
 
 def _stored_in(state):

@@ -1,6 +1,5 @@
 """Other read-outs of one or several velocities: quasi-hyperbolic and aggregated momentum."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import optax
 from jax import export
 
 from momentum_jax import _velocity
+from momentum_jax._dispatch import by_leaf
 from momentum_jax._hyperparameters import Hyperparameter, check, resolve
 from momentum_jax._momentum import as_optax, incremented, inside, transformation
 from momentum_jax._storage import Stored
@@ -157,7 +157,8 @@ def aggmo(
     mus = _check_mus(mus)
 
     def init(params):
-        return _init(_velocity.concrete(params), velocity_dtype, len(mus))
+        trees, count = _init((velocity_dtype, len(mus)), (_velocity.concrete(params),))
+        return _state(count, trees)
 
     def step(grads, state, overrides):
         if not isinstance(state.velocity, tuple) or len(state.velocity) != len(mus):
@@ -179,7 +180,10 @@ def aggmo(
             (rate, resolve("mu", mu, override, state.count, called=f"mus[{i}]"))
             for i, (mu, override) in enumerate(zip(mus, given or [None] * len(mus), strict=True))
         ]
-        return _update(velocity_dtype, grads, state, each)
+        scales = state.scales or [None] * len(mus)
+        trees = (grads, *state.velocity, *scales)
+        (updates, *trees), count = _update(velocity_dtype, trees, (state.count, each))
+        return updates, _state(count, trees)
 
     return as_optax(AggMoState, init, step, velocity_dtype, learning_rate, *mus)
 
@@ -197,15 +201,32 @@ def _check_sequence(mus):
         )
 
 
-@functools.partial(_velocity.inlined_jit, static_argnums=(1, 2))
-def _init(params, velocity_dtype, number):
+def _state(count, trees):
+    """The state of K velocities, followed by the scales of each."""
+    number = len(trees) // 2
+    scales = trees[number:]
+    return AggMoState(count, tuple(trees[:number]), None if scales[0] is None else tuple(scales))
+
+
+@by_leaf
+def _init(static, trees, _):
+    (velocity_dtype, number), (params,) = static, trees
     several = [_velocity.zeros(params, velocity_dtype) for _ in range(number)]
-    return AggMoState(jnp.zeros([], jnp.int32), *_velocity.joined(several))
+    return _columns(several), jnp.zeros([], jnp.int32)
 
 
-@functools.partial(_velocity.inlined_jit, static_argnums=0)
-def _update(velocity_dtype, grads, state, coefficients):
-    updates, stored = _velocity.advance_together(
-        inside, grads, Stored(*state[1:]), coefficients, state.count, velocity_dtype
+@by_leaf
+def _update(velocity_dtype, trees, shared):
+    (grads, *stored), (count, coefficients) = trees, shared
+    number = len(coefficients)
+    several = [Stored(*pair) for pair in zip(stored[:number], stored[number:], strict=True)]
+    updates, several = _velocity.advance_together(
+        inside, grads, several, coefficients, count, velocity_dtype
     )
-    return updates, AggMoState(incremented(state.count), *stored)
+    return (updates, *_columns(several)), incremented(count)
+
+
+def _columns(several):
+    """The values of each velocity, then the scales of each."""
+    values, scales = zip(*several, strict=True)
+    return *values, *scales

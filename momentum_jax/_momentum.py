@@ -4,7 +4,6 @@ v <- mu * v - learning_rate * g        v starts at 0, mu is usually 0.9
 w <- w + v
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import optax
 from jax import export
 
 from momentum_jax import _velocity
+from momentum_jax._dispatch import by_leaf
 from momentum_jax._hyperparameters import (
     Function,
     Hyperparameter,
@@ -285,7 +285,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     """
     _velocity.check_arrays("param", params)
     _velocity.check_arrays("update", updates)
-    return _add(params, updates)
+    return _add(None, (params, updates))[0]
 
 
 def _looks_ahead(nesterov, mu) -> bool:
@@ -312,13 +312,16 @@ def transformation(
     given = {name: check(name, value) for name, value in hyperparameters.items()}
 
     def init(params):
-        return _init(_velocity.concrete(params), state_type, velocity_dtype)
+        stored, count = _init(velocity_dtype, (_velocity.concrete(params),))
+        return state_type(count, *stored)
 
     def step(grads, state, overrides):
         coefficients = [
             resolve(name, value, overrides.get(name), state.count) for name, value in given.items()
         ]
-        return _update(recurrence, velocity_dtype, grads, state, coefficients)
+        trees = (grads, *state[1:])
+        trees, count = _update((recurrence, velocity_dtype), trees, (state.count, coefficients))
+        return trees[0], state_type(count, *trees[1:])
 
     return as_optax(state_type, init, step, recurrence, velocity_dtype, *given.values())
 
@@ -381,17 +384,21 @@ def incremented(count: jax.Array) -> jax.Array:
 
 
 # Compiled once for all instances: a hyperparameter is an argument, not part of the program.
-@functools.partial(_velocity.inlined_jit, static_argnums=(0, 1))
-def _update(recurrence, velocity_dtype, grads, state, coefficients):
+@by_leaf
+def _update(static, trees, shared):
+    (recurrence, velocity_dtype), (grads, *stored), (count, coefficients) = static, trees, shared
     updates, stored = _velocity.advance(
-        recurrence, grads, Stored(*state[1:]), coefficients, state.count, velocity_dtype
+        recurrence, grads, Stored(*stored), coefficients, count, velocity_dtype
     )
-    return updates, type(state)(incremented(state.count), *stored)
+    return (updates, *stored), incremented(count)
 
 
-_add = _velocity.inlined_jit(_velocity.add)
+@by_leaf
+def _add(_, trees, __):
+    return _velocity.add(*trees), ()
 
 
-@functools.partial(_velocity.inlined_jit, static_argnums=(1, 2))
-def _init(params, state_type, velocity_dtype):
-    return state_type(jnp.zeros([], jnp.int32), *_velocity.zeros(params, velocity_dtype))
+@by_leaf
+def _init(velocity_dtype, trees, _):
+    (params,) = trees
+    return _velocity.zeros(params, velocity_dtype), jnp.zeros([], jnp.int32)

@@ -62,7 +62,7 @@ def hold_like(
 def reshard_like(value: jax.Array, like: jax.Array) -> jax.Array:
     """`value`, in the sharding that is part of the type of `like`: on Explicit axes alone."""
     held = jax.typeof(like).sharding
-    if held.mesh.empty or jax.typeof(value).sharding == held:
+    if not is_explicit(held.mesh) or jax.typeof(value).sharding == held:
         return value
     return jax.sharding.reshard(value, held)
 

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from momentum_jax import _velocity
+from momentum_jax._dispatch import by_leaf
 from momentum_jax._mixtures import AggMoState, QHMState
 from momentum_jax._momentum import MomentumState, TraceState
 from momentum_jax._storage import Stored
@@ -40,7 +41,8 @@ def read_velocity(state: optax.OptState) -> Any:
       >>> print(state.velocity["w"].dtype, mj.read_velocity(state)["w"][0, :3].round(2))
       int8 [-0.5 -0.5 -0.5]
     """
-    return _read(velocities(state))
+    values, scales = zip(*velocities(state), strict=True)
+    return functools.reduce(_put_together, _read(None, (values, scales))[0])
 
 
 def has_velocity(node: Any) -> bool:
@@ -65,9 +67,9 @@ def stored_in(state: Any) -> Stored:
     return Stored(*state[1:])
 
 
-@_velocity.inlined_jit
-def _read(found):
-    return functools.reduce(_put_together, map(_velocity.decode, found))
+@by_leaf
+def _read(_, trees, __):
+    return tuple(_velocity.decode(Stored(*pair)) for pair in zip(*trees, strict=True)), ()
 
 
 def _put_together(one, other):

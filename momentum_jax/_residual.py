@@ -9,6 +9,7 @@ import optax
 from jax import export, lax
 
 from momentum_jax import _velocity
+from momentum_jax._dispatch import by_leaf, inlined_jit
 from momentum_jax._hyperparameters import check_inner
 
 PyTree = Any
@@ -86,7 +87,8 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ResidualState:
-        return ResidualState(inner.init(params), _at_rest(_velocity.concrete(params)))
+        inner_state = inner.init(params)
+        return ResidualState(inner_state, _at_rest(None, (_velocity.concrete(params),))[0])
 
     def update(
         updates: optax.Updates,
@@ -107,7 +109,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         _velocity.check_arrays("update", updates)
         arrays = _velocity.only_where("updates", updates, params)
-        updates, residual = _kept(updates, arrays, state.residual)
+        (updates, residual), _ = _kept(None, (updates, arrays, state.residual))
         return updates, ResidualState(inner_state, residual)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -117,20 +119,20 @@ def _is_narrow(param):
     return jnp.asarray(param).dtype in (jnp.bfloat16, jnp.float16)
 
 
-@_velocity.inlined_jit
-def _at_rest(params):
-    return jax.tree.map(
-        lambda param: (
-            _velocity.zeros_like(param, np.dtype(jnp.bfloat16))
-            if _is_narrow(param)
-            else optax.MaskedNode()
-        ),
-        params,
-    )
+@by_leaf
+def _at_rest(_, trees, __):
+    def leaf(param):
+        if not _is_narrow(param):
+            return optax.MaskedNode()
+        return _velocity.zeros_like(param, np.dtype(jnp.bfloat16))
+
+    return jax.tree.map(leaf, *trees), ()
 
 
-@_velocity.inlined_jit
-def _kept(updates, params, residual):
+@by_leaf
+def _kept(_, trees, __):
+    updates, params, residual = trees
+
     def leaf(path, update, param, residual):
         if _velocity.is_absent(update) or isinstance(residual, optax.MaskedNode):
             return update, residual
@@ -141,10 +143,10 @@ def _kept(updates, params, residual):
     residuals = treedef.flatten_up_to(residual)
     pairs = [leaf(*each, kept) for each, kept in zip(found, residuals, strict=True)]
     updates, residuals = zip(*pairs, strict=True) if pairs else ((), ())
-    return treedef.unflatten(updates), treedef.unflatten(residuals)
+    return (treedef.unflatten(updates), treedef.unflatten(residuals)), ()
 
 
-@_velocity.inlined_jit
+@inlined_jit
 def _kept_leaf(update, param, residual):
     wide = param.astype(np.float32)
     wanted = _velocity.take_in(update, param).astype(np.float32)

@@ -1,5 +1,6 @@
 """Velocities that start anew: where the gradient asks for it, or where the user does."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import optax
 from jax import export
 
 from momentum_jax import _velocity
+from momentum_jax._dispatch import at_once, by_leaf, gathered
 from momentum_jax._hyperparameters import check_inner, check_value
 from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import has_velocity, stored_in, velocities
@@ -125,7 +127,7 @@ def adaptive_restart(
     def init(params: optax.Params) -> AdaptiveRestartState:
         inner_state = inner.init(params)
         velocities(inner_state)
-        return AdaptiveRestartState(inner_state, _copies(_velocity.concrete(params)))
+        return AdaptiveRestartState(inner_state, _copied(None, (_velocity.concrete(params),))[0])
 
     def update(
         updates: optax.Updates,
@@ -207,8 +209,9 @@ def reset_velocity(
     scale = check_value("scale", scale)
     where = True if where is None else where
     found = velocities(state)
-    masks = [_masks(where, stored.values) for stored in found]
-    return _scaled(state, masks, scale, _masks_of_residuals(state, found, masks))
+    masks = tuple(_masks(where, stored.values) for stored in found)
+    of_residuals = _masks_of_residuals(state, found, masks)
+    return _scaled(state, masks, scale, masks_of_residuals=of_residuals)
 
 
 def _masks_of_residuals(state, found, masks):
@@ -223,12 +226,18 @@ def _masks_of_residuals(state, found, masks):
             ours = jax.tree_util.tree_leaves_with_path(velocity)
             # The paths of aggmo's velocity begin with the number of the mu.
             start = 0 if all(path in by_path for path, _ in ours) else 1
-            for (path, _), mask in zip(ours, by_velocity[id(velocity)], strict=True):
+            masks_here = jax.tree.leaves(by_velocity[id(velocity)])
+            for (path, _), mask in zip(ours, masks_here, strict=True):
                 by_path[path[start:]] = by_path[path[start:]] | mask
-        return [by_path[path] for path, leaf in leaves if not _velocity.is_absent(leaf)]
+        here = [by_path[path] for path, leaf in leaves if not _velocity.is_absent(leaf)]
+        return jax.tree.structure(node.residual).unflatten(here)
 
+    return tuple(map(of, _residuals(state)))
+
+
+def _residuals(state):
     nodes = jax.tree.leaves(state, is_leaf=_has_residual)
-    return [of(node) for node in nodes if _has_residual(node)]
+    return [node for node in nodes if _has_residual(node)]
 
 
 def _has_residual(node):
@@ -236,10 +245,11 @@ def _has_residual(node):
 
 
 def _masks(where, velocity):
-    """A mask, or a boolean, for each leaf of the velocity, in a list."""
-    leaves = jax.tree_util.tree_leaves_with_path(velocity)
+    """A mask, or a boolean, for each leaf of the velocity, in a tree like it."""
     if callable(where):
-        return [_check_mask(path, leaf, where(path)) for path, leaf in leaves]
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _check_mask(path, leaf, where(path)), velocity
+        )
     try:
         spread = jax.tree.map(
             lambda mask, part: jax.tree.map(lambda _: mask, part), where, velocity
@@ -250,10 +260,7 @@ def _masks(where, velocity):
             f"the velocity is {jax.tree.structure(velocity)}. Give None for all, a tree of "
             "booleans like the params, or a function of a leaf's path that says whether."
         ) from error
-    return [
-        _check_mask(path, leaf, mask)
-        for (path, leaf), mask in zip(leaves, jax.tree.leaves(spread), strict=True)
-    ]
+    return jax.tree_util.tree_map_with_path(_check_mask, velocity, spread)
 
 
 def _check_mask(path, leaf, mask):
@@ -271,45 +278,73 @@ def _check_mask(path, leaf, mask):
     return mask
 
 
-@_velocity.inlined_jit
-def _scaled(state, masks, scale, masks_of_residuals=None):
-    masks = iter(masks)
-    masks_of_residuals = None if masks_of_residuals is None else iter(masks_of_residuals)
+def _scaled(state, masks, scale, *, when=None, masks_of_residuals=()):
+    """The state with its velocities scaled; its residuals too, if there are masks for them."""
+    parts = jax.tree.leaves(state, is_leaf=has_velocity)
+    held = [part for part in parts if has_velocity(part)]
+    values, scales = zip(*map(stored_in, held), strict=True)
+    # Within another library's own wrapper of an array, if it is in one.
+    counts = [jax.tree.leaves(part.count)[0] for part in held]
+    residuals = [node.residual for node in _residuals(state)] if masks_of_residuals else []
+    trees = values, scales, masks, residuals, masks_of_residuals
+    (stored, residuals), _ = _rescaled(None, trees, (scale, counts, when))
+    stored, residuals = iter(stored), iter(residuals)
 
     def part(node):
         if has_velocity(node):
-            # Within another library's own wrapper of an array, if it is in one.
-            (count,) = jax.tree.leaves(node.count)
-            stored = _velocity.rescale(stored_in(node), scale, next(masks), count)
-            return type(node)(node.count, *stored)
+            return type(node)(node.count, *next(stored))
         if not _has_residual(node):
             return node
-        inner_state = parts(node.inner_state)
-        if masks_of_residuals is None:
-            return node._replace(inner_state=inner_state)
-        # At any other scale it stays: it is part of the params.
-        factor, masks_here = jnp.asarray(scale) != 0, next(masks_of_residuals)
-        residual = _velocity.rescale(Stored(node.residual), factor, masks_here, jnp.uint32(0))
-        return ResidualState(inner_state, residual.values)
+        inner_state = replaced(node.inner_state)
+        return ResidualState(inner_state, next(residuals, node.residual))
 
-    def parts(state):
+    def replaced(state):
         return jax.tree.map(
             part, state, is_leaf=lambda node: has_velocity(node) or _has_residual(node)
         )
 
-    return parts(state)
+    return replaced(state)
 
 
-@_velocity.inlined_jit
-def _copies(params):
-    return _velocity.copies(params)
+@by_leaf
+def _rescaled(_, trees, shared):
+    values, scales, masks, residuals, masks_of_residuals = trees
+    scale, counts, when = shared
+    if when is not None:
+        masks = jax.tree.map(lambda mask: mask & when, masks)
+    stored = [
+        tuple(_velocity.rescale(Stored(*each[:2]), scale, *each[2:]))
+        for each in zip(values, scales, masks, counts, strict=True)
+    ]
+    # At any other scale they stay: they are part of the params.
+    factor = jnp.asarray(scale) != 0
+    residuals = [
+        _velocity.rescale(Stored(residual), factor, mask, jnp.uint32(0)).values
+        for residual, mask in zip(residuals, masks_of_residuals, strict=True)
+    ]
+    return (stored, residuals), ()
 
 
-@_velocity.inlined_jit
+@by_leaf
+def _copied(_, trees, __):
+    return _velocity.copies(*trees), ()
+
+
+@at_once
 def _restarted(grads, params, state):
-    moved, params = _velocity.movement(params, state.last_params)
-    uphill = _velocity.inner_product(grads, moved, "params")
+    params, uphill = _moved(None, (grads, params, state.last_params))
     turns = (uphill > 0) & jnp.isfinite(uphill)
     # The residuals stay: no param was set by hand.
-    masks = [_masks(turns, stored.values) for stored in velocities(state.inner_state)]
-    return _scaled(state.inner_state, masks, 0.0), params
+    masks = tuple(_masks(True, stored.values) for stored in velocities(state.inner_state))
+    return _scaled(state.inner_state, masks, 0.0, when=turns), params
+
+
+def _sum(values):
+    return functools.reduce(jnp.add, gathered(values))
+
+
+@functools.partial(by_leaf, combine=_sum)
+def _moved(_, trees, __):
+    grads, params, last_params = trees
+    moved, params = _velocity.movement(params, last_params)
+    return params, _velocity.inner_product(grads, moved, "params")

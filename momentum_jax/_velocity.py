@@ -15,6 +15,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
+from momentum_jax._dispatch import inlined_jit
 from momentum_jax._placement import give_out, is_explicit, reshard_like
 from momentum_jax._placement import hold_like as hold_like
 from momentum_jax._placement import take_in as take_in
@@ -37,11 +38,6 @@ PyTree = Any
 Recurrence = Callable[..., tuple[jax.Array, jax.Array]]
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
-
-# Compiled when called from Python; within another program, operations of that program. From
-# JAX 0.11 `inline=True` would make a function of that program, with one lowering for equal calls.
-_inline = getattr(jax, "Inline", None)
-inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
 
 _LEAVE_OUT = (
     "To leave the param out, give None as its gradient or update, or give it "
@@ -194,11 +190,11 @@ def advance(
 def advance_together(
     recurrence: Recurrence,
     grads: PyTree,
-    stored: Stored,
+    several: Sequence[Stored],
     coefficients: Sequence[Sequence[Any]],
     count: jax.Array,
     velocity_dtype: np.dtype | None,
-) -> tuple[PyTree, Stored]:
+) -> tuple[PyTree, Sequence[Stored]]:
     """Advances several velocities by the same gradients; the updates are the mean of theirs."""
 
     def widened(grad):
@@ -214,22 +210,10 @@ def advance_together(
     wide = jax.tree.map(widened, grads, is_leaf=is_absent)
     pairs = [
         advance(recurrence, wide, one, each, count, velocity_dtype)
-        for one, each in zip(apart(stored), coefficients, strict=True)
+        for one, each in zip(several, coefficients, strict=True)
     ]
     updates, advanced = zip(*pairs, strict=True)
-    return jax.tree.map(mean, grads, *updates, is_leaf=is_absent), joined(advanced)
-
-
-def apart(stored: Stored) -> list[Stored]:
-    """Several velocities that are stored in one tuple, one by one."""
-    scales = stored.scales or [None] * len(stored.values)
-    return [Stored(*pair) for pair in zip(stored.values, scales, strict=True)]
-
-
-def joined(several: Sequence[Stored]) -> Stored:
-    """Several velocities, stored in one tuple."""
-    values, scales = zip(*several, strict=True)
-    return Stored(values, None if scales[0] is None else scales)
+    return jax.tree.map(mean, grads, *updates, is_leaf=is_absent), advanced
 
 
 def leaves_of(stored: Stored) -> tuple[list[tuple[Any, Stored]], Any]:
@@ -267,7 +251,7 @@ def decode(stored: Stored) -> PyTree:
     return treedef.unflatten(codec_of(one).decode(one) for _, one in leaves)
 
 
-def rescale(stored: Stored, factor: Any, masks: Iterable[Any], count: jax.Array) -> Stored:
+def rescale(stored: Stored, factor: Any, masks: PyTree, count: jax.Array) -> Stored:
     """`factor * stored` where the mask of a leaf says so; 0 if the factor is, whatever it was."""
     # Of states that were stacked, by vmap or scan, there are several counts.
     seed = seed_of(jnp.max(jnp.asarray(count)))
@@ -282,14 +266,17 @@ def rescale(stored: Stored, factor: Any, masks: Iterable[Any], count: jax.Array)
         return codec_of(one).rescale(one, jnp.asarray(factor), mask, seed)
 
     leaves, treedef = leaves_of(stored)
-    pairs = zip(leaves, masks, strict=True)
+    pairs = zip(leaves, treedef.flatten_up_to(masks), strict=True)
     return together(treedef, [leaf(one, mask) for (_, one), mask in pairs], stored)
 
 
 def inner_product(grads: PyTree, held: PyTree, name: str = "velocity") -> jax.Array:
     """The sum of `grad * held` over all leaves that have a gradient; real, at least float32."""
     total = jnp.zeros((), jnp.float32)
-    for _, grad, leaf in _wide_pairs(grads, held, name):
+    for path, grad, leaf in zip_leaves("gradients", grads, name, held)[1]:
+        if is_absent(grad):
+            continue
+        grad, leaf = _wide(name, path, grad, leaf)
         product = jnp.sum(jnp.real(grad.conj() * leaf))
         width = np.promote_types(total.dtype, product.dtype)
         total = total.astype(width) + product.astype(width)
@@ -314,21 +301,23 @@ class Products(NamedTuple):
     h_exponent: jax.Array
 
 
-def products(grads: PyTree, held: PyTree) -> Products:
-    """The `Products` over all leaves that have a gradient; real, at least float32."""
-    total = None
-    for found in products_by_leaf(grads, held).values():
-        total = found if total is None else _sum_of_products(total, found)
+def products(grads: PyTree, held: PyTree) -> PyTree:
+    """The `Products` of each leaf that has a gradient, in a tree like the gradients."""
+    treedef, found = zip_leaves("gradients", grads, "velocity", held)
+
+    def leaf(path, grad, one):
+        if is_absent(grad):
+            return None
+        return _products(*map(_real_parts, _wide("velocity", path, grad, one)))
+
+    return treedef.unflatten(leaf(*each) for each in found)
+
+
+def sum_of_products(several: Iterable[Products]) -> Products:
+    """The `Products` over all leaves."""
     zero, exponent = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return total or Products(zero, zero, zero, exponent, exponent)
-
-
-def products_by_leaf(grads: PyTree, held: PyTree) -> dict[str, Products]:
-    """The `Products` of each leaf that has a gradient, by its path."""
-    return {
-        jax.tree_util.keystr(path): _products(_real_parts(grad), _real_parts(leaf))
-        for path, grad, leaf in _wide_pairs(grads, held)
-    }
+    several = list(several) or [Products(zero, zero, zero, exponent, exponent)]
+    return functools.reduce(_sum_of_two, several)
 
 
 def times_power_of_2(x: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -350,7 +339,7 @@ def exponent_of(x: jax.Array) -> jax.Array:
     return jnp.where(usual, exponent, jnp.int32(jnp.finfo(x.dtype).minexp))
 
 
-def _sum_of_products(first, second):
+def _sum_of_two(first, second):
     width = np.promote_types(first.gg.dtype, second.gg.dtype)
     g = jnp.maximum(first.g_exponent, second.g_exponent)
     h = jnp.maximum(first.h_exponent, second.h_exponent)
@@ -388,20 +377,17 @@ def _real_parts(x):
     return [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
 
 
-def _wide_pairs(grads, held, name="velocity"):
-    """(path, gradient, what is held) of each leaf that has a gradient, both in one wide dtype."""
-    for path, grad, leaf in zip_leaves("gradients", grads, name, held)[1]:
-        if is_absent(grad):
-            continue
-        grad, leaf = arrays("gradient", path, grad, name, leaf)
-        if leaf.dtype == np.int8 and jnp.issubdtype(grad.dtype, jnp.inexact):
-            raise TypeError(
-                f"the {name} {at(path)} is int8: codes, which mean nothing without their scales. "
-                "Give momentum_jax.read_velocity(state)."
-            )
-        check_gradient_dtype(path, grad.dtype, leaf.dtype)
-        dtype = np.promote_types(compute_dtype(grad.dtype), compute_dtype(leaf.dtype))
-        yield path, take_in(grad.astype(dtype), leaf), leaf.astype(dtype)
+def _wide(name, path, grad, leaf):
+    """A gradient and what is held for its param, both in one wide dtype."""
+    grad, leaf = arrays("gradient", path, grad, name, leaf)
+    if leaf.dtype == np.int8 and jnp.issubdtype(grad.dtype, jnp.inexact):
+        raise TypeError(
+            f"the {name} {at(path)} is int8: codes, which mean nothing without their scales. "
+            "Give momentum_jax.read_velocity(state)."
+        )
+    check_gradient_dtype(path, grad.dtype, leaf.dtype)
+    dtype = np.promote_types(compute_dtype(grad.dtype), compute_dtype(leaf.dtype))
+    return take_in(grad.astype(dtype), leaf), leaf.astype(dtype)
 
 
 # On the host: outside jit nothing new can be made on an Explicit mesh.

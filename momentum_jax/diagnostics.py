@@ -6,12 +6,14 @@ it in the state of a chain, let `optax.monitor` measure behind `momentum` (its u
 velocity) with the gradient as an extra argument, or keep the gradient with `optax.snapshot`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from momentum_jax import _velocity
+from momentum_jax._dispatch import at_once, by_leaf, gathered, inlined_jit
 from momentum_jax._hyperparameters import check_value
 
 PyTree = Any
@@ -134,7 +136,11 @@ def measure_by_leaf(
     """
     learning_rate, mu = _check(learning_rate, mu)
     _velocity.check_arrays("gradient", grads)
-    return _measure_by_leaf(grads, velocity, learning_rate, mu)
+    found, _ = _measure_by_leaf(None, (grads, velocity), (learning_rate, mu))
+    leaves = jax.tree_util.tree_leaves_with_path(
+        found, is_leaf=lambda node: isinstance(node, Measurement)
+    )
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def _check(learning_rate, mu):
@@ -143,24 +149,40 @@ def _check(learning_rate, mu):
     return learning_rate, 1.0 - mu if isinstance(mu, float) else _rest(mu)
 
 
-@_velocity.inlined_jit
+@inlined_jit
 def _rest(mu):
     return 1 - mu.astype(jnp.promote_types(mu.dtype, jnp.float32))
 
 
-@_velocity.inlined_jit
+@at_once
 def _measure(grads, velocity, learning_rate, rest, loss):
-    return _of_products(_velocity.products(grads, velocity), learning_rate, rest, loss)
+    _, products = _products(None, (grads, velocity))
+    return _of_products(*gathered([products, learning_rate, rest, loss]))
 
 
-@_velocity.inlined_jit
-def _measure_by_leaf(grads, velocity, learning_rate, rest):
-    return {
-        path: _of_products(products, learning_rate, rest, None)
-        for path, products in _velocity.products_by_leaf(grads, velocity).items()
-    }
+def _sum(several):
+    return _velocity.sum_of_products(gathered(several))
 
 
+@functools.partial(by_leaf, combine=_sum)
+def _products(_, trees, __):
+    found = _velocity.products(*trees)
+    return (), _velocity.sum_of_products(jax.tree.leaves(found, is_leaf=_is_products))
+
+
+@by_leaf
+def _measure_by_leaf(_, trees, shared):
+    found = _velocity.products(*trees)
+    return jax.tree.map(
+        lambda one: _of_products(one, *shared, None), found, is_leaf=_is_products
+    ), ()
+
+
+def _is_products(node):
+    return isinstance(node, _velocity.Products)
+
+
+@inlined_jit
 def _of_products(products, learning_rate, rest, loss):
     gg, gv, vv, g_exponent, v_exponent = products
     learning_rate, rest = (jnp.asarray(value, vv.dtype) for value in (learning_rate, rest))

@@ -85,6 +85,7 @@ import optax
 
 from momentum_jax import _carry, _velocity
 from momentum_jax._carry import ToParams
+from momentum_jax._dispatch import inlined_jit
 from momentum_jax._hyperparameters import (
     Hyperparameter,
     check,
@@ -851,7 +852,7 @@ def _decayed(updates, params, *factors):
     return treedef.unflatten(leaf(*pair) for pair in pairs)
 
 
-@_velocity.inlined_jit
+@inlined_jit
 def _decayed_leaf(g, w, *factors):
     dtype = np.promote_types(g.dtype, w.dtype)
     product = w.astype(dtype)
@@ -860,7 +861,7 @@ def _decayed_leaf(g, w, *factors):
     return _velocity.give_out(_velocity.take_in(g, w).astype(dtype) + product)
 
 
-@_velocity.inlined_jit
+@inlined_jit
 def _scaled_leaf(g, rate):
     return -jnp.asarray(rate, g.dtype) * g
 

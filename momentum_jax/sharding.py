@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from momentum_jax import _velocity
+from momentum_jax._dispatch import inlined_jit
 from momentum_jax._hyperparameters import check_inner
 from momentum_jax._placement import axes, hold_like, is_explicit, reshard_like
 
@@ -90,7 +91,7 @@ def zero1(
     check_inner(inner)
     inner = optax.with_extra_args_support(inner)
     # Compiled programs belong to this function, and go when it goes.
-    start = _velocity.inlined_jit(
+    start = inlined_jit(
         functools.partial(_init, inner.init, mesh, axis),
         static_argnums=(0, 1, 2),
         keep_unused=True,

@@ -1,0 +1,188 @@
+"""Compiled functions called from Python: one dispatch, or one per group of devices.
+
+The params of a model may be on several devices or meshes, such as the stages of a pipeline. No
+compiled program takes arrays of two of them, so each group of leaves gets a call of its own.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
+
+PyTree = Any
+Path = tuple[Any, ...]
+# Of arrays that may be in one program: their devices, in order; on Explicit axes their mesh.
+Group = tuple[jax.Device, ...] | Mesh
+
+# Compiled when called from Python; within another program, operations of that program. From
+# JAX 0.11 `inline=True` would make a function of that program, with one lowering for equal calls.
+_inline = getattr(jax, "Inline", None)
+inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
+
+
+def by_leaf(
+    function: Callable[[Any, Any, Any], tuple[Any, Any]],
+    *,
+    combine: Callable[[Sequence[Any]], Any] = lambda results: results[0],
+) -> Callable[..., tuple[Any, Any]]:
+    """Compiles a function that treats the leaves of trees one by one.
+
+    Args:
+      function: `(static, trees, shared) -> (trees, result)`. `static` is hashable. Arrays under
+        one path in several of the trees belong together; with None in place of some of them it
+        must return the same for the others, and None for these. `shared` are scalars that all
+        need.
+      combine: makes one result of those of several groups, which are on their devices.
+
+    Returns:
+      The function, whose calls are one dispatch, or one per group of devices.
+    """
+    compiled = inlined_jit(function, static_argnums=0)
+
+    def call(static: Any, trees: PyTree, shared: PyTree = ()) -> tuple[Any, Any]:
+        try:
+            return compiled(static, trees, shared)
+        except ValueError:
+            if len(_groups_in((trees, shared))) < 2:
+                raise
+        # The function's own errors come first, before anything is done.
+        jax.eval_shape(functools.partial(function, static), *_placeless((trees, shared)))
+        group_at, groups = _groups(trees, shared)
+        results = [
+            compiled(static, _only(group, group_at, trees), _moved(shared, sharding))
+            for group, sharding in groups.items()
+        ]
+        outputs, shared_results = zip(*results, strict=True)
+        return functools.reduce(_merged, outputs), combine(shared_results)
+
+    return call
+
+
+def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function of others that are made by `by_leaf`.
+
+    Where its arguments are on several devices, it runs as Python, and they are dispatched apart.
+    """
+    compiled = inlined_jit(function)
+
+    def call(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except ValueError:
+            if len(_groups_in(args)) < 2:
+                raise
+        return function(*args)
+
+    return call
+
+
+def gathered(values: Sequence[Any]) -> list[Any]:
+    """Trees of scalars that several groups of devices hold, on the devices of the first."""
+    bound = [x for x in jax.tree.leaves(values) if _group_of(x) is not None]
+    return [_moved(value, bound[0].sharding) for value in values] if bound else list(values)
+
+
+def _placeless(tree: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+            if isinstance(x, jax.Array)
+            else x
+        ),
+        tree,
+    )
+
+
+def _group_of(x: Any) -> Group | None:
+    """The group of an array that is bound to devices."""
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.committed:
+        return None
+    return _group_with(x.sharding)
+
+
+def _group_with(sharding: Any) -> Group:
+    mesh: Any = getattr(sharding, "mesh", None)
+    if mesh is None:
+        return tuple(sorted(sharding.device_set, key=lambda device: device.id))
+    return mesh if AxisType.Explicit in mesh.axis_types else tuple(mesh.devices.flat)
+
+
+def _groups_in(tree: PyTree) -> set[Group]:
+    return {group for group in map(_group_of, jax.tree.leaves(tree)) if group is not None}
+
+
+def _groups(trees: PyTree, shared: PyTree) -> tuple[dict[Path, Group], dict[Group, Sharding]]:
+    """The group of each path, and all groups, each with a sharding for what it shares.
+
+    The group on whose devices the shared values are comes first.
+    """
+    group_at: dict[Path, Group] = {}
+    shardings: dict[Group, Sharding] = {}
+    for tree in trees:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            group = _group_of(leaf)
+            if group is None:
+                continue
+            if group_at.setdefault(path, group) != group:
+                raise ValueError(
+                    f"arrays that belong together at {jax.tree_util.keystr(path) or 'the root'} "
+                    f"are on different devices, {_listed(group_at[path])} and {_listed(group)}. "
+                    "Move them to one with jax.device_put: a gradient and a velocity must be where "
+                    "their param is."
+                )
+            shardings.setdefault(group, _replicated(leaf.sharding, group))
+    first = next((g for g in _groups_in(shared) if g in shardings), next(iter(shardings)))
+    return group_at, {first: shardings.pop(first), **shardings}
+
+
+def _replicated(sharding: Any, group: Group) -> Sharding:
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None:
+        return NamedSharding(mesh, PartitionSpec())
+    devices = tuple(sharding.device_set)
+    if len(devices) == 1:
+        return SingleDeviceSharding(devices[0])
+    return NamedSharding(Mesh(np.array(group), ("devices",)), PartitionSpec())
+
+
+def _only(group: Group, group_at: dict[Path, Group], trees: PyTree) -> PyTree:
+    """The trees, with None in place of the arrays of other groups."""
+    first = next(iter(group_at.values()))
+
+    def leaf(path, x):
+        return x if group_at.get(path, first) == group else None
+
+    return tuple(jax.tree_util.tree_map_with_path(leaf, tree) for tree in trees)
+
+
+def _moved(tree: PyTree, sharding: Sharding) -> PyTree:
+    """The tree, with its arrays that are bound to another group's devices on those of this one."""
+    stay = (None, _group_with(sharding))
+    return jax.tree.map(lambda x: x if _group_of(x) in stay else jax.device_put(x, sharding), tree)
+
+
+def _merged(one: PyTree, other: PyTree) -> PyTree:
+    """Of each leaf, and each subtree, the one that is there."""
+    if one is None or other is None:
+        return other if one is None else one
+    children, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return one
+    return treedef.unflatten(map(_merged, children, treedef.flatten_up_to(other)))
+
+
+def _listed(group: Group) -> str:
+    if isinstance(group, Mesh):
+        return str(group)
+    return ", ".join(map(str, group[:4])) + (", ..." if len(group) > 4 else "")
