@@ -4,6 +4,7 @@ Python and NumPy numbers become Python floats, so that no type of number compile
 arrays pass as they are.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -102,11 +103,13 @@ def resolve(name: str, given: Any, override: Any, count: Any, *, called: str = "
 class Function:
     """A function that is equal to another one if both were made of equal parts.
 
-    So transformations with equal hyperparameters are equal, and may be static arguments of jit.
+    Schedules and transformations with equal arguments are equal, and may be static arguments of
+    jit.
     """
 
     def __init__(self, function: Callable[..., Any], *parts: Any) -> None:
         """Parts are compared by value; arrays and functions by identity."""
+        functools.update_wrapper(self, function)
         self._function = function
         self._parts = tuple(map(_comparable, parts))
 
@@ -121,6 +124,15 @@ class Function:
     def __hash__(self) -> int:
         """By the parts."""
         return hash(self._parts)
+
+
+def by_value(
+    tx: optax.GradientTransformationExtraArgs, *parts: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, equal to others that are made of equal parts."""
+    return optax.GradientTransformationExtraArgs(
+        Function(tx.init, "init", *parts), Function(tx.update, "update", *parts)
+    )
 
 
 class _Identity:

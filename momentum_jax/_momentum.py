@@ -15,8 +15,8 @@ from jax import export
 from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf
 from momentum_jax._hyperparameters import (
-    Function,
     Hyperparameter,
+    by_value,
     check,
     check_flag,
     is_zero,
@@ -349,9 +349,7 @@ def as_optax(
         _velocity.check_arrays("gradient", updates)
         return step(updates, state, extra_args)
 
-    return optax.GradientTransformationExtraArgs(
-        Function(init, "init", state_type, *parts), Function(update, "update", state_type, *parts)
-    )
+    return by_value(optax.GradientTransformationExtraArgs(init, update), state_type, *parts)
 
 
 def _check_state(updates: Any, state: Any, state_type: type) -> None:

@@ -10,7 +10,7 @@ from jax import export, lax
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf, inlined_jit
-from momentum_jax._hyperparameters import check_inner
+from momentum_jax._hyperparameters import by_value, check_inner
 
 PyTree = Any
 
@@ -84,7 +84,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
       De Sa (2020), Revisiting BFloat16 training, algorithm 3.
     """
     check_inner(inner)
-    inner = optax.with_extra_args_support(inner)
+    given, inner = inner, optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ResidualState:
         inner_state = inner.init(params)
@@ -112,7 +112,8 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
         (updates, residual), _ = _kept(None, (updates, arrays, state.residual))
         return updates, ResidualState(inner_state, residual)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return by_value(tx, "keep_residual", given)
 
 
 def _is_narrow(param):

@@ -12,7 +12,7 @@ from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import at_once, by_leaf, gathered
-from momentum_jax._hyperparameters import check_inner, check_value
+from momentum_jax._hyperparameters import by_value, check_inner, check_value
 from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import has_velocity, stored_in, velocities
 from momentum_jax._residual import ResidualState
@@ -122,7 +122,7 @@ def adaptive_restart(
       section 3.2, the gradient scheme.
     """
     check_inner(inner)
-    inner = optax.with_extra_args_support(inner)
+    given, inner = inner, optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AdaptiveRestartState:
         inner_state = inner.init(params)
@@ -152,7 +152,8 @@ def adaptive_restart(
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
         return updates, AdaptiveRestartState(inner_state, last_params)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return by_value(tx, "adaptive_restart", given)
 
 
 def _check_one_decision(*trees):

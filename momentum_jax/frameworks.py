@@ -88,6 +88,7 @@ from momentum_jax._carry import ToParams
 from momentum_jax._dispatch import inlined_jit
 from momentum_jax._hyperparameters import (
     Hyperparameter,
+    by_value,
     check,
     check_flag,
     check_value,
@@ -156,6 +157,7 @@ def torch_sgd(
     """
     lr, momentum = check("lr", lr), check("momentum", momentum)
     dampening = check_value("dampening", dampening)
+    weight_decay = check_value("weight_decay", weight_decay)
     nesterov, maximize = check_flag("nesterov", nesterov), check_flag("maximize", maximize)
     # Of traced values nothing is known.
     dampened = is_known(dampening) and not is_zero(dampening)
@@ -170,7 +172,8 @@ def torch_sgd(
     steps += _coupled_decay(weight_decay)
     if not _is_off(momentum):
         steps.append(_torch_trace(momentum, nesterov, dampening))
-    return _chain(*steps, _scale(lr), has_velocity=not _is_off(momentum))
+    tx = _chain(*steps, _scale(lr), has_velocity=not _is_off(momentum))
+    return by_value(tx, "torch_sgd", lr, momentum, dampening, weight_decay, nesterov, maximize)
 
 
 def keras_sgd(
@@ -217,9 +220,10 @@ def keras_sgd(
         step: Any = _chain(_scale(learning_rate), has_velocity=False)
     else:
         step = _momentum(learning_rate, momentum, nesterov=nesterov and not is_zero(momentum))
-    if weight_decay is None:
-        return step
-    return _chain(step, *_decoupled_decay(weight_decay, learning_rate))
+    if weight_decay is not None:
+        weight_decay = check_value("weight_decay", weight_decay)
+        step = _chain(step, *_decoupled_decay(weight_decay, learning_rate))
+    return by_value(step, "keras_sgd", learning_rate, momentum, nesterov, weight_decay)
 
 
 def caffe_sgd(
@@ -257,7 +261,9 @@ def caffe_sgd(
       its tutorial on the solver.
     """
     base_lr, momentum = check("base_lr", base_lr), check("momentum", momentum)
-    return _chain(*_coupled_decay(weight_decay), _momentum(base_lr, momentum))
+    weight_decay = check_value("weight_decay", weight_decay)
+    tx = _chain(*_coupled_decay(weight_decay), _momentum(base_lr, momentum))
+    return by_value(tx, "caffe_sgd", base_lr, momentum, weight_decay)
 
 
 def optax_sgd(
@@ -293,12 +299,12 @@ def optax_sgd(
     Source:
       Optax' documentation of optax.sgd and optax.trace.
     """
-    step = _scale(check("learning_rate", learning_rate))
+    learning_rate = check("learning_rate", learning_rate)
     nesterov = check_flag("nesterov", nesterov)
-    if momentum is None:
-        return _chain(step, has_velocity=False)
-    mu = check("mu", momentum, called="momentum")
-    return _chain(trace(mu, nesterov=nesterov and not is_zero(mu)), step)
+    mu = None if momentum is None else check("mu", momentum, called="momentum")
+    steps = [] if mu is None else [trace(mu, nesterov=nesterov and not is_zero(mu))]
+    tx = _chain(*steps, _scale(learning_rate), has_velocity=mu is not None)
+    return by_value(tx, "optax_sgd", learning_rate, mu, nesterov)
 
 
 def torch_hyperparameters(
@@ -814,7 +820,6 @@ def _decoupled_decay(weight_decay, learning_rate):
 
 def _decays(weight_decay):
     """The decay, as a list that is empty where there is none."""
-    weight_decay = check_value("weight_decay", weight_decay)
     return [] if _is_off(weight_decay) else [weight_decay]
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from momentum_jax._hyperparameters import Number, require, require_whole
+from momentum_jax._hyperparameters import Function, Number, require, require_whole
 
 
 def sutskever(mu_max: Number = 0.99, period: Number = 250) -> optax.Schedule:
@@ -49,7 +49,7 @@ def sutskever(mu_max: Number = 0.99, period: Number = 250) -> optax.Schedule:
         # 1 is added to a float: to the largest count it would be the smallest.
         return jnp.minimum(1 - 0.5 / (_float(periods) + 1), highest)
 
-    return mu
+    return Function(mu, "sutskever", highest, length)
 
 
 def nesterov() -> optax.Schedule:
@@ -71,8 +71,12 @@ def nesterov() -> optax.Schedule:
       O(1/k^2), in the form of O'Donoghue and Candes (2015), Adaptive restart for accelerated
       gradient schemes.
     """
-    # 3 is added to a float: to the largest counts it would be a negative number.
-    return lambda count: jnp.minimum(_float(count) / (_float(count) + 3), 1)
+
+    def mu(count):
+        # 3 is added to a float: to the largest counts it would be a negative number.
+        return jnp.minimum(_float(count) / (_float(count) + 3), 1)
+
+    return Function(mu, "nesterov")
 
 
 def demon(total_steps: Number, mu_init: Number = 0.9) -> optax.Schedule:
@@ -110,7 +114,7 @@ def demon(total_steps: Number, mu_init: Number = 0.9) -> optax.Schedule:
         left = _part_left(jnp.asarray(count), total)
         return jnp.minimum(start * left / (1 - start + start * left), start)
 
-    return mu
+    return Function(mu, "demon", total, start)
 
 
 def _part_left(count, total):

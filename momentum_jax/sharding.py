@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
-from momentum_jax._hyperparameters import check_inner
+from momentum_jax._hyperparameters import by_value, check_inner
 from momentum_jax._placement import axes, hold_like, is_explicit, reshard_like
 
 PyTree = Any
@@ -89,7 +89,7 @@ def zero1(
     """
     _check(mesh, axis)
     check_inner(inner)
-    inner = optax.with_extra_args_support(inner)
+    given, inner = inner, optax.with_extra_args_support(inner)
     # Compiled programs belong to this function, and go when it goes.
     start = inlined_jit(
         functools.partial(_init, inner.init, mesh, axis),
@@ -148,7 +148,8 @@ def zero1(
         updates, new = _run(advance, mesh, (grads, state, part, extra_args), whole, sharding)
         return _alike(updates, whole, mesh), _alike(new, before, mesh)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return by_value(tx, "zero1", given, mesh, axis, strict)
 
 
 def unsplit(params: PyTree, mesh: Mesh, axis: str = "data") -> dict[str, tuple[int, ...]]:
