@@ -50,13 +50,15 @@ def hold_like(
     value = reshard_like(value, like)
     if not _is_open(like) or like.ndim == 0:
         return value
-    given = () if isinstance(backward, bool) else (backward,)
+    given = value
+    value, like = on_device((value, like))
+    condition = () if isinstance(backward, bool) else (backward,)
     direction = "NONE" if backward is False else "BACKWARD"
-    once = _barrier(value, direction, *given)
-    twice = _barrier(once, direction, *given)
+    once = _barrier(value, direction, *condition)
+    twice = _barrier(once, direction, *condition)
     # Chosen by `like`, it takes its sharding. Until the shardings are known, no compiler sees that
     # both choices are equal; then the barriers go, and with them the comparison and the choice.
-    return jnp.where(like == jnp.zeros((), like.dtype), once, twice)
+    return in_memory_of(given, jnp.where(like == jnp.zeros((), like.dtype), once, twice))
 
 
 def reshard_like(value: jax.Array, like: jax.Array) -> jax.Array:
@@ -98,15 +100,40 @@ def merge_axes(value: jax.Array, axis: int) -> jax.Array:
 
 def zeros_like(param: jax.Array, dtype: np.dtype) -> jax.Array:
     """Zeros of the param's shape, in its sharding and its memory."""
-    # Arrays in the memory of the host cannot be compared.
-    space = getattr(jax.typeof(param), "memory_space", None)
-    is_on_host = space is not None and space != jax.memory.Space.Device
-    param = jax.device_put(param, jax.memory.Space.Device) if is_on_host else param
+    given, param = param, on_device(param)
     # Under jit, fresh zeros would be whole on each device, and invariant within shard_map.
     zero = jnp.zeros((), dtype)
     zeros = jnp.where(param == jnp.zeros((), param.dtype), zero, zero)
-    zeros = hold_like(zeros, param, backward=True)
-    return jax.device_put(zeros, space) if is_on_host else zeros
+    return in_memory_of(given, hold_like(zeros, param, backward=True))
+
+
+def on_device(tree: Any) -> Any:
+    """The tree, with what is in the memory of the host brought to that of the device.
+
+    No program computes with arrays of two memories, nor on every device with those of the host.
+    """
+    return jax.tree.map(
+        lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x, tree
+    )
+
+
+def in_memory_of(like: Any, tree: Any) -> Any:
+    """The tree, with each array in the memory of its counterpart in `like`."""
+    return jax.tree.map(
+        lambda given, x: jax.device_put(x, _memory_of(given)) if _is_on_host(given) else x,
+        like,
+        tree,
+    )
+
+
+def _is_on_host(x):
+    space = _memory_of(x)
+    return space is not None and space != jax.memory.Space.Device
+
+
+def _memory_of(x):
+    """None where JAX does not say it in the array's type, as before 0.8."""
+    return getattr(jax.typeof(x), "memory_space", None)
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:

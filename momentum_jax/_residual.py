@@ -11,6 +11,7 @@ from jax import export, lax
 from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf, inlined_jit
 from momentum_jax._hyperparameters import by_value, check_inner
+from momentum_jax._placement import in_memory_of, on_device
 
 PyTree = Any
 
@@ -149,6 +150,8 @@ def _kept(_, trees, __):
 
 @inlined_jit
 def _kept_leaf(update, param, residual):
+    given = update, residual
+    update, param, residual = on_device((update, param, residual))
     wide = param.astype(np.float32)
     wanted = _velocity.take_in(update, param).astype(np.float32)
     wanted = wanted + _velocity.hold_like(residual, param).astype(np.float32)
@@ -159,7 +162,7 @@ def _kept_leaf(update, param, residual):
     moved = (wide + update).astype(param.dtype).astype(np.float32)
     short = wanted - (moved - wide)
     short = jnp.where(jnp.isfinite(short), short, np.float32(0)).astype(residual.dtype)
-    return update, _velocity.hold_like(short, residual)
+    return in_memory_of(given, (update, _velocity.hold_like(short, residual)))
 
 
 def _rounded(total, dtype):

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
 from momentum_jax._dispatch import inlined_jit
-from momentum_jax._placement import give_out, is_explicit, reshard_like
+from momentum_jax._placement import give_out, in_memory_of, is_explicit, on_device, reshard_like
 from momentum_jax._placement import hold_like as hold_like
 from momentum_jax._placement import take_in as take_in
 from momentum_jax._placement import zeros_like as zeros_like
@@ -248,7 +248,9 @@ def together(treedef: Any, leaves: Sequence[Stored], like: Stored) -> Stored:
 def decode(stored: Stored) -> PyTree:
     """A velocity as floats."""
     leaves, treedef = leaves_of(stored)
-    return treedef.unflatten(codec_of(one).decode(one) for _, one in leaves)
+    return treedef.unflatten(
+        in_memory_of(one.values, codec_of(one).decode(on_device(one))) for _, one in leaves
+    )
 
 
 def rescale(stored: Stored, factor: Any, masks: PyTree, count: jax.Array) -> Stored:
@@ -257,13 +259,13 @@ def rescale(stored: Stored, factor: Any, masks: PyTree, count: jax.Array) -> Sto
     seed = seed_of(jnp.max(jnp.asarray(count)))
 
     def leaf(one, mask):
-        one = jax.tree.map(jnp.asarray, one)
-        mask = jnp.asarray(mask)
+        given = jax.tree.map(jnp.asarray, one)
+        one, mask = on_device((given, jnp.asarray(mask)))
         if mask.ndim:
             mask = take_in(mask, one.values)
         else:
             mask = reshard_like(jnp.broadcast_to(mask, one.values.shape), one.values)
-        return codec_of(one).rescale(one, jnp.asarray(factor), mask, seed)
+        return in_memory_of(given, codec_of(one).rescale(one, jnp.asarray(factor), mask, seed))
 
     leaves, treedef = leaves_of(stored)
     pairs = zip(leaves, treedef.flatten_up_to(masks), strict=True)
@@ -387,6 +389,7 @@ def _wide(name, path, grad, leaf):
         )
     check_gradient_dtype(path, grad.dtype, leaf.dtype)
     dtype = np.promote_types(compute_dtype(grad.dtype), compute_dtype(leaf.dtype))
+    grad, leaf = on_device((grad, leaf))
     return take_in(grad.astype(dtype), leaf), leaf.astype(dtype)
 
 
@@ -401,9 +404,10 @@ def copies(params: PyTree) -> PyTree:
     """The params, in buffers of their own, in their dtypes and shardings, none weakly typed."""
 
     def leaf(param):
-        param = jnp.asarray(param)
+        given = jnp.asarray(param)
+        param = on_device(given)
         copy = jnp.copy(param.astype(param.dtype))
-        return hold_like(copy, param, backward=True)
+        return in_memory_of(given, hold_like(copy, param, backward=True))
 
     return jax.tree.map(leaf, params)
 
@@ -418,9 +422,11 @@ def movement(params: PyTree, last: PyTree) -> tuple[PyTree, PyTree]:
         if is_absent(held) or is_absent(param):
             return None, held
         param, held = arrays("param", path, param, "param of the last step", held)
+        given = held
+        param, held = on_device((param, held))
         # The params are no part of the state: neither takes the other's sharding.
         param = hold_like(param, held)
-        copy = jnp.copy(param.astype(held.dtype))
+        copy = in_memory_of(given, jnp.copy(param.astype(held.dtype)))
         if not jnp.issubdtype(held.dtype, jnp.inexact):
             return held, copy
         dtype = compute_dtype(held.dtype)
@@ -467,6 +473,8 @@ def is_absent(grad: Any) -> bool:
 
 
 def _advanced(recurrence, grad, stored, seed, *coefficients):
+    given = grad, stored
+    grad, stored = on_device(given)
     codec = codec_of(stored)
     width = compute_dtype(decoded_dtype(stored))
     dtype = np.promote_types(compute_dtype(grad.dtype), width)
@@ -477,7 +485,7 @@ def _advanced(recurrence, grad, stored, seed, *coefficients):
         return velocity, update.astype(grad.dtype)
 
     update, stored = codec.step(advance, take_in(grad, stored.values), stored, seed)
-    return give_out(update), stored
+    return in_memory_of(given, (give_out(update), stored))
 
 
 _advance_leaf = functools.partial(inlined_jit, static_argnums=0)(_advanced)
@@ -486,6 +494,8 @@ _advance_shared_leaf = functools.partial(jax.jit, static_argnums=0)(_advanced)
 
 @inlined_jit
 def _add_leaf(param, update):
+    given = param
+    param, update = on_device((param, update))
     update = take_in(update, param)
     if jnp.issubdtype(param.dtype, jnp.inexact):
         dtype = np.promote_types(compute_dtype(param.dtype), compute_dtype(update.dtype))
@@ -494,7 +504,7 @@ def _add_leaf(param, update):
         total = param + update.astype(param.dtype)
     if param.weak_type:  # A Python number: a strong result would be a new type to trace.
         total = param.at[...].set(total)
-    return total
+    return in_memory_of(given, total)
 
 
 def _check_storable(path, param, velocity_dtype):

@@ -97,6 +97,7 @@ from momentum_jax._hyperparameters import (
     resolve,
 )
 from momentum_jax._momentum import MomentumState, TraceState, incremented, momentum, trace
+from momentum_jax._placement import in_memory_of, on_device
 
 PyTree = Any
 # The names of the weights in the optimizer's order, or the weights by name in that order.
@@ -859,11 +860,14 @@ def _decayed(updates, params, *factors):
 
 @inlined_jit
 def _decayed_leaf(g, w, *factors):
+    given = g
+    g, w = on_device((g, w))
     dtype = np.promote_types(g.dtype, w.dtype)
     product = w.astype(dtype)
     for factor in factors:
         product = jnp.asarray(factor, dtype) * product
-    return _velocity.give_out(_velocity.take_in(g, w).astype(dtype) + product)
+    total = _velocity.take_in(g, w).astype(dtype) + product
+    return in_memory_of(given, _velocity.give_out(total))
 
 
 @inlined_jit

@@ -373,8 +373,10 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, params: Any = ())
             return x
         like = held[path]
         if not isinstance(x, Tracer) and not isinstance(like, Tracer):
-            replicated = NamedSharding(mesh, PartitionSpec())
-            return jax.device_put(x, getattr(like, "sharding", replicated))
+            sharding = getattr(like, "sharding", NamedSharding(mesh, PartitionSpec()))
+            if isinstance(x, jax.Array):
+                sharding = sharding.with_memory_kind(x.sharding.memory_kind)
+            return jax.device_put(x, sharding)
         x, like = jnp.asarray(x), jnp.asarray(like)
         if is_explicit(mesh):
             return reshard_like(x, like)

@@ -290,6 +290,49 @@ def test_c7_velocities_of_params_in_the_memory_of_the_host_are_there_too(axis_ty
             assert not np.any(velocity)
 
 
+@pytest.mark.parametrize("gradients", ["pinned_host", "device"])
+@pytest.mark.parametrize(
+    "way", [run_in_python, run_jitted, run_scanned], ids=lambda way: way.__name__
+)
+@pytest.mark.parametrize("name", [*TRANSFORMS, "torch_sgd"])
+def test_c2_params_in_the_memory_of_the_host_stay_there(name, way, gradients):
+    """So do their velocities; the numbers are those of params on the devices."""
+    if not hasattr(jax.typeof(1.0), "memory_space"):
+        pytest.skip("this JAX does not say under jit where an array is")
+    mesh = make_mesh(AUTO)
+    if name == "torch_sgd":
+        tx = mj.frameworks.torch_sgd(0.5, 0.5, weight_decay=0.5)
+    else:
+        tx = TRANSFORMS[name](mesh)
+    dtype = jnp.bfloat16 if name == "keep_residual" else jnp.float32
+    # 64 by 128, so that it is stored in 8 bits.
+    arrays = [
+        jnp.asarray(numbers(0, (64, 128)), dtype),
+        jnp.asarray(numbers(1, (64, 128)), jnp.float32),
+    ]
+
+    def run(memory, given):
+        sharding = NamedSharding(mesh, P("d"), memory_kind=memory)
+        params = jax.device_put(arrays[0], sharding)
+        grads = jax.device_put(arrays[1], sharding.with_memory_kind(given))
+        state = tx.init(params)
+        return (params, state), way(stepping(tx), params, state, grads, grads)
+
+    before, (params, state, updates) = run("pinned_host", gradients)
+    _, expected = run("device", "device")
+    for x, y in zip(*map(jax.tree.leaves, ((params, state), before)), strict=True):
+        assert x.sharding.memory_kind == y.sharding.memory_kind
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(before) if x.ndim} == {"pinned_host"}
+    assert updates.sharding.memory_kind == gradients
+    for x, y in zip(*map(jax.tree.leaves, ((params, state, updates), expected)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    reset = mj.reset_velocity(state)
+    for x, y in zip(*map(jax.tree.leaves, (reset, state)), strict=True):
+        assert x.sharding.memory_kind == y.sharding.memory_kind
+    assert not np.any(mj.read_velocity(reset))
+
+
 @pytest.mark.parametrize("way", [run_jitted, run_scanned], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("velocity_dtype", [None, "int8"])
 def test_a_mask_does_not_move_the_velocity_that_it_resets(velocity_dtype, way):

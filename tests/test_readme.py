@@ -105,7 +105,7 @@ def test_the_page_on_devices_prints_what_its_comments_say(capsys):
     exec(program, {})
     said = re.findall(r"^print\(.*\)\s+# (\[.*?\]|\{.*\}|\w+)", program, flags=re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == said
-    assert len(said) == 5
+    assert len(said) == 8
 
 
 def test_the_job_of_the_page_on_devices_runs_in_two_processes(tmp_path):
