@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
+from jax.experimental import multihost_utils
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
 from momentum_jax._mixtures import AggMoState, QHMState
 from momentum_jax._momentum import MomentumState, TraceState
 from momentum_jax._residual import ResidualState
-from momentum_jax._storage import Stored
+from momentum_jax._storage import Stored, compute_dtype
 
 PyTree = Any
 # From {name: weights} of another framework to the params.
@@ -136,6 +136,24 @@ def velocities(state: PyTree, kind: type) -> dict[str, Any]:
 
 # Outside jit nothing new can be made on an Explicit mesh, as decoding 8 bits does.
 _decode = inlined_jit(_velocity.decode)
+_any = inlined_jit(jnp.any)
+
+
+@inlined_jit
+def _count_not_finite(x):
+    return jnp.sum(~jnp.isfinite(x))
+
+
+def has_moved(values: Mapping[str, Any]) -> bool:
+    """Whether a velocity is not 0."""
+    return any(bool(_any(leaf)) for leaf in values.values())
+
+
+@inlined_jit
+def scaled(velocity: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
+    """The product, at least float32."""
+    dtype = compute_dtype(velocity.dtype)
+    return jnp.asarray(factor, dtype) * velocity.astype(dtype)
 
 
 def _stored_in(state):
@@ -189,15 +207,14 @@ def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type
 
 
 def check_whole(state: PyTree, name: str) -> None:
-    """Raises a ValueError if a part of the state would be lost or is on other processes.
+    """Raises a ValueError if a part of the state would be lost.
 
     Both what is carried over and what it is carried over to must pass.
     """
-    check_addressable(state, name)
     for part in _named_parts(state):
         if isinstance(part, ResidualState):
             residuals = jax.tree_util.tree_leaves_with_path(part.residual)
-            short = [_name(path) for path, leaf in residuals if np.any(np.asarray(leaf))]
+            short = [_name(path) for path, leaf in residuals if _any(leaf)]
             if short:
                 raise ValueError(
                     f"in {name}, momentum_jax.keep_residual has updates of {listed(short)} that "
@@ -210,7 +227,7 @@ def check_whole(state: PyTree, name: str) -> None:
             continue
         field, start, loss, remedy = found
         for leaf in jax.tree.leaves(getattr(part, field)):
-            numbers = np.ravel(np.asarray(leaf))
+            numbers = np.ravel(to_host(leaf))
             others = numbers[numbers != start]
             if others.size:
                 raise ValueError(
@@ -218,28 +235,14 @@ def check_whole(state: PyTree, name: str) -> None:
                 )
 
 
-def check_addressable(state: PyTree, name: str) -> None:
-    """Raises a ValueError if this process has a part of an array only."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
-            continue
-        if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-            raise ValueError(
-                f"{name}{_name(path)} is an array of shape {leaf.shape} that is sharded over "
-                "several processes, so that no process can read all of it. Gather it first, in "
-                "every process; jax.device_put brings a filled state back to its shardings:\n"
-                "    gather = jax.experimental.multihost_utils.process_allgather\n"
-                "    whole = jax.tree.map(\n"
-                "        lambda x: x if x.is_fully_addressable else gather(x, tiled=True), state\n"
-                "    )"
-            )
-
-
 def check_finite(values: Mapping[str, Any], what: str, remedy: str) -> None:
     """Raises a ValueError if a value is infinite or no number."""
     for name, array in values.items():
-        array = np.asarray(array)
-        bad = sum(chunk.size - np.count_nonzero(np.isfinite(chunk)) for _, chunk in _chunks(array))
+        if isinstance(array, jax.Array):
+            bad = int(_count_not_finite(array))
+        else:
+            chunks = (chunk for _, chunk in _chunks(np.asarray(array)))
+            bad = sum(chunk.size - np.count_nonzero(np.isfinite(chunk)) for chunk in chunks)
         if bad:
             raise ValueError(
                 f"{what} {name or 'at the root'} has {bad} of {array.size} values that are not "
@@ -648,12 +651,37 @@ def _common_count(counting):
 
 def _with_velocity(name, one, value):
     """A leaf with another velocity, of the same dtype and sharding."""
-    filled = jax.tree.map(_like, one, _velocity.with_value(one, value))
+    one = jax.tree.map(jnp.asarray, one)
+    # What is bound to no device stays free to follow others.
+    shardings = jax.tree.map(lambda x: x.sharding if x.committed else None, one)
+    encode = jax.jit(_velocity.encoded, out_shardings=shardings)
+    filled = encode(_on_devices_of(one.values, value), one)
     for leaf in jax.tree.leaves(filled):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             remedy = f"They are too large for {leaf.dtype}: give a state with wider velocities."
             check_finite({name: leaf}, "once stored, the velocity", remedy)
     return filled
+
+
+def _on_devices_of(held, value):
+    """The value, to be computed with beside what is held; not through the host if it is there."""
+    if all(isinstance(x, jax.Array) and x.committed for x in (held, value)) and (
+        held.sharding.device_set == value.sharding.device_set
+    ):
+        return value
+    value = to_host(value)
+    with np.errstate(over="ignore"):  # Refused once it is stored.
+        value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+    return _placed_like(held, value)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """An array whole, as NumPy; in every process, if it is sharded over several."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _counted(held, count):
@@ -667,10 +695,16 @@ def _counted(held, count):
 
 
 def _like(held, value):
-    value = np.asarray(value).astype(held.dtype)
-    # What was bound to no device stays free to follow others.
-    bound = getattr(held, "committed", False)
-    return jax.device_put(value, held.sharding) if bound else jnp.asarray(value)
+    """A value from the host, in the dtype and the sharding of what is held."""
+    return _placed_like(held, np.asarray(value).astype(held.dtype))
+
+
+def _placed_like(held, value):
+    if not getattr(held, "committed", False):
+        return jnp.asarray(value)
+    if held.is_fully_addressable:
+        return jax.device_put(value, held.sharding)
+    return jax.make_array_from_callback(value.shape, held.sharding, value.__getitem__)
 
 
 def listed(names: Iterable[str]) -> str:

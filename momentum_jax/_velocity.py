@@ -393,11 +393,11 @@ def _wide(name, path, grad, leaf):
     return take_in(grad.astype(dtype), leaf), leaf.astype(dtype)
 
 
-# On the host: outside jit nothing new can be made on an Explicit mesh.
-def with_value(one: Stored, value: Any) -> Stored:
-    """A leaf of another value, stored in the same way."""
-    host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), one)
-    return codec_of(host).encode(jnp.asarray(np.asarray(value)), host, seed_of(jnp.uint32(0)))
+def encoded(value: jax.Array, one: Stored) -> Stored:
+    """The value, stored as a leaf is."""
+    value, one = on_device((value, one))
+    value = reshard_like(value, one.values)
+    return codec_of(one).encode(value, one, seed_of(jnp.uint32(0)))
 
 
 def copies(params: PyTree) -> PyTree:

@@ -49,8 +49,9 @@ either side, holds more that decides the steps to come:
   - a residual of `momentum_jax.keep_residual`;
   - a step of `schedule_free`, `mechanize` or `galore` of `optax.contrib`.
 
-The same holds for counts that differ, velocities that are not finite, and arrays that are
-sharded over several processes.
+The same holds for counts that differ, and velocities that are not finite. States may be sharded
+over several processes: then each must make the call, and each gets the whole of what goes out as
+NumPy. From state to state nothing goes through the host, where both are on the same devices.
 
 Example:
   A checkpoint of PyTorch, `{"model": model.state_dict(), "optimizer": optimizer.state_dict()}`::
@@ -683,7 +684,7 @@ def load_optax(
     theirs = _departing(optax_state, "optax_state", optax.TraceState)
     _carry.match(_carry.velocities(opt_state, TraceState), theirs)
     known = _carry.scheduled_count(optax_state) if count is None else None
-    moved = any(np.any(leaf) for leaf in theirs.values())
+    moved = _carry.has_moved(theirs)
     count = _steps(count, known, opt_state, moved, "how often update was called")
     return _carry.fill(opt_state, theirs, count, TraceState)
 
@@ -1019,11 +1020,13 @@ class _KerasJob(_Job):
                         "optimizer.inner_optimizer.variables, or a dict of arrays by their paths."
                     )
             variables = {variable.path: variable for variable in each}
-        for path, variable in variables.items():
+        for path in variables:
             if path.endswith(":0"):
                 raise ValueError(_of_keras_2(path))
-            _carry.check_addressable(getattr(variable, "value", variable), path)
-        self.variables = {path: np.asarray(variable) for path, variable in variables.items()}
+        self.variables = {
+            path: _carry.to_host(getattr(variable, "value", variable))
+            for path, variable in variables.items()
+        }
         # Keras calls the momentum of "dense/kernel" "sgd/dense_kernel_momentum".
         wanted = {f"{name.replace('/', '_')}_momentum": name for name in self.names}
         if len(wanted) < len(self.names):
@@ -1124,13 +1127,13 @@ def _leaving(opt_state, kind, job, to_params):
     ours = _departing(opt_state, "opt_state", kind)
     routes = _carry.Routes(job.shapes(), to_params)
     _carry.match(ours, {path: p for path, p in routes.places.items() if path in ours})
-    return routes.backward(ours)
+    return routes.backward({path: _carry.to_host(leaf) for path, leaf in ours.items()})
 
 
 def _departing(state, name, kind):
-    """The velocities of a state that is carried over, by path, on the host."""
+    """The velocities of a state that is carried over, by path."""
     _carry.check_whole(state, name)
-    found = {path: np.asarray(leaf) for path, leaf in _carry.velocities(state, kind).items()}
+    found = _carry.velocities(state, kind)
     _carry.check_finite(found, "the velocity", _carry.NOT_FINITE_HERE)
     return found
 
@@ -1139,8 +1142,7 @@ def _scaled(opt_state, kind, source, name, source_kind, factor):
     _carry.check_whole(opt_state, "opt_state")
     velocities = _departing(source, name, source_kind)
     _carry.match(_carry.velocities(opt_state, kind), velocities)
-    with np.errstate(over="ignore"):  # Refused where it is stored.
-        velocities = {path: leaf * factor for path, leaf in velocities.items()}
+    velocities = {path: _carry.scaled(leaf, factor) for path, leaf in velocities.items()}
     return _carry.fill(opt_state, velocities, _carry.taken_count(source), kind)
 
 

@@ -374,7 +374,7 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, params: Any = ())
         like = held[path]
         if not isinstance(x, Tracer) and not isinstance(like, Tracer):
             sharding = getattr(like, "sharding", NamedSharding(mesh, PartitionSpec()))
-            if isinstance(x, jax.Array):
+            if isinstance(x, jax.Array) and x.sharding.memory_kind:
                 sharding = sharding.with_memory_kind(x.sharding.memory_kind)
             return jax.device_put(x, sharding)
         x, like = jnp.asarray(x), jnp.asarray(like)
