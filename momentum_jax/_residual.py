@@ -57,7 +57,8 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
     what the wrapper does to the update afterwards. `keep_residual` cannot see that, so nothing is
     raised.
 
-    - `MultiSteps`: both are right.
+    - `MultiSteps`: both are right. Before Optax 0.2.8, only around can be carried by a loop, such
+      as `jax.lax.scan`.
     - `adaptive_restart`: both are right, and equal, but the movement is that of the rounded
       params. Restarts can come at other steps than with float32 params, and none comes after a
       step in which no param changed.

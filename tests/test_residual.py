@@ -1,6 +1,7 @@
 """keep_residual: params of 16 bits that learn from updates too small for them."""
 
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -482,15 +483,16 @@ WRAPPERS: dict[str, Any] = {
     "chain, last": lambda make: optax.chain(optax.clip(6e-4), make()),
     "conditionally_mask": lambda make: optax.conditionally_mask(make(), even),
     "conditionally_transform": lambda make: optax.conditionally_transform(make(), even),
-    "inject_hyperparams": lambda make: optax.inject_hyperparams(
-        make, hyperparam_dtype=jnp.float32
-    )(learning_rate=RATE),
+    "inject_hyperparams": lambda make: optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(
+        learning_rate=RATE
+    ),
     "lookahead": lambda make: optax.lookahead(make(), sync_period=5, slow_step_size=0.5),
     "masked": lambda make: optax.masked(make(), {"a": True, "b": False}),
     "partition": lambda make: optax.partition({"a": make(), "b": make()}, LABELS),
     "schedule_free": lambda make: optax.contrib.schedule_free(make(), RATE, b1=0.8),
     "sharding.zero1": lambda make: mj.sharding.zero1(make(), make_mesh()),
 }
+MULTI_STEPS_KEEPS_ITS_DTYPE = "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
 # Inside, JAX refuses gradients of any other dtype.
 NEED_FLOAT32 = ["apply_if_finite", "conditionally_mask", "conditionally_transform"]
 # The params of which the table says that they are wrong inside.
@@ -524,6 +526,8 @@ def trained(name, tx, dtype, grads):
     params: Any = dict.fromkeys(LABELS, start.astype(dtype))
     if name == "lookahead":
         params = optax.LookaheadParams.init_synced(params)
+    if name == "MultiSteps":  # Before Optax 0.2.8 its sums have the dtype of the params.
+        grads = {k: v.astype(dtype) for k, v in grads.items()}
     if name == "sharding.zero1":
         params = jax.device_put(params, NamedSharding(make_mesh(), P()))
 
@@ -572,6 +576,8 @@ def test_each_row_of_the_table_is_tested():
 def test_residual_and_wrappers(name, place):
     """The table of the docstring, row by row: right is what float32 params do."""
     inside = place == "inside"
+    if inside and name == "MultiSteps" and not MULTI_STEPS_KEEPS_ITS_DTYPE:
+        pytest.skip("before 0.2.8, the dtype of its sums becomes that of the updates")
     wrap = WRAPPERS[name]
     of_gradients = "float32" if inside and name in NEED_FLOAT32 else "bfloat16"
     grads = gradients(name, of_gradients)
@@ -599,7 +605,9 @@ def test_inside_wrappers_that_branch_the_gradients_must_be_float32(name):
 
 
 def both_with_restarts(inner):
-    return mj.adaptive_restart(mj.keep_residual(inner)), mj.keep_residual(mj.adaptive_restart(inner))
+    return mj.adaptive_restart(mj.keep_residual(inner)), mj.keep_residual(
+        mj.adaptive_restart(inner)
+    )
 
 
 def test_no_restart_follows_a_step_in_which_no_param_changed():
