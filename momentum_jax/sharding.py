@@ -229,8 +229,8 @@ def _check_context():
 def _check_one_tree(params):
     if any(_is_pair(node) for node in jax.tree.leaves(params, is_leaf=_is_pair)):
         raise ValueError(
-            "the params are optax.LookaheadParams, which are two trees, but must be the one tree to "
-            "which the state belongs, or no array of it would be split. Put zero1 inside: "
+            "the params are optax.LookaheadParams, two trees, but must be the one tree to which "
+            "the state belongs, or no array of it would be split. Put zero1 inside: "
             "optax.lookahead(zero1(inner, mesh), sync_period, slow_step_size)."
         )
 
