@@ -53,9 +53,40 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
     projected), the residual still belongs to the old ones: `reset_velocity` with a `where` of these
     params clears it, along with their velocity.
 
+    With other wrappers, inside (`wrapper(keep_residual(...))`) and around
+    (`keep_residual(wrapper(...))`). Right means: param + residual is what a float32 param would be
+    under the same wrapper and gradients, to what the residual rounds. What makes a row wrong is
+    what the wrapper does to the update afterwards. `keep_residual` cannot see that, so nothing is
+    raised.
+
+    - `MultiSteps`: both are right. Before Optax 0.2.8, only around can be carried by a loop, such
+      as `jax.lax.scan`.
+    - `adaptive_restart`: both are right, and equal, but the movement is that of the rounded
+      params. Restarts can come at other steps than with float32 params, and none comes after a
+      step in which no param changed.
+    - `apply_if_finite`: both are right. Inside, the gradients must be float32, or JAX raises a
+      TypeError: prefer around.
+    - `chain`: inside, right if it is last. Wrong if anything after it changes the update, such as
+      `optax.scale`. Around is right.
+    - `conditionally_mask`: as `apply_if_finite`.
+    - `conditionally_transform`: inside, the gradients must be float32, and a step that is not
+      transformed is rounded without a residual. Around is right: prefer around.
+    - `inject_hyperparams`: both are right. It rounds the learning rate to the params' dtype,
+      unless it is given `hyperparam_dtype=jnp.float32`.
+    - `lookahead`: inside is wrong: the slow params and the jump to them are rounded. Around, the
+      slow and the fast params each have a residual, and are right to the last bit of the param.
+    - `masked`: inside, the params under the mask are right, and the others are rounded without a
+      residual. Around, all are right.
+    - `partition`: both are right.
+    - `schedule_free`: inside is wrong: the update is rounded for the params, but added to z.
+      Around is right: z and the sum of the weights are float32, where Optax alone has them in
+      the params' dtype.
+    - `sharding.zero1`: both are right. Inside, the residual is split too. Around, it is sharded as
+      the params are.
+
     Args:
       inner: any Optax transformation. This one comes last: what it returns is to be applied as it
-        is, so the rest of a chain belongs inside, and so do wrappers such as `apply_if_finite`.
+        is, so the rest of a chain belongs inside.
 
     Returns:
       An Optax transformation whose state is a `ResidualState`. `update` needs the params; it
@@ -88,7 +119,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
     given, inner = inner, optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ResidualState:
-        inner_state = inner.init(params)
+        inner_state = _with_wide_averages(inner.init(params))
         return ResidualState(inner_state, _at_rest(None, (_velocity.concrete(params),))[0])
 
     def update(
@@ -115,6 +146,25 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     tx = optax.GradientTransformationExtraArgs(init, update)
     return by_value(tx, "keep_residual", given)
+
+
+def _with_wide_averages(state):
+    """The state, with what `schedule_free` sums in float32: in 16 bits, small terms are lost."""
+
+    def widen(leaf):
+        return leaf.astype(np.float32) if _is_narrow(leaf) else leaf
+
+    def part(node):
+        if not _is_average(node):
+            return node
+        weights = {"weight_sum": widen(node.weight_sum), "max_lr": widen(node.max_lr)}
+        return node._replace(z=jax.tree.map(widen, node.z), **weights)
+
+    return jax.tree.map(part, state, is_leaf=_is_average)
+
+
+def _is_average(node):
+    return isinstance(node, optax.contrib.ScheduleFreeState)
 
 
 def _is_narrow(param):

@@ -48,6 +48,29 @@ def zero1(
     arguments are sharded. There the dimension is chosen by the shape alone, and a param that
     has another axis on that dimension has its state split over `axis` only.
 
+    With other wrappers, inside (`wrapper(zero1(...))`) and around (`zero1(wrapper(...))`), the
+    numbers are those without `zero1`. Prefer around: then all of the above holds for the wrapper's
+    own arrays too. Inside, they stay as the wrapper makes them. On Auto axes its counts are then on
+    one device before the first step, and a jitted step is compiled twice, unless init is jitted.
+
+    - `MultiSteps`: inside, the sums of the gradients are whole. Around, they are split.
+    - `adaptive_restart`: inside, the copy of the last params is whole. Around, it is split.
+    - `apply_if_finite`: both are equal.
+    - `chain`: both are equal, at any position.
+    - `conditionally_mask`: both are equal.
+    - `conditionally_transform`: both are equal.
+    - `inject_hyperparams`: both are equal.
+    - `keep_residual`: inside, the residual is whole. Around, it is split.
+    - `lookahead`: inside, the slow params are sharded as the fast ones are. Around, a ValueError:
+      the params are two trees, and the state belongs to one.
+    - `masked`: both are equal.
+    - `partition`: both are equal.
+    - `schedule_free`: inside, z is whole. Around, it is split.
+
+    Inside `MultiSteps`, `apply_if_finite`, `conditionally_mask` and `conditionally_transform`, on
+    Explicit axes, the gradients must be sharded as the params are: JAX 0.10 raises a TypeError if
+    the two branches of these wrappers differ.
+
     Args:
       inner: an Optax transformation. An array of its state belongs to the param whose path its
         own path contains, as in `(mu, nu)` of Adam, in chains and under Optax's wrappers. If its
@@ -66,7 +89,8 @@ def zero1(
     Raises:
       TypeError: a mesh that is none.
       ValueError: an axis that the mesh has not; axes of several types; a param that is not on
-        the mesh; no params at update; with `strict`, params that cannot be split.
+        the mesh; no params at update; with `strict`, params that cannot be split; the params of
+        `optax.lookahead`.
 
     Example:
       >>> import jax, jax.numpy as jnp, momentum_jax as mj
@@ -99,6 +123,7 @@ def zero1(
 
     def init(params: optax.Params) -> optax.OptState:
         _check_context()
+        _check_one_tree(params)
         whole = unsplit(params, mesh, axis)
         if strict and whole:
             raise ValueError(
@@ -126,6 +151,7 @@ def zero1(
                 "zero1 needs the params, in whose sharding the updates come back: "
                 "tx.update(grads, state, params)."
             )
+        _check_one_tree(params)
         whole = dict(jax.tree_util.tree_leaves_with_path(params))
         held: dict[Path, Any] = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -200,6 +226,19 @@ def _check_context():
             f"zero1 is within shard_map over {manual}, where one device sees its own part alone. "
             "Leave shard_map for the loss and its gradient, and call init and update outside."
         )
+
+
+def _check_one_tree(params):
+    if any(_is_pair(node) for node in jax.tree.leaves(params, is_leaf=_is_pair)):
+        raise ValueError(
+            "the params are optax.LookaheadParams, two trees, but must be the one tree to which "
+            "the state belongs, or no array of it would be split. Put zero1 inside: "
+            "optax.lookahead(zero1(inner, mesh), sync_period, slow_step_size)."
+        )
+
+
+def _is_pair(node):
+    return isinstance(node, optax.LookaheadParams)
 
 
 def _owners(params: PyTree, mesh: Mesh) -> dict[Path, tuple[tuple[int, ...], Entries]]:

@@ -206,4 +206,5 @@ def test_equal_functions_still_say_what_they_are():
     assert list(inspect.signature(update).parameters)[:3] == ["updates", "state", "params"]
     assert list(inspect.signature(schedules.demon(10)).parameters) == ["count"]
     assert update.__name__ == "update"
-    assert jax.jit(update).__name__ == "update"
+    compiled: Any = jax.jit(update)
+    assert compiled.__name__ == "update"

@@ -1,6 +1,7 @@
 """keep_residual: params of 16 bits that learn from updates too small for them."""
 
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tables import rows
 
 import momentum_jax
 
@@ -449,6 +451,232 @@ def test_any_transformation_inside():
     np.testing.assert_array_equal(mj.apply_updates(params, bad), params)
     np.testing.assert_array_equal(after.residual, state.residual)
     assert mj.read_velocity(state).shape == params.shape
+
+
+# The table of the docstring --------------------------------------------------------------
+
+RATE = 0.14  # 0.1396484375 as a bfloat16.
+LABELS = {"a": "a", "b": "b"}
+
+
+def even(step, **_):
+    return step % 2 == 0
+
+
+def momentum(learning_rate: Any = RATE):
+    return mj.momentum(learning_rate, 0.9)
+
+
+def kept(learning_rate: Any = RATE):
+    return mj.keep_residual(momentum(learning_rate))
+
+
+def make_mesh():
+    return jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+
+
+WRAPPERS: dict[str, Any] = {
+    "MultiSteps": lambda make: optax.MultiSteps(make(), 2).gradient_transformation(),
+    "adaptive_restart": lambda make: mj.adaptive_restart(make()),
+    "apply_if_finite": lambda make: optax.apply_if_finite(make(), 5),
+    "chain": lambda make: optax.chain(optax.clip(6e-4), make(), optax.scale(0.5)),
+    "chain, last": lambda make: optax.chain(optax.clip(6e-4), make()),
+    "conditionally_mask": lambda make: optax.conditionally_mask(make(), even),
+    "conditionally_transform": lambda make: optax.conditionally_transform(make(), even),
+    "inject_hyperparams": lambda make: optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(
+        learning_rate=RATE
+    ),
+    "lookahead": lambda make: optax.lookahead(make(), sync_period=5, slow_step_size=0.5),
+    "masked": lambda make: optax.masked(make(), {"a": True, "b": False}),
+    "partition": lambda make: optax.partition({"a": make(), "b": make()}, LABELS),
+    "schedule_free": lambda make: optax.contrib.schedule_free(make(), RATE, b1=0.8),
+    "sharding.zero1": lambda make: mj.sharding.zero1(make(), make_mesh()),
+}
+MULTI_STEPS_KEEPS_ITS_DTYPE = "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
+# Inside, JAX refuses gradients of any other dtype.
+NEED_FLOAT32 = ["apply_if_finite", "conditionally_mask", "conditionally_transform"]
+# The params of which the table says that they are wrong inside.
+WRONG = {
+    "chain": "ab",
+    "conditionally_transform": "ab",
+    "lookahead": "ab",
+    "masked": "b",
+    "schedule_free": "ab",
+}
+STEPS = 400
+RIGHT = 5e-4  # What 400 roundings of the residual, each of at most 2^-18, add up to, and more.
+LAST_BIT = 2.0**-7  # Of a param between 1 and 2.
+
+
+def gradients(name, dtype):
+    """Each step is below half of the last bit, and their sum is many times the last bit."""
+    rng = np.random.default_rng(1)
+    grads = {k: rng.normal(size=(STEPS, 64), scale=3e-4) - 5e-4 for k in LABELS}
+    if name == "adaptive_restart":
+        turned = np.where(np.arange(STEPS) % 60 < 45, 1, -1)[:, None]
+        grads = {k: v * turned for k, v in grads.items()}
+    if name == "apply_if_finite":
+        grads["a"][[50, 51, 200], 3] = np.nan, np.inf, -np.inf
+    return {k: jnp.asarray(v, dtype) for k, v in grads.items()}
+
+
+def trained(name, tx, dtype, grads):
+    """Param + residual after these steps, in float64, by the path of the param."""
+    start = jnp.asarray(np.random.default_rng(0).uniform(1, 1.25, 64), "bfloat16")
+    params: Any = dict.fromkeys(LABELS, start.astype(dtype))
+    if name == "lookahead":
+        params = optax.LookaheadParams.init_synced(params)
+    if name == "MultiSteps":  # Before Optax 0.2.8 its sums have the dtype of the params.
+        grads = {k: v.astype(dtype) for k, v in grads.items()}
+    if name == "sharding.zero1":
+        params = jax.device_put(params, NamedSharding(make_mesh(), P()))
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = params, tx.init(params)
+    (params, state), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, grads))(carry)
+    found = {path: np.asarray(w, np.float64) for path, w in leaves_with_path(params)}
+    for node in jax.tree.leaves(state, is_leaf=has_residual):
+        if has_residual(node):
+            for path, residual in leaves_with_path(node.residual):
+                # Within lookahead, it is that of the fast params, which are wrong anyway.
+                if path in found:
+                    found[path] += np.asarray(residual, np.float64)
+    return found
+
+
+leaves_with_path = jax.tree_util.tree_leaves_with_path
+
+
+def has_residual(node):
+    return type(node).__name__ == "ResidualState"
+
+
+@functools.cache
+def reference(name, of_gradients, dtype="float32"):
+    """What the wrapper does without a residual."""
+    return trained(name, WRAPPERS[name](momentum), dtype, gradients(name, of_gradients))
+
+
+def largest(found, expected):
+    return {
+        jax.tree_util.keystr(path): np.abs(found[path] - expected[path]).max() for path in expected
+    }
+
+
+def test_each_row_of_the_table_is_tested():
+    assert list(rows(mj.keep_residual)) == [name for name in WRAPPERS if "," not in name]
+
+
+@pytest.mark.parametrize("place", ["inside", "around"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_residual_and_wrappers(name, place):
+    """The table of the docstring, row by row: right is what float32 params do."""
+    inside = place == "inside"
+    if inside and name == "MultiSteps" and not MULTI_STEPS_KEEPS_ITS_DTYPE:
+        pytest.skip("before 0.2.8, the dtype of its sums becomes that of the updates")
+    wrap = WRAPPERS[name]
+    of_gradients = "float32" if inside and name in NEED_FLOAT32 else "bfloat16"
+    grads = gradients(name, of_gradients)
+    tx = wrap(kept) if inside else mj.keep_residual(wrap(momentum))
+    expected = reference(name, of_gradients)
+    found = largest(trained(name, tx, "bfloat16", grads), expected)
+    # Without a residual every param is wrong.
+    without = largest(reference(name, of_gradients, "bfloat16"), expected)
+    assert min(without.values()) > 5 * LAST_BIT
+    tolerance = LAST_BIT if name in ("lookahead", "adaptive_restart") else RIGHT
+    for path, error in found.items():
+        if inside and path[-3] in WRONG.get(name, ""):
+            assert error > 2 * LAST_BIT, path
+        else:
+            assert error < tolerance, path
+
+
+@pytest.mark.parametrize("name", NEED_FLOAT32)
+def test_inside_wrappers_that_branch_the_gradients_must_be_float32(name):
+    """Around, those of bfloat16 pass: the row of the table above."""
+    params = dict.fromkeys(LABELS, jnp.ones(64, "bfloat16"))
+    tx = WRAPPERS[name](kept)
+    with pytest.raises(TypeError, match="branches must have equal output types"):
+        tx.update(params, tx.init(params), params)
+
+
+def both_with_restarts(inner):
+    return mj.adaptive_restart(mj.keep_residual(inner)), mj.keep_residual(
+        mj.adaptive_restart(inner)
+    )
+
+
+def test_no_restart_follows_a_step_in_which_no_param_changed():
+    """Steps of 0.0001 do not change a bfloat16 of 1, and a float32 turns with its gradient."""
+    expected = {
+        "bfloat16": 1e-4 * (0.9**3 + 0.9**2 - 0.9 - 1),
+        "float32": 1e-4 * (-0.9 - 1),
+    }
+    for tx in both_with_restarts(mj.momentum(0.01, 0.9)):
+        for dtype, velocity in expected.items():
+            params = jnp.ones(1, dtype)
+            state = tx.init(params)
+            for grad in [-0.01, -0.01, 0.01, 0.01]:
+                updates, state = tx.update(jnp.full(1, grad), state, params)
+                params = mj.apply_updates(params, updates)
+            np.testing.assert_allclose(mj.read_velocity(state), velocity, rtol=1e-5)
+
+
+def test_the_residual_is_right_between_restarts():
+    """Inside and around are equal. What is added up is what the rounded params restart."""
+    grads = gradients("adaptive_restart", "bfloat16")
+    alone = mj.adaptive_restart(momentum())
+    start: Any = dict.fromkeys(LABELS, jnp.asarray(np.linspace(1, 1.25, 64), "bfloat16"))
+
+    def run(tx):
+        def step(carry, grads):
+            params, state, wide, beside = carry
+            updates, beside = alone.update(grads, beside, params)
+            wide = optax.apply_updates(wide, updates)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state, wide, beside), None
+
+        wide = jax.tree.map(lambda w: w.astype("float32"), start)
+        carry = start, tx.init(start), wide, alone.init(start)
+        return jax.jit(lambda carry: jax.lax.scan(step, carry, grads)[0])(carry)
+
+    inside, around = (run(tx) for tx in both_with_restarts(momentum()))
+    residuals = inside[1].inner_state.residual, around[1].residual
+    for name in LABELS:
+        assert_same((inside[0][name], residuals[0][name]), (around[0][name], residuals[1][name]))
+        held = np.asarray(inside[0][name], np.float64) + np.asarray(residuals[0][name], np.float64)
+        np.testing.assert_allclose(held, inside[2][name], atol=RIGHT, rtol=0)
+
+
+def test_inject_hyperparams_rounds_the_learning_rate():
+    """To the dtype of the params, unless it is told otherwise."""
+    grads = gradients("", "bfloat16")
+    expected = trained("", momentum(float(jnp.bfloat16(RATE))), "float32", grads)
+    for tx in (
+        optax.inject_hyperparams(kept)(learning_rate=RATE),
+        mj.keep_residual(optax.inject_hyperparams(momentum)(learning_rate=RATE)),
+    ):
+        found = trained("", tx, "bfloat16", grads)
+        assert max(largest(found, expected).values()) < RIGHT
+        exact = reference("inject_hyperparams", "bfloat16")
+        assert all(abs(np.mean(found[path] - exact[path])) > 5e-4 for path in found)
+
+
+def test_around_schedule_free_its_averages_are_float32():
+    """And stay so; those of float32 params are as they were."""
+    tx = mj.keep_residual(WRAPPERS["schedule_free"](momentum))
+    params = {"w": jnp.ones(2, "bfloat16"), "wide": jnp.ones(2)}
+    start = tx.init(params)
+    assert start.inner_state.z["w"].dtype == jnp.float32
+    _, state = jax.jit(tx.update)(params, start, params)
+    assert types(state) == types(start)
+    wide = {"w": jnp.ones(2)}
+    inner = WRAPPERS["schedule_free"](momentum)
+    assert types(mj.keep_residual(inner).init(wide).inner_state) == types(inner.init(wide))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

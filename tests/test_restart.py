@@ -13,6 +13,7 @@ import pytest
 from compiles import count_compiles
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tables import rows
 
 import momentum_jax
 
@@ -328,6 +329,13 @@ ROWS: dict[str, Any] = {
         both([-0.1, -0.29], [-0.1, -0.14]),
     ),
 }
+
+
+def test_each_row_of_the_table_is_tested():
+    """Two rows have tests of their own: test_restart_and_lookahead, ..._and_schedule_free."""
+    tested = {name.split(", ")[0] for name in ROWS} | {"lookahead", "schedule_free"}
+    assert set(rows(mj.adaptive_restart)) == tested
+    assert {name.split(", ")[1] for name in ROWS} == {"inside", "around"}
 
 
 @pytest.mark.parametrize("name", ROWS)

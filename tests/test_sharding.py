@@ -23,10 +23,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from compiles import count_compiles
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from processes import run_job
+from tables import rows
 
 import momentum_jax as mj
 
@@ -240,6 +242,8 @@ NEED_AUTO_AXES = {
     "sm3",
     "two of one kind of noise",
 }
+# Half the time goes without what LLVM does to make programs fast.
+FAST = {"xla_backend_optimization_level": 0}
 SMALL = {"bias": (3,), "hidden": (16, 24), "out": (24, 8)}
 
 
@@ -265,8 +269,7 @@ def follow(name, tx, params, wrap=jax.jit):
 
     state, updates = tx.init(params), None
     like = params, state
-    # Half the time goes without what LLVM does to make programs fast.
-    step = wrap(step, compiler_options={"xla_backend_optimization_level": 0})
+    step = wrap(step, compiler_options=FAST)
     for _ in range(3):
         params, state, updates = step(params, state)
         jax.block_until_ready(params)
@@ -293,6 +296,154 @@ def test_every_optimizer_of_optax_has_the_numbers_of_one_device(name):
         assert_same_sharding(result, like)
         # What the arithmetic makes of 1e-7 in a sum that is taken in parts.
         assert_close(floats(result), floats(expected), 1e-5)
+
+
+# The table of the docstring --------------------------------------------------------------
+
+
+def even(step, **_):
+    return step % 2 == 0
+
+
+def momentum(learning_rate: Any = 0.05):
+    return mj.momentum(learning_rate, nesterov=True)
+
+
+WRAPPERS: dict[str, Any] = {
+    "MultiSteps": lambda make: optax.MultiSteps(make(), 2).gradient_transformation(),
+    "adaptive_restart": lambda make: mj.adaptive_restart(make()),
+    "apply_if_finite": lambda make: optax.apply_if_finite(make(), 3),
+    "chain": lambda make: optax.chain(
+        optax.clip_by_global_norm(0.5), make(), optax.add_decayed_weights(-0.1)
+    ),
+    "conditionally_mask": lambda make: optax.conditionally_mask(make(), even),
+    "conditionally_transform": lambda make: optax.conditionally_transform(make(), even),
+    "inject_hyperparams": lambda make: optax.inject_hyperparams(make)(learning_rate=0.05),
+    "keep_residual": lambda make: mj.keep_residual(make()),
+    "lookahead": lambda make: optax.lookahead(make(), sync_period=2, slow_step_size=0.5),
+    "masked": lambda make: optax.masked(make(), {"bias": True, "hidden": True, "out": False}),
+    "partition": lambda make: optax.partition(
+        {"one": make(), "other": make()}, {"bias": "one", "hidden": "one", "out": "other"}
+    ),
+    "schedule_free": lambda make: optax.contrib.schedule_free(make(), 0.05, b1=0.8),
+}
+# What of the wrapper's own is as large as the params.
+OWN = {
+    "MultiSteps": ".acc_grads",
+    "adaptive_restart": ".last_params",
+    "keep_residual": ".residual",
+    "schedule_free": ".z",
+}
+PLACES = ("inside", "around")
+# Zeros in an eager branch are not sharded as what they are like; nor are they without zero1.
+NOT_EAGER = [("apply_if_finite", "inside"), ("conditionally_mask", "inside")]
+
+
+def place_zero1(name, place, mesh):
+    def split(learning_rate: Any = 0.05):
+        return zero1(momentum(learning_rate), mesh)
+
+    wrap = WRAPPERS[name]
+    return wrap(split) if place == "inside" else zero1(wrap(momentum), mesh)
+
+
+def start_of(name, mesh=None):
+    """The params, and the gradients of three steps, in the same shardings."""
+    params = make_params(mesh, SMALL)
+    dtype = jnp.bfloat16 if name == "keep_residual" else jnp.float32
+    params = {k: jnp.asarray(w).astype(dtype) for k, w in params.items()}
+    grads = [jax.tree.map(lambda w, i=i: (i - 0.3) * w, params) for i in (1, 2, -3)]
+    if name == "apply_if_finite":
+        grads[1] = jax.tree.map(lambda w: w / 0, grads[1])
+    return optax.LookaheadParams.init_synced(params) if name == "lookahead" else params, grads
+
+
+def steps_of(tx, params, grads, wrap=jax.jit):
+    """The params, the state and the last updates."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return mj.apply_updates(params, updates), state, updates
+
+    step, state, updates = wrap(step, compiler_options=FAST), tx.init(params), None
+    for each in grads:
+        params, state, updates = step(params, state, each)
+        jax.block_until_ready(params)
+    return params, state, updates
+
+
+@functools.cache
+def without_zero1(name, steps):
+    params, grads = start_of(name)
+    return steps_of(WRAPPERS[name](momentum), params, grads[:steps])
+
+
+def test_each_row_of_the_table_is_tested():
+    assert list(rows(zero1)) == list(WRAPPERS)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("axis_type", "axes"), [MESHES[0], MESHES[3]])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_zero1_and_wrappers(name, axis_type, axes, place):
+    """The table of the docstring, row by row, eager and jitted."""
+    mesh = make_mesh(axis_type, axes)
+    tx = place_zero1(name, place, mesh)
+    with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
+        start, grads = start_of(name, mesh)
+        if (name, place) == ("lookahead", "around"):
+            with pytest.raises(ValueError, match=r"LookaheadParams.* Put zero1 inside"):
+                tx.init(start)
+            with pytest.raises(ValueError, match=r"LookaheadParams.* Put zero1 inside"):
+                tx.update(grads[0], tx.init(grads[0]), start)
+            return
+        for steps, wrap in ((3, jax.jit), (2, lambda step, **_: step)):
+            if steps == 2 and axis_type is EXPLICIT and (name, place) in NOT_EAGER:
+                continue
+            params, state, updates = steps_of(tx, start, grads[:steps], wrap)
+            assert_close((params, state, updates), without_zero1(name, steps))
+            assert_same_sharding((params, updates), (start, start))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+                where = jax.tree_util.keystr(path)
+                of_wrapper = place == "inside" and OWN.get(name, "none") in where
+                is_split = leaf.ndim == 2 and not of_wrapper
+                assert ("data" in str(getattr(leaf.sharding, "spec", ""))) == is_split, where
+                assert leaf.ndim > 0 or leaf.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager init", "jitted init"])
+def test_around_or_with_a_jitted_init_a_step_is_compiled_once(jitted, place):
+    """Or else the first step puts the wrapper's counts on the mesh."""
+    mesh = make_mesh()
+    tx = place_zero1("inject_hyperparams", place, mesh)
+    params, grads = start_of("inject_hyperparams", mesh)
+    state = (jax.jit(tx.init) if jitted else tx.init)(params)
+    step = jax.jit(tx.update)
+    with count_compiles() as compiles:
+        for each in grads:
+            _, state = step(each, state, params)
+    assert compiles.count == (1 if jitted or place == "around" else 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["MultiSteps", "apply_if_finite", "conditionally_mask", "conditionally_transform"]
+)
+def test_wrappers_that_branch_need_gradients_sharded_as_the_params_are(name):
+    """On Explicit axes, and inside; around, any will do."""
+    mesh = make_mesh(EXPLICIT)
+    with set_mesh(mesh):
+        params, (grads, *_) = start_of(name, mesh)
+        grads = grads | {"hidden": jax.device_put(grads["hidden"], NamedSharding(mesh, P("data")))}
+        inside, around = (place_zero1(name, place, mesh) for place in PLACES)
+        updates, _ = jax.jit(around.update)(grads, around.init(params), params)
+        assert_same_sharding(updates, params)
+        if jax.__version_info__ < (0, 10):
+            found, _ = jax.jit(inside.update)(grads, inside.init(params), params)
+            assert_close(found, updates, 0)
+            return
+        with pytest.raises(TypeError, match="branches must have equal output types"):
+            jax.jit(inside.update)(grads, inside.init(params), params)
 
 
 def floats(tree):
