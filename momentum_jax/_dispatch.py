@@ -48,11 +48,18 @@ def by_leaf(
     Returns:
       The function, whose calls are one dispatch, or one per group of devices.
     """
-    compiled = inlined_jit(function, static_argnums=0)
+
+    # Static arguments are compared with ==, and NumPy's float64 is equal to None: named by a text,
+    # they are not.
+    def named(static, _, trees, shared):
+        return function(static, trees, shared)
+
+    named.__name__ = function.__name__
+    compiled = inlined_jit(named, static_argnums=(0, 1))
 
     def call(static: Any, trees: PyTree, shared: PyTree = ()) -> tuple[Any, Any]:
         try:
-            return compiled(static, trees, shared)
+            return compiled(static, repr(static), trees, shared)
         except ValueError:
             if len(_groups_in((trees, shared))) < 2:
                 raise
@@ -60,7 +67,7 @@ def by_leaf(
         jax.eval_shape(functools.partial(function, static), *_placeless((trees, shared)))
         group_at, groups = _groups(trees, shared)
         results = [
-            compiled(static, _only(group, group_at, trees), _moved(shared, sharding))
+            compiled(static, repr(static), _only(group, group_at, trees), _moved(shared, sharding))
             for group, sharding in groups.items()
         ]
         outputs, shared_results = zip(*results, strict=True)
