@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import (
-    AxisType,
     Mesh,
     NamedSharding,
     PartitionSpec,
     Sharding,
     SingleDeviceSharding,
 )
+
+from momentum_jax._placement import is_explicit
 
 PyTree = Any
 Path = tuple[Any, ...]
@@ -39,27 +40,29 @@ def by_leaf(
     """Compiles a function that treats the leaves of trees one by one.
 
     Args:
-      function: `(static, trees, shared) -> (trees, result)`. `static` is hashable. Arrays under
-        one path in several of the trees belong together; with None in place of some of them it
-        must return the same for the others, and None for these. `shared` are scalars that all
-        need.
+      function: `(static, trees, shared) -> (trees, result)`. `static` is a tuple of hashable
+        values. Arrays under one path in several of the trees belong together; with None in place
+        of some of them it must return the same for the others, and None for these. `shared` are
+        scalars that all need.
       combine: makes one result of those of several groups, which are on their devices.
 
     Returns:
       The function, whose calls are one dispatch, or one per group of devices.
     """
 
-    # Static arguments are compared with ==, and NumPy's float64 is equal to None: named by a text,
-    # they are not.
-    def named(static, _, trees, shared):
+    # jit compares static arguments with ==, by which NumPy's float64 is equal to None: the types
+    # tell them apart.
+    def typed(static, types, trees, shared):
+        del types
         return function(static, trees, shared)
 
-    named.__name__ = function.__name__
-    compiled = inlined_jit(named, static_argnums=(0, 1))
+    typed.__name__ = function.__name__
+    compiled = inlined_jit(typed, static_argnums=(0, 1))
 
-    def call(static: Any, trees: PyTree, shared: PyTree = ()) -> tuple[Any, Any]:
+    def call(static: tuple[Any, ...], trees: PyTree, shared: PyTree = ()) -> tuple[Any, Any]:
+        types = tuple(map(type, static))
         try:
-            return compiled(static, repr(static), trees, shared)
+            return compiled(static, types, trees, shared)
         except ValueError:
             if len(_groups_in((trees, shared))) < 2:
                 raise
@@ -67,7 +70,7 @@ def by_leaf(
         jax.eval_shape(functools.partial(function, static), *_placeless((trees, shared)))
         group_at, groups = _groups(trees, shared)
         results = [
-            compiled(static, repr(static), _only(group, group_at, trees), _moved(shared, sharding))
+            compiled(static, types, _only(group, group_at, trees), _moved(shared, sharding))
             for group, sharding in groups.items()
         ]
         outputs, shared_results = zip(*results, strict=True)
@@ -122,7 +125,7 @@ def _group_with(sharding: Any) -> Group:
     mesh: Any = getattr(sharding, "mesh", None)
     if mesh is None:
         return tuple(sorted(sharding.device_set, key=lambda device: device.id))
-    return mesh if AxisType.Explicit in mesh.axis_types else tuple(mesh.devices.flat)
+    return mesh if is_explicit(mesh) else tuple(mesh.devices.flat)
 
 
 def _groups_in(tree: PyTree) -> set[Group]:

@@ -182,7 +182,7 @@ def aggmo(
         ]
         scales = state.scales or [None] * len(mus)
         trees = (grads, *state.velocity, *scales)
-        (updates, *trees), count = _update(velocity_dtype, trees, (state.count, each))
+        (updates, *trees), count = _update((velocity_dtype,), trees, (state.count, each))
         return updates, _state(count, trees)
 
     return as_optax(AggMoState, init, step, velocity_dtype, learning_rate, *mus)
@@ -216,8 +216,8 @@ def _init(static, trees, _):
 
 
 @by_leaf
-def _update(velocity_dtype, trees, shared):
-    (grads, *stored), (count, coefficients) = trees, shared
+def _update(static, trees, shared):
+    (velocity_dtype,), (grads, *stored), (count, coefficients) = static, trees, shared
     number = len(coefficients)
     several = [Stored(*pair) for pair in zip(stored[:number], stored[number:], strict=True)]
     updates, several = _velocity.advance_together(

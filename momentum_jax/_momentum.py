@@ -285,7 +285,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     """
     _velocity.check_arrays("param", params)
     _velocity.check_arrays("update", updates)
-    return _add(None, (params, updates))[0]
+    return _add((), (params, updates))[0]
 
 
 def _looks_ahead(nesterov, mu) -> bool:
@@ -312,7 +312,7 @@ def transformation(
     given = {name: check(name, value) for name, value in hyperparameters.items()}
 
     def init(params):
-        stored, count = _init(velocity_dtype, (_velocity.concrete(params),))
+        stored, count = _init((velocity_dtype,), (_velocity.concrete(params),))
         return state_type(count, *stored)
 
     def step(grads, state, overrides):
@@ -397,6 +397,6 @@ def _add(_, trees, __):
 
 
 @by_leaf
-def _init(velocity_dtype, trees, _):
-    (params,) = trees
+def _init(static, trees, _):
+    (velocity_dtype,), (params,) = static, trees
     return _velocity.zeros(params, velocity_dtype), jnp.zeros([], jnp.int32)

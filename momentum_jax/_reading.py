@@ -42,7 +42,7 @@ def read_velocity(state: optax.OptState) -> Any:
       int8 [-0.5 -0.5 -0.5]
     """
     values, scales = zip(*velocities(state), strict=True)
-    return functools.reduce(_put_together, _read(None, (values, scales))[0])
+    return functools.reduce(_put_together, _read((), (values, scales))[0])
 
 
 def has_velocity(node: Any) -> bool:

@@ -120,7 +120,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     def init(params: optax.Params) -> ResidualState:
         inner_state = _with_wide_averages(inner.init(params))
-        return ResidualState(inner_state, _at_rest(None, (_velocity.concrete(params),))[0])
+        return ResidualState(inner_state, _at_rest((), (_velocity.concrete(params),))[0])
 
     def update(
         updates: optax.Updates,
@@ -141,7 +141,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         _velocity.check_arrays("update", updates)
         arrays = _velocity.only_where("updates", updates, params)
-        (updates, residual), _ = _kept(None, (updates, arrays, state.residual))
+        (updates, residual), _ = _kept((), (updates, arrays, state.residual))
         return updates, ResidualState(inner_state, residual)
 
     tx = optax.GradientTransformationExtraArgs(init, update)

@@ -127,7 +127,7 @@ def adaptive_restart(
     def init(params: optax.Params) -> AdaptiveRestartState:
         inner_state = inner.init(params)
         velocities(inner_state)
-        return AdaptiveRestartState(inner_state, _copied(None, (_velocity.concrete(params),))[0])
+        return AdaptiveRestartState(inner_state, _copied((), (_velocity.concrete(params),))[0])
 
     def update(
         updates: optax.Updates,
@@ -288,7 +288,7 @@ def _scaled(state, masks, scale, *, when=None, masks_of_residuals=()):
     counts = [jax.tree.leaves(part.count)[0] for part in held]
     residuals = [node.residual for node in _residuals(state)] if masks_of_residuals else []
     trees = values, scales, masks, residuals, masks_of_residuals
-    (stored, residuals), _ = _rescaled(None, trees, (scale, counts, when))
+    (stored, residuals), _ = _rescaled((), trees, (scale, counts, when))
     stored, residuals = iter(stored), iter(residuals)
 
     def part(node):
@@ -333,7 +333,7 @@ def _copied(_, trees, __):
 
 @at_once
 def _restarted(grads, params, state):
-    params, uphill = _moved(None, (grads, params, state.last_params))
+    params, uphill = _moved((), (grads, params, state.last_params))
     turns = (uphill > 0) & jnp.isfinite(uphill)
     # The residuals stay: no param was set by hand.
     masks = tuple(_masks(True, stored.values) for stored in velocities(state.inner_state))

@@ -136,7 +136,7 @@ def measure_by_leaf(
     """
     learning_rate, mu = _check(learning_rate, mu)
     _velocity.check_arrays("gradient", grads)
-    found, _ = _measure_by_leaf(None, (grads, velocity), (learning_rate, mu))
+    found, _ = _measure_by_leaf((), (grads, velocity), (learning_rate, mu))
     leaves = jax.tree_util.tree_leaves_with_path(
         found, is_leaf=lambda node: isinstance(node, Measurement)
     )
@@ -156,7 +156,7 @@ def _rest(mu):
 
 @at_once
 def _measure(grads, velocity, learning_rate, rest, loss):
-    _, products = _products(None, (grads, velocity))
+    _, products = _products((), (grads, velocity))
     return _of_products(*gathered([products, learning_rate, rest, loss]))
 
 
