@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
+import jax
 import jax.monitoring
 
 
@@ -20,6 +22,18 @@ class Compiles:
 
 
 _counting: list[Compiles] = []
+_sizes = itertools.count(101)
+
+
+def new_size() -> int:
+    """A size that no array has had in this process: what takes one must be compiled."""
+    return next(_sizes)
+
+
+def clear_caches() -> None:
+    """Forgets what is compiled; except with JAX 0.7, which corrupts memory after Equinox's jit."""
+    if jax.__version_info__ >= (0, 8):
+        jax.clear_caches()
 
 
 def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from compiles import count_compiles
+from compiles import clear_caches, count_compiles, new_size
 from flax.core import FrozenDict
 from jax import export
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
@@ -1496,6 +1496,7 @@ def test_c7_jitted_init_never_holds_a_whole_velocity(axis_type, velocity_dtype):
 def of_all_shapes():
     """Leaves of different shapes, from NumPy: each operation on each would be one compile."""
     shapes = [(), (1,), (2, 3), (4,), (0, 5), (6, 1), (7,)]
+    shapes.append((new_size(),))
     return {f"w{i}": np.ones(shape, np.float32) for i, shape in enumerate(shapes)}
 
 
@@ -1503,7 +1504,7 @@ def of_all_shapes():
 def test_c8_each_eager_call_is_one_program(name):
     """From a fresh cache init, update and apply_updates compile one program each, once."""
     params = of_all_shapes()
-    jax.clear_caches()
+    clear_caches()
     tx = TRANSFORMS[name][0]()
     with count_compiles() as compiles:
         state = tx.init(params)
@@ -1563,7 +1564,7 @@ def test_c8_a_jitted_schedule_is_one_program_more():
     params = of_all_shapes()
     tx = momentum(jax.jit(lambda count: 1.0 / (count + 1)))
     state = tx.init(params)
-    jax.clear_caches()
+    clear_caches()
     with count_compiles() as compiles:
         updates, state = tx.update(params, state)
     assert compiles.count == 2
