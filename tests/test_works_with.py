@@ -6,6 +6,7 @@ docs/works_with.md is made of the same registry.
 """
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import momentum_jax
+from benchmarks import clients
 
 mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
 PAGE = Path(__file__).parents[1] / "docs" / "works_with.md"
@@ -640,7 +642,7 @@ def test_optimistix_does_not_find_a_traced_learning_rate_if_it_differentiates():
 
         return jax.jit(jax.grad(solve, argnums=1))(0.1, jnp.array([1.0, 2.0]))
 
-    with pytest.raises(TypeError, match="No constant handler for type|not a valid JAX type"):
+    with pytest.raises(TypeError, match=r"No constant handler for type|not a valid JAX type"):
         grads(lambda learning_rate: mj.momentum(learning_rate, 0.5))
     found = grads(lambda rate: optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(rate)))
     np.testing.assert_allclose(found, 1.0)
@@ -664,3 +666,48 @@ def test_a_program_of_the_page_prints_what_its_comments_say(program, capsys):
     exec(program, {})
     said = re.findall(r"^print\(.*\)  # (.+)$", program, re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == said
+
+
+def test_what_was_tested_by_hand_has_every_client_and_is_what_the_page_says():
+    """Each cell of benchmarks/results/clients.json is "ok", or says why not."""
+    results = json.loads(clients.RESULT.read_text())
+    assert results.keys() == clients.CLIENTS.keys()
+    for distribution, of in results.items():
+        assert of["cells"].keys() == clients.TRANSFORMATIONS.keys()
+        # The page says that all are as they should be.
+        assert set(of["cells"].values()) == {"ok"}
+        assert {"python", "jax", "optax", distribution} == of["versions"].keys()
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", of["date"])
+
+
+def sum_of_squares(tx):
+    """A client that needs nothing to be installed."""
+    params = start = {"w": jnp.asarray(whole((INPUTS, OUTPUTS), 3, 8))}
+    state = tx.init(params)
+    for _ in range(STEPS):
+        params, state = plain_step(tx, params, state, params)
+    return start, params
+
+
+@pytest.mark.parametrize("name", clients.TRANSFORMATIONS)
+def test_the_script_finds_what_is_wrong(name, monkeypatch):
+    """Right params are ok; other params, other dtypes and errors are not."""
+    by_sgd = clients.changes(sum_of_squares(optax.sgd(clients.LEARNING_RATE, clients.MU)))
+    assert clients.cell(sum_of_squares, name, by_sgd) == "ok"
+
+    def raises(tx):
+        raise TypeError("no such thing")
+
+    assert clients.cell(raises, name, by_sgd) == "refused: TypeError: no such thing"
+    still = clients.cell(sum_of_squares, name, [0 * x for x in by_sgd])
+    assert still == "error: params that are not finite, or did not move"
+    if name.endswith("float32"):
+        assert "apart from optax.sgd" in clients.cell(sum_of_squares, name, [2 * by_sgd[0]])
+    monkeypatch.setitem(clients.TRANSFORMATIONS, name, lambda: optax.sgd(0.01))
+    assert "no velocity is" in clients.cell(sum_of_squares, name, by_sgd)
+    cast = optax.stateless(lambda updates, params: updates)._replace(
+        init=lambda params: jnp.zeros((), jnp.bfloat16),
+        update=lambda updates, state, params=None: (updates, jnp.zeros((), jnp.float32)),
+    )
+    monkeypatch.setitem(clients.TRANSFORMATIONS, name, lambda: cast)
+    assert clients.cell(sum_of_squares, name, by_sgd) == "error: the state changes its dtypes"
