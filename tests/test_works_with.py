@@ -249,10 +249,12 @@ def train_nnx_scan(cell: Cell) -> Trained:
     @nnx.jit
     @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
     def steps(carry, x, target):
-        nnx_step(*carry, x, target)
+        model, optimizer = carry
+        nnx_step(model, optimizer, x, target)
         return carry
 
-    steps((model, optimizer), *stacked(batches(cell.dtype)))
+    xs, targets = stacked(batches(cell.dtype))
+    steps((model, optimizer), xs, targets)
     return nnx_result(model, optimizer, cell.expected())
 
 
@@ -415,8 +417,8 @@ def train_linen(cell: Cell) -> Trained:
     split = [x.value for x in boxed if isinstance(x, nn.Partitioned)]
     assert split
     assert all(x.sharding.is_equivalent_to(sharding, 2) for x in split)
-    unboxed: Any = nn.meta.unbox((train_state.params, train_state.opt_state))
-    return Trained(*unboxed, cell.expected())
+    params, state = map(nn.meta.unbox, (train_state.params, train_state.opt_state))
+    return Trained(params, state, cell.expected())
 
 
 class Linear(eqx.Module):
