@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compiled  # noqa: E402
+from benchmarks import clients, compiled  # noqa: E402
 from benchmarks.__main__ import LABELS, duration  # noqa: E402
 from momentum_jax import __version__ as release  # noqa: E402, F401
 
@@ -264,6 +264,11 @@ def precision_tables() -> tuple[str, list[Path]]:
     return "\n".join([*lines, ""]), paths
 
 
+def clients_table() -> tuple[str, list[Path]]:
+    """What `python -m benchmarks.clients` found."""
+    return clients.table(json.loads(clients.RESULT.read_text())) + "\n", [clients.RESULT]
+
+
 def table(*names: str) -> list[str]:
     """The head of a table."""
     return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
@@ -279,6 +284,7 @@ GENERATED = {
     "benchmarks": benchmark_tables,
     "contract_tests": contract_tests,
     "fewer_bits": precision_tables,
+    "works_with": clients_table,
 }
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example|Source):$")

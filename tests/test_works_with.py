@@ -1,0 +1,154 @@
+"""Training through other libraries, and what docs/works_with.md says of it.
+
+Flax NNX has a file of its own, which runs beside this one.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from works_with import (
+    CLIENTS,
+    INPUTS,
+    OTHERS,
+    OUTPUTS,
+    STEPS,
+    TRANSFORMATIONS,
+    VELOCITY_DTYPES,
+    Cell,
+    Linear,
+    bits,
+    check,
+    expected,
+    mj,
+    plain_step,
+    start,
+    table,
+    whole,
+)
+
+from benchmarks import clients
+
+PAGE = Path(__file__).parents[1] / "docs" / "works_with.md"
+
+
+@pytest.mark.parametrize("velocity_dtype", VELOCITY_DTYPES, ids=str)
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_c6_a_client_trains_as_a_plain_loop(name, transformation, velocity_dtype, tmp_path):
+    check(name, Cell(transformation, velocity_dtype, tmp_path))
+
+
+def test_the_cells_differ():
+    """Each transformation and each dtype ends elsewhere, so that none passes for another."""
+    ends = {
+        (name, dtype): bits(expected(name, dtype)[0])
+        for name in TRANSFORMATIONS
+        for dtype in VELOCITY_DTYPES
+        if name not in ("trace", "keep_residual")
+    }
+    for cell, end in ends.items():
+        assert [other for other in ends if ends[other] == end] == [cell]
+    # At a constant learning rate it does not matter on which side of the velocity it is.
+    assert bits(expected("trace", None)[0]) == ends["momentum", None]
+    restarted, going_on = (expected(n, None, "valley")[0] for n in ("adaptive_restart", "momentum"))
+    assert bits(restarted) != bits(going_on)
+
+
+def test_equinox_own_apply_updates_widens_params_of_16_bits():
+    """Why the row of Equinox uses another one: it adds, and does not round to the param's dtype."""
+    params = Linear(**start(jnp.bfloat16), name="linear")
+    params = eqx.filter(params, eqx.is_inexact_array)
+    tx = mj.keep_residual(mj.momentum(0.25))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert eqx.apply_updates(params, updates).kernel.dtype == jnp.float32
+    assert mj.apply_updates(params, updates).kernel.dtype == jnp.bfloat16
+
+
+def test_optimistix_does_not_find_a_traced_learning_rate_if_it_differentiates():
+    """It looks for arrays in the closures of a transformation, and finds those of Optax alone."""
+    optx = pytest.importorskip("optimistix")
+
+    def grads(make):
+        def solve(learning_rate, target):
+            solver = optx.OptaxMinimiser(make(learning_rate), rtol=1e-6, atol=1e-6)
+            distance = lambda y, args: jnp.sum((y - args) ** 2)  # noqa: E731
+            return optx.minimise(distance, solver, jnp.zeros(2), target).value.sum()
+
+        return jax.jit(jax.grad(solve, argnums=1))(0.1, jnp.array([1.0, 2.0]))
+
+    with pytest.raises(TypeError, match=r"No constant handler for type|not a valid JAX type"):
+        grads(lambda learning_rate: mj.momentum(learning_rate, 0.5))
+    found = grads(lambda rate: optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(rate)))
+    np.testing.assert_allclose(found, 1.0)
+
+
+# The page. -------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_page_is_that_of_the_tests():
+    assert table() in PAGE.read_text()
+    assert len(re.findall(r"^\| \w.* \|$", PAGE.read_text(), re.MULTILINE)) == len(CLIENTS) + 1
+
+
+PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=[str(i) for i in range(len(PROGRAMS))])
+def test_a_program_of_the_page_prints_what_its_comments_say(program, capsys):
+    for name in re.findall(r"^import (haiku|optimistix|numpyro)\b", program, re.MULTILINE):
+        pytest.importorskip(name)
+    exec(program, {})
+    said = re.findall(r"^print\(.*\)  # (.+)$", program, re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_what_was_tested_by_hand_has_every_client_and_is_what_the_page_says():
+    """Each cell of benchmarks/results/clients.json is "ok", or says why not."""
+    results = json.loads(clients.RESULT.read_text())
+    assert results.keys() == clients.CLIENTS.keys()
+    for distribution, of in results.items():
+        assert of["cells"].keys() == clients.TRANSFORMATIONS.keys()
+        # The page says that all are as they should be.
+        assert set(of["cells"].values()) == {"ok"}
+        assert {"python", "jax", "optax", distribution} == of["versions"].keys()
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", of["date"])
+
+
+def sum_of_squares(tx):
+    """A client that needs nothing to be installed."""
+    params = start = {"w": jnp.asarray(whole((INPUTS, OUTPUTS), 3, 8))}
+    state = tx.init(params)
+    for _ in range(STEPS):
+        params, state = plain_step(tx, params, state, params)
+    return start, params
+
+
+@pytest.mark.parametrize("name", clients.TRANSFORMATIONS)
+def test_the_script_finds_what_is_wrong(name, monkeypatch):
+    """Right params are ok; other params, other dtypes and errors are not."""
+    by_sgd = clients.changes(sum_of_squares(optax.sgd(clients.LEARNING_RATE, clients.MU)))
+    assert clients.cell(sum_of_squares, name, by_sgd) == "ok"
+
+    def raises(tx):
+        raise TypeError("no such thing")
+
+    assert clients.cell(raises, name, by_sgd) == "refused: TypeError: no such thing"
+    still = clients.cell(sum_of_squares, name, [0 * x for x in by_sgd])
+    assert still == "error: params that are not finite, or did not move"
+    if name.endswith("float32"):
+        assert "apart from optax.sgd" in clients.cell(sum_of_squares, name, [2 * by_sgd[0]])
+    monkeypatch.setitem(clients.TRANSFORMATIONS, name, lambda: optax.sgd(0.01))
+    assert "no velocity is" in clients.cell(sum_of_squares, name, by_sgd)
+    cast = optax.stateless(lambda updates, params: updates)._replace(
+        init=lambda params: jnp.zeros((), jnp.bfloat16),
+        update=lambda updates, state, params=None: (updates, jnp.zeros((), jnp.float32)),
+    )
+    monkeypatch.setitem(clients.TRANSFORMATIONS, name, lambda: cast)
+    assert clients.cell(sum_of_squares, name, by_sgd) == "error: the state changes its dtypes"
