@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import clients, compiled  # noqa: E402
+from benchmarks import clients, compiled, optax_suite  # noqa: E402
 from benchmarks.__main__ import LABELS, duration  # noqa: E402
 from momentum_jax import __version__ as release  # noqa: E402, F401
 
@@ -264,9 +264,19 @@ def precision_tables() -> tuple[str, list[Path]]:
     return "\n".join([*lines, ""]), paths
 
 
-def clients_table() -> tuple[str, list[Path]]:
-    """What `python -m benchmarks.clients` found."""
-    return clients.table(json.loads(clients.RESULT.read_text())) + "\n", [clients.RESULT]
+OPTAX_SUITE = """
+## Optax's own tests
+
+With the package's transformations in the place of Optax's `sgd` and `trace`, in every test that
+uses one of them, also within another transformation (`python -m benchmarks.optax_suite`).
+"""
+
+
+def clients_tables() -> tuple[str, list[Path]]:
+    """What `python -m benchmarks.clients` and `python -m benchmarks.optax_suite` found."""
+    by_hand, suite = (json.loads(each.RESULT.read_text()) for each in (clients, optax_suite))
+    parts = [clients.table(by_hand), OPTAX_SUITE, optax_suite.table(suite), ""]
+    return "\n".join(parts), [clients.RESULT, optax_suite.RESULT]
 
 
 def table(*names: str) -> list[str]:
@@ -284,7 +294,7 @@ GENERATED = {
     "benchmarks": benchmark_tables,
     "contract_tests": contract_tests,
     "fewer_bits": precision_tables,
-    "works_with": clients_table,
+    "works_with": clients_tables,
 }
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example|Source):$")

@@ -33,7 +33,7 @@ from works_with import (
     whole,
 )
 
-from benchmarks import clients
+from benchmarks import clients, optax_suite
 
 PAGE = Path(__file__).parents[1] / "docs" / "works_with.md"
 
@@ -152,3 +152,51 @@ def test_the_script_finds_what_is_wrong(name, monkeypatch):
     )
     monkeypatch.setitem(clients.TRANSFORMATIONS, name, lambda: cast)
     assert clients.cell(sum_of_squares, name, by_sgd) == "error: the state changes its dtypes"
+
+
+# Optax's own tests. ----------------------------------------------------------------------
+
+
+def test_what_optax_own_tests_found_has_all_variants():
+    """And each difference that is known."""
+    result = json.loads(optax_suite.RESULT.read_text())
+    assert result["variants"].keys() == optax_suite.DIFFERENCES.keys()
+    for variant, of in result["variants"].items():
+        reasons = {known.reason for known in optax_suite.DIFFERENCES[variant]}
+        assert of["different"].keys() == reasons
+        assert of["passed"] + sum(map(len, of["different"].values())) == result["using"]
+        assert f"| {of['passed']} of {result['using']} |" in optax_suite.table(result)
+
+
+def test_the_script_puts_ours_into_the_tests_of_optax():
+    """A file of them: the test uses what was put in, and passes or not as it does alone."""
+    name = "transforms/_masking_test.py::MaskedTest::test_masked_state_structure"
+    if not (Path(optax.__file__).parent / name.split("::")[0]).exists():
+        pytest.skip(f"Optax {optax.__version__} does not install its tests")
+    found = {variant: optax_suite.run(variant, [name])[name] for variant in ("optax", "inside")}
+    assert found["optax"] == {"outcome": "passed", "uses": True, "message": ""}
+    assert (found["inside"]["outcome"], found["inside"]["uses"]) == ("failed", True)
+    assert "different structures" in found["inside"]["message"]
+
+
+def test_the_script_tells_known_differences_from_others():
+    ok = {"outcome": "passed", "uses": True, "message": ""}
+    known = {
+        "a::test_explicit_dtype6": "TypeError: velocity_dtype='complex64' must be None or one of",
+        "a::test_explicit_dtype24": "TypeError: which velocity_dtype=bfloat16 cannot hold",
+        "a::test_explicit_dtype9": "AssertionError: dtype(bfloat16) != dtype('float32')",
+    }
+    outcomes = {name: ok | {"outcome": "failed", "message": said} for name, said in known.items()}
+    found = optax_suite.sorted_out("outside", outcomes | {"a::test_other": ok})
+    assert found["passed"] == 1
+    assert sorted(name for names in found["different"].values() for name in names) == sorted(known)
+    for other in (
+        {"outcome": "failed", "message": "AssertionError: 1 != 2"},
+        {"outcome": "skipped", "message": ""},
+        {"uses": False},
+    ):
+        with pytest.raises(SystemExit, match=r"outside: not as in DIFFERENCES:\na::test_other"):
+            optax_suite.sorted_out("outside", outcomes | {"a::test_other": ok | other})
+    del outcomes["a::test_explicit_dtype9"]
+    with pytest.raises(SystemExit, match="does not occur: the velocity of a bfloat16 param"):
+        optax_suite.sorted_out("outside", outcomes)
