@@ -24,6 +24,8 @@ from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
 from momentum_jax._reading import read_velocity as read_velocity
+from momentum_jax._recurrence import RecurrenceState as RecurrenceState
+from momentum_jax._recurrence import recurrence as recurrence
 from momentum_jax._residual import ResidualState as ResidualState
 from momentum_jax._residual import keep_residual as keep_residual
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
@@ -35,6 +37,7 @@ __all__ = [
     "AggMoState",
     "MomentumState",
     "QHMState",
+    "RecurrenceState",
     "ResidualState",
     "TraceState",
     "adaptive_restart",
@@ -46,6 +49,7 @@ __all__ = [
     "momentum",
     "qhm",
     "read_velocity",
+    "recurrence",
     "reset_velocity",
     "schedules",
     "sharding",

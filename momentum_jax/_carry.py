@@ -18,8 +18,7 @@ from jax.experimental import multihost_utils
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
-from momentum_jax._mixtures import AggMoState, QHMState
-from momentum_jax._momentum import MomentumState, TraceState
+from momentum_jax._recurrence import STATE_TYPES, has_velocity
 from momentum_jax._residual import ResidualState
 from momentum_jax._storage import Stored, compute_dtype
 
@@ -27,13 +26,6 @@ PyTree = Any
 # From {name: weights} of another framework to the params.
 ToParams = Callable[[dict[str, np.ndarray]], PyTree]
 
-# What makes the states of each type.
-_MAKERS = {
-    MomentumState: "momentum",
-    TraceState: "trace",
-    QHMState: "qhm",
-    AggMoState: "aggmo",
-}
 # The field in which each of Optax' states counts the steps that a schedule follows.
 _COUNTERS = {
     "ScaleByScheduleState": "count",
@@ -114,13 +106,13 @@ def velocities(state: PyTree, kind: type) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     of_kind = parts(state, kind)
-    others = [other for other in _MAKERS if other is not kind and parts(state, other)]
+    others = [other for other in STATE_TYPES if other is not kind and parts(state, other)]
     if others and not of_kind:
         raise ValueError(
-            f"the state is {others[0].__name__}, of {_MAKERS[others[0]]}, but must be "
-            f"{kind.__name__}, of {_MAKERS.get(kind, 'optax.trace')}: what they store differs in "
-            "sign and scale. momentum_jax.frameworks.inside_from_outside and outside_from_inside "
-            "convert."
+            f"the state is {others[0].__name__}, of {STATE_TYPES[others[0]]}, but must be "
+            f"{kind.__name__}, of {STATE_TYPES.get(kind, 'optax.trace')}: what they store differs "
+            "in sign and scale. momentum_jax.frameworks.inside_from_outside and "
+            "outside_from_inside convert."
         )
     for held in of_kind:
         for path, leaf in _leaves_of(held):
@@ -601,7 +593,7 @@ def _scheduled(state):
 
 def _taken(state):
     """The counts of the velocities, with where they are."""
-    found = [part for part in _named_parts(state) if isinstance(part, tuple(_MAKERS))]
+    found = [part for part in _named_parts(state) if has_velocity(part)]
     return [(f"{type(part).__name__}.count", part.count) for part in found]
 
 

@@ -51,9 +51,17 @@ _RULES = {
         "0 is no decay, 1e-4 is usual",
     ),
 }
+# Each of several is called after all: mus[0].
+_RULES["mus"] = _RULES["mu"]
 # What other frameworks call them, and allow.
 _RULES["lr"] = _RULES["base_lr"] = _RULES["learning_rate"]
 _RULES["momentum"] = (lambda x: 0 <= x <= 1, "must be in [0, 1]", _RULES["mu"][2])
+
+
+def _rule(name):
+    """The rule of a hyperparameter; of a name that is not known, that of any number."""
+    unknown = (math.isfinite, "must be finite", f"Give {name} a number or a schedule")
+    return _RULES.get(name.partition("[")[0], unknown)
 
 
 def require(name: str, value: Any, fits: Callable[[float], bool], rule: str) -> float:
@@ -194,12 +202,12 @@ def check_value(name: str, value: Any, *, called: str = "", read_arrays: bool = 
         value,
         "a real number, a scalar array or (when the transform is made) a schedule: a function of "
         "the step's count",
-        f"a float: {_RULES[name][2]}",
+        f"a float: {_rule(name)[2]}",
     )
     if isinstance(value, jax.Array) and not (read_arrays and _can_be_read(value)):
         return value
     number = _as_float(value)
-    fits, rule, remedy = _RULES[name]
+    fits, rule, remedy = _rule(name)
     if not fits(number):
         raise ValueError(f"{called}={number} {rule}. {remedy}.")
     return value if isinstance(value, jax.Array) else number

@@ -4,17 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import export
 
-from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf
-from momentum_jax._hyperparameters import Hyperparameter, check, resolve
-from momentum_jax._momentum import as_optax, incremented, inside, transformation
-from momentum_jax._storage import Stored
+from momentum_jax._hyperparameters import Hyperparameter
+from momentum_jax._recurrence import holds_velocity, transformation
 
 
+@holds_velocity("qhm")
 class QHMState(NamedTuple):
     """What `qhm` carries from step to step.
 
@@ -34,6 +30,7 @@ class QHMState(NamedTuple):
     scales: Any = None
 
 
+@holds_velocity("aggmo")
 class AggMoState(NamedTuple):
     """What `aggmo` carries from step to step.
 
@@ -51,12 +48,6 @@ class AggMoState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     velocity: Any
     scales: Any = None
-
-
-for _state_type in (QHMState, AggMoState):
-    export.register_namedtuple_serialization(
-        _state_type, serialized_name=f"momentum_jax.{_state_type.__name__}"
-    )
 
 
 def _quasi_hyperbolic(v, g, learning_rate, mu, nu):
@@ -107,9 +98,13 @@ def qhm(
     Source:
       Ma and Yarats (2019), Quasi-hyperbolic momentum and Adam for deep learning, equations 3, 4.
     """
-    return transformation(
-        QHMState, _quasi_hyperbolic, velocity_dtype, learning_rate=learning_rate, mu=mu, nu=nu
-    )
+    given = {"learning_rate": learning_rate, "mu": mu, "nu": nu}
+    return transformation(QHMState, _quasi_hyperbolic, velocity_dtype, given)
+
+
+def _aggregated(velocities, g, learning_rate, **mus):
+    velocities = tuple(mus[f"mus[{k}]"] * v - learning_rate * g for k, v in enumerate(velocities))
+    return velocities, sum(velocities) / len(velocities)
 
 
 def aggmo(
@@ -152,45 +147,31 @@ def aggmo(
       Lucas, Sun, Zemel and Grosse (2019), Aggregated momentum: stability through passive
       damping, equation 4.
     """
-    velocity_dtype = _velocity.check_dtype(velocity_dtype)
-    learning_rate = check("learning_rate", learning_rate)
-    mus = _check_mus(mus)
+    mus = _check_sequence(mus)
 
-    def init(params):
-        trees, count = _init((velocity_dtype, len(mus)), (_velocity.concrete(params),))
-        return _state(count, trees)
-
-    def step(grads, state, overrides):
-        if not isinstance(state.velocity, tuple) or len(state.velocity) != len(mus):
-            held = len(state.velocity) if isinstance(state.velocity, tuple) else 1
-            raise ValueError(
-                f"the state must have a velocity for each of the {len(mus)} mus, but has {held}. "
-                "Give the state that this transformation's init returned."
-            )
+    def by_name(overrides):
         given = overrides.get("mus")
-        if given is not None:
-            _check_sequence(given)
-        if given is not None and len(given) != len(mus):
+        if given is None:
+            return overrides
+        if len(_check_sequence(given)) != len(mus):
             raise ValueError(
                 f"mus has {len(given)} values, but the state has {len(mus)} velocities. "
                 "Give as many as when the transformation was made."
             )
-        rate = resolve("learning_rate", learning_rate, overrides.get("learning_rate"), state.count)
-        each = [
-            (rate, resolve("mu", mu, override, state.count, called=f"mus[{i}]"))
-            for i, (mu, override) in enumerate(zip(mus, given or [None] * len(mus), strict=True))
-        ]
-        scales = state.scales or [None] * len(mus)
-        trees = (grads, *state.velocity, *scales)
-        (updates, *trees), count = _update((velocity_dtype,), trees, (state.count, each))
-        return updates, _state(count, trees)
+        return overrides | _each(given)
 
-    return as_optax(AggMoState, init, step, velocity_dtype, learning_rate, *mus)
+    return transformation(
+        AggMoState,
+        _aggregated,
+        velocity_dtype,
+        {"learning_rate": learning_rate, **_each(mus)},
+        velocities=len(mus),
+        by_name=by_name,
+    )
 
 
-def _check_mus(mus):
-    _check_sequence(mus)
-    return tuple(check("mu", mu, called=f"mus[{i}]") for i, mu in enumerate(mus))
+def _each(mus):
+    return {f"mus[{i}]": mu for i, mu in enumerate(mus)}
 
 
 def _check_sequence(mus):
@@ -199,34 +180,4 @@ def _check_sequence(mus):
             f"mus={mus!r} must be a tuple of one or more momentum coefficients, for example "
             "(0.0, 0.9, 0.99)."
         )
-
-
-def _state(count, trees):
-    """The state of K velocities, followed by the scales of each."""
-    number = len(trees) // 2
-    scales = trees[number:]
-    return AggMoState(count, tuple(trees[:number]), None if scales[0] is None else tuple(scales))
-
-
-@by_leaf
-def _init(static, trees, _):
-    (velocity_dtype, number), (params,) = static, trees
-    several = [_velocity.zeros(params, velocity_dtype) for _ in range(number)]
-    return _columns(several), jnp.zeros([], jnp.int32)
-
-
-@by_leaf
-def _update(static, trees, shared):
-    (velocity_dtype,), (grads, *stored), (count, coefficients) = static, trees, shared
-    number = len(coefficients)
-    several = [Stored(*pair) for pair in zip(stored[:number], stored[number:], strict=True)]
-    updates, several = _velocity.advance_together(
-        inside, grads, several, coefficients, count, velocity_dtype
-    )
-    return (updates, *_columns(several)), incremented(count)
-
-
-def _columns(several):
-    """The values of each velocity, then the scales of each."""
-    values, scales = zip(*several, strict=True)
-    return *values, *scales
+    return mus

@@ -4,28 +4,18 @@ v <- mu * v - learning_rate * g        v starts at 0, mu is usually 0.9
 w <- w + v
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf
-from momentum_jax._hyperparameters import (
-    Hyperparameter,
-    by_value,
-    check,
-    check_flag,
-    is_zero,
-    resolve,
-)
-from momentum_jax._storage import Stored
+from momentum_jax._hyperparameters import Hyperparameter, check, check_flag, is_zero
+from momentum_jax._recurrence import holds_velocity, transformation
 
 
-def inside(v, g, learning_rate, mu):
+def _inside(v, g, learning_rate, mu):
     v = mu * v - learning_rate * g
     return v, v
 
@@ -53,6 +43,7 @@ def _damped(g, dampening):
     return jax.lax.select_n(dampening == 0, (1 - dampening) * g, g)
 
 
+@holds_velocity("momentum")
 class MomentumState(NamedTuple):
     """What `momentum` carries from step to step.
 
@@ -79,6 +70,7 @@ class MomentumState(NamedTuple):
     scales: Any = None
 
 
+@holds_velocity("trace")
 class TraceState(NamedTuple):
     """What `trace` carries from step to step.
 
@@ -96,12 +88,6 @@ class TraceState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     trace: Any
     scales: Any = None
-
-
-for _state_type in (MomentumState, TraceState):
-    export.register_namedtuple_serialization(
-        _state_type, serialized_name=f"momentum_jax.{_state_type.__name__}"
-    )
 
 
 def momentum(
@@ -188,10 +174,9 @@ def momentum(
     """
     return transformation(
         MomentumState,
-        _inside_nesterov if _looks_ahead(nesterov, mu) else inside,
+        _inside_nesterov if _looks_ahead(nesterov, mu) else _inside,
         velocity_dtype,
-        learning_rate=learning_rate,
-        mu=mu,
+        {"learning_rate": learning_rate, "mu": mu},
     )
 
 
@@ -248,8 +233,7 @@ def trace(
         TraceState,
         _outside_nesterov if _looks_ahead(nesterov, mu) else _outside,
         velocity_dtype,
-        mu=mu,
-        dampening=dampening,
+        {"mu": mu, "dampening": dampening},
     )
 
 
@@ -298,105 +282,6 @@ def _looks_ahead(nesterov, mu) -> bool:
     return nesterov
 
 
-def transformation(
-    state_type: type,
-    recurrence: _velocity.Recurrence,
-    velocity_dtype: Any,
-    **hyperparameters: Hyperparameter,
-) -> optax.GradientTransformationExtraArgs:
-    """The Optax transformation of a recurrence, which takes the hyperparameters in this order.
-
-    Its states are a count, the values and the scales of what is stored.
-    """
-    velocity_dtype = _velocity.check_dtype(velocity_dtype)
-    given = {name: check(name, value) for name, value in hyperparameters.items()}
-
-    def init(params):
-        stored, count = _init((velocity_dtype,), (_velocity.concrete(params),))
-        return state_type(count, *stored)
-
-    def step(grads, state, overrides):
-        coefficients = [
-            resolve(name, value, overrides.get(name), state.count) for name, value in given.items()
-        ]
-        trees = (grads, *state[1:])
-        trees, count = _update((recurrence, velocity_dtype), trees, (state.count, coefficients))
-        return trees[0], state_type(count, *trees[1:])
-
-    return as_optax(state_type, init, step, recurrence, velocity_dtype, *given.values())
-
-
-def as_optax(
-    state_type: type,
-    init: Callable[..., Any],
-    step: Callable[[Any, Any, dict[str, Any]], tuple[Any, Any]],
-    *parts: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """The Optax transformation of a step (grads, state, overrides) -> (updates, state).
-
-    It is equal to others of the same type of state that are made of equal parts.
-    """
-
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        # Optax hands each transform of a chain the same params and extra arguments.
-        del params
-        _check_state(updates, state, state_type)
-        _velocity.check_arrays("gradient", updates)
-        return step(updates, state, extra_args)
-
-    return by_value(optax.GradientTransformationExtraArgs(init, update), state_type, *parts)
-
-
-def _check_state(updates: Any, state: Any, state_type: type) -> None:
-    """Raises a TypeError that says what was given in the state's place."""
-    if isinstance(state, state_type):
-        return
-    if isinstance(updates, state_type):
-        raise TypeError(
-            "the gradients and the state are swapped: it is update(grads, state, params)."
-        )
-    if state is None:
-        raise TypeError(
-            "the state is None. Call `state = tx.init(params)` before the first update."
-        )
-    origin = remedy = ""
-    if isinstance(state, optax.TraceState):  # There is one of ours of the same name.
-        origin = " of Optax"
-        remedy = " To continue a job of Optax, see momentum_jax.frameworks.load_optax."
-    raise TypeError(
-        f"the state is {type(state).__name__}{origin}, but must be the {state_type.__name__} that "
-        "init or the last update of this transformation returned. In a chain, call the chain's "
-        "update; after a restore, give the restoring function tx.init(params) as its target."
-        + remedy
-    )
-
-
-def incremented(count: jax.Array) -> jax.Array:
-    """The count of the next step; it stops at its largest value."""
-    return jnp.asarray(optax.safe_increment(count))
-
-
-# Compiled once for all instances: a hyperparameter is an argument, not part of the program.
-@by_leaf
-def _update(static, trees, shared):
-    (recurrence, velocity_dtype), (grads, *stored), (count, coefficients) = static, trees, shared
-    updates, stored = _velocity.advance(
-        recurrence, grads, Stored(*stored), coefficients, count, velocity_dtype
-    )
-    return (updates, *stored), incremented(count)
-
-
 @by_leaf
 def _add(_, trees, __):
     return _velocity.add(*trees), ()
-
-
-@by_leaf
-def _init(static, trees, _):
-    (velocity_dtype,), (params,) = static, trees
-    return _velocity.zeros(params, velocity_dtype), jnp.zeros([], jnp.int32)

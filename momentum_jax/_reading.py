@@ -8,27 +8,25 @@ import optax
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf
-from momentum_jax._mixtures import AggMoState, QHMState
-from momentum_jax._momentum import MomentumState, TraceState
+from momentum_jax._recurrence import has_velocity, stored_in
 from momentum_jax._storage import Stored
 
 PyTree = Any
-
-# States are found by their types: the fields of a user's own may have any names.
-STATE_TYPES = (MomentumState, TraceState, QHMState, AggMoState)
 
 
 def read_velocity(state: optax.OptState) -> Any:
     """The velocity in a state as floats, in whatever dtype it is stored.
 
     Args:
-      state: a state with a velocity anywhere in it, of `momentum`, `trace`, `qhm` or `aggmo`, in
-        a chain or under Optax's wrappers, also one whose arrays were stacked by vmap or scan.
+      state: a state with a velocity anywhere in it, of `momentum`, `trace`, `qhm`, `aggmo`
+        or `recurrence`, in a chain or under Optax's wrappers, also one whose arrays were stacked by
+        vmap or scan.
 
     Returns:
-      A tree like the params; for `aggmo` a tuple of such trees, one a mu. Velocities of 8 bits
-      come in float32, the others as they are held. What several transformations hold between
-      them, as with `optax.partition`, is put together; what none holds is `optax.MaskedNode`.
+      A tree like the params; a tuple of such trees where there are several, as of `aggmo`.
+      Velocities of 8 bits come in float32, the others as they are held. What several
+      transformations hold between them, as with `optax.partition`, is put together; what none holds
+      is `optax.MaskedNode`.
 
     Raises:
       ValueError: no velocity, or two of one param.
@@ -45,11 +43,6 @@ def read_velocity(state: optax.OptState) -> Any:
     return functools.reduce(_put_together, _read((), (values, scales))[0])
 
 
-def has_velocity(node: Any) -> bool:
-    """Whether it is a state with a velocity of its own."""
-    return isinstance(node, STATE_TYPES)
-
-
 def velocities(state: Any) -> list[Stored]:
     """All velocities in a state, as they are stored; raises a ValueError if there is none."""
     parts = jax.tree.leaves(state, is_leaf=has_velocity)
@@ -57,14 +50,9 @@ def velocities(state: Any) -> list[Stored]:
     if not found:
         raise ValueError(
             "there is no velocity in the state. Give the state of a transformation with "
-            "momentum: momentum, trace, qhm or aggmo, in a chain or alone."
+            "momentum: momentum, trace, qhm, aggmo or recurrence, in a chain or alone."
         )
     return found
-
-
-def stored_in(state: Any) -> Stored:
-    """The velocity of one of the `STATE_TYPES`."""
-    return Stored(*state[1:])
 
 
 @by_leaf

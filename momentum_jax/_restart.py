@@ -14,7 +14,8 @@ from momentum_jax import _velocity
 from momentum_jax._dispatch import at_once, by_leaf, gathered
 from momentum_jax._hyperparameters import by_value, check_inner, check_value
 from momentum_jax._placement import axes_that_differ
-from momentum_jax._reading import has_velocity, stored_in, velocities
+from momentum_jax._reading import velocities
+from momentum_jax._recurrence import has_velocity, stored_in
 from momentum_jax._residual import ResidualState
 from momentum_jax._storage import Stored
 

@@ -10,7 +10,7 @@ there is no key to carry, a run repeats to the bit, and equal leaves share one c
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from momentum_jax._elementwise import elementwise
 from momentum_jax._placement import (
     hold_like,
     is_split,
@@ -48,8 +49,8 @@ _LEAST_SCALE = np.float32(2**-100)
 # The bits of the largest NaN that is a bfloat16.
 _LARGEST_NAN = np.int32(0x7FFF0000)
 
-# A step of one leaf: (velocity, grad) -> (velocity, update).
-Advance = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# A step of one leaf: (velocities, grad) -> (velocities, update).
+Advance = Callable[[Sequence[jax.Array], jax.Array], tuple[Sequence[jax.Array], jax.Array]]
 
 
 class Stored(NamedTuple):
@@ -92,11 +93,12 @@ class Cast:
         return stored._replace(values=jnp.where(mask, encoded.values, stored.values))
 
     def step(
-        self, advance: Advance, grad: jax.Array, stored: Stored, seed: jax.Array
-    ) -> tuple[jax.Array, Stored]:
-        """The update, and what is stored after it."""
-        value, update = advance(self.decode(stored), grad)
-        return update, self.encode(value, stored, seed)
+        self, advance: Advance, grad: jax.Array, several: Sequence[Stored], seed: jax.Array
+    ) -> tuple[jax.Array, Sequence[Stored]]:
+        """The update, and what is stored of each velocity after it."""
+        values, update = advance([self.decode(stored) for stored in several], grad)
+        encoded = [self.encode(*pair, seed) for pair in zip(values, several, strict=True)]
+        return update, encoded
 
 
 class StochasticCast(Cast):
@@ -152,29 +154,36 @@ class Blocks(Cast):
         )
 
     def step(
-        self, advance: Advance, grad: jax.Array, stored: Stored, seed: jax.Array
-    ) -> tuple[jax.Array, Stored]:
+        self, advance: Advance, grad: jax.Array, several: Sequence[Stored], seed: jax.Array
+    ) -> tuple[jax.Array, Sequence[Stored]]:
         """Written for each platform in the way that its compiler makes the least traffic of.
 
         A GPU fuses the decoding, the step and the encoding around one reduction in the array's own
-        shape. A TPU and a CPU do where an axis is split in two and nothing moves that split.
+        shape. A TPU and a CPU do where an axis is split in two and nothing moves that split. A step
+        that is not elementwise is computed in the array's own shape on each.
         """
-        view = _View.of(*stored)
-        split = _through(_SplitView(*view), advance)
+        floats = [lax.convert_element_type(stored.values, np.float32) for stored in several]
+        arranged = elementwise(advance, floats, grad)
+        if arranged is None:
+            return super().step(advance, grad, several, seed)
+        view = _View.of(*several[0])
+        split = _through(_SplitView(*view), arranged)
         on_lanes = view.axis == grad.ndim - 1 > 0 and view.length == LAST_BLOCK
         on_lanes &= grad.shape[view.axis] // view.length <= MOST_ON_LANES
         # Where a device has some of the blocks, no slice is that of one block.
-        on_lanes &= not is_split(stored.scales, view.axis)
-        update, codes, scales = lax.platform_dependent(
+        on_lanes &= not is_split(several[0].scales, view.axis)
+        update, stored = lax.platform_dependent(
             grad,
-            stored.values,
-            set_apart(stored.scales),
+            [Stored(codes, set_apart(scales)) for codes, scales in several],
             seed,
             cpu=split,
-            tpu=_through(_LanesView(*view), advance) if on_lanes else split,
-            default=_through(view, advance),
+            tpu=_through(_LanesView(*view), arranged) if on_lanes else split,
+            default=_through(view, arranged),
         )
-        return update, Stored(codes, hold_like(scales, stored.scales))
+        return update, [
+            Stored(codes, hold_like(scales, held.scales))
+            for (codes, scales), held in zip(stored, several, strict=True)
+        ]
 
 
 class Wide(Cast):
@@ -402,11 +411,17 @@ class _LanesView(_View):
 def _through(view, advance):
     """The step of one leaf, computed in a view of its arrays."""
 
-    def step(grad, codes, scales, seed):
-        codes, arranged = view.arrange(codes), view.arrange(grad)
-        value, update = advance(_values(codes, view.spread(scales, codes)), arranged)
-        new_codes, new_scales = _encoded(value, view, seed)
-        return view.restore(update, grad), view.restore(new_codes, grad), new_scales
+    def step(grad, several, seed):
+        codes = [view.arrange(stored.values) for stored in several]
+        arranged = view.arrange(grad)
+        held = [
+            _values(each, view.spread(stored.scales, each))
+            for each, stored in zip(codes, several, strict=True)
+        ]
+        values, update = advance(held, arranged)
+        encoded = [_encoded(value, view, seed) for value in values]
+        stored = [Stored(view.restore(new, grad), scales) for new, scales in encoded]
+        return view.restore(update, grad), stored
 
     return step
 

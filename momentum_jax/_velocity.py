@@ -34,8 +34,8 @@ from momentum_jax._storage import (
 )
 
 PyTree = Any
-# (velocity, grad, *coefficients) -> (velocity, update): arrays of one dtype.
-Recurrence = Callable[..., tuple[jax.Array, jax.Array]]
+# (velocity, gradient, **hyperparameters) -> (velocity, update): arrays of one dtype.
+Recurrence = Callable[..., tuple[Any, Any]]
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
@@ -157,63 +157,53 @@ def zeros(params: PyTree, velocity_dtype: np.dtype | None) -> Stored:
 
 def advance(
     recurrence: Recurrence,
-    grads: PyTree,
-    stored: Stored,
-    coefficients: Sequence[Any],
-    count: jax.Array,
-    velocity_dtype: np.dtype | None,
-) -> tuple[PyTree, Stored]:
-    """Advances each leaf that has a gradient by one step; returns the updates and what to store.
-
-    Updates have the dtypes of the gradients, what is stored those that it had. The random bits of
-    stochastic rounding depend on the count.
-    """
-    seed = seed_of(count)
-
-    def leaf(path, grad, one):
-        if is_absent(grad):
-            return grad, one
-        grad, values = arrays("gradient", path, grad, "velocity", one.values)
-        one = one._replace(values=values)
-        check_gradient_dtype(path, grad.dtype, decoded_dtype(one))
-        _check_stored(path, one, velocity_dtype)
-        step = _advance_shared_leaf if codec_of(one).is_shared else _advance_leaf
-        return step(recurrence, grad, one, seed, *coefficients)
-
-    treedef, found = zip_leaves("gradients", grads, "velocity", stored.values)
-    leaves = with_scales(treedef, [values for _, _, values in found], stored.scales)
-    results = [leaf(path, grad, one) for (path, grad, _), one in zip(found, leaves, strict=True)]
-    updates, advanced = zip(*results, strict=True) if results else ((), ())
-    return treedef.unflatten(updates), together(treedef, advanced, stored)
-
-
-def advance_together(
-    recurrence: Recurrence,
+    is_tuple: bool,
     grads: PyTree,
     several: Sequence[Stored],
-    coefficients: Sequence[Sequence[Any]],
+    hyperparameters: dict[str, Any],
     count: jax.Array,
     velocity_dtype: np.dtype | None,
 ) -> tuple[PyTree, Sequence[Stored]]:
-    """Advances several velocities by the same gradients; the updates are the mean of theirs."""
+    """Advances each leaf that has a gradient by one step; returns the updates and what to store.
 
-    def widened(grad):
-        grad = grad if is_absent(grad) else jnp.asarray(grad)
-        floats = not is_absent(grad) and jnp.issubdtype(grad.dtype, jnp.inexact)
-        return grad.astype(compute_dtype(grad.dtype)) if floats else grad
+    Of one velocity the recurrence is given the array, of several (`is_tuple`) a tuple. Updates have
+    the dtypes of the gradients, what is stored those that it had. The random bits of stochastic
+    rounding depend on the count.
+    """
+    seed = seed_of(count)
 
-    def mean(grad, *updates):
+    def leaf(path, grad, row):
         if is_absent(grad):
-            return grad
-        return jnp.asarray(sum(updates) / len(updates), jnp.asarray(grad).dtype)
+            return grad, row
+        checked = []
+        for one in row:
+            grad, values = arrays("gradient", path, grad, "velocity", one.values)
+            checked.append(one._replace(values=values))
+            check_gradient_dtype(path, grad.dtype, decoded_dtype(checked[-1]))
+            _check_stored(path, checked[-1], velocity_dtype)
+        step = _advance_shared_leaf if codec_of(checked[0]).is_shared else _advance_leaf
+        try:
+            return step(recurrence, is_tuple, grad, checked, seed, hyperparameters)
+        except RecurrenceError as error:
+            raise TypeError(f"{error} (for the param {at(path)})") from None
 
-    wide = jax.tree.map(widened, grads, is_leaf=is_absent)
-    pairs = [
-        advance(recurrence, wide, one, each, count, velocity_dtype)
-        for one, each in zip(several, coefficients, strict=True)
+    zipped = [zip_leaves("gradients", grads, "velocity", stored.values) for stored in several]
+    treedef, found = zipped[0]
+    columns = [
+        with_scales(treedef, [values for _, _, values in leaves], stored.scales)
+        for (_, leaves), stored in zip(zipped, several, strict=True)
     ]
-    updates, advanced = zip(*pairs, strict=True)
-    return jax.tree.map(mean, grads, *updates, is_leaf=is_absent), advanced
+    rows = zip(*columns, strict=True)
+    results = [leaf(path, grad, row) for (path, grad, _), row in zip(found, rows, strict=True)]
+    advanced = [
+        together(treedef, [row[i] for _, row in results], stored)
+        for i, stored in enumerate(several)
+    ]
+    return treedef.unflatten(update for update, _ in results), advanced
+
+
+class RecurrenceError(TypeError):
+    """A recurrence that does not return what it must."""
 
 
 def leaves_of(stored: Stored) -> tuple[list[tuple[Any, Stored]], Any]:
@@ -472,24 +462,64 @@ def is_absent(grad: Any) -> bool:
     )
 
 
-def _advanced(recurrence, grad, stored, seed, *coefficients):
-    given = grad, stored
-    grad, stored = on_device(given)
-    codec = codec_of(stored)
-    width = compute_dtype(decoded_dtype(stored))
-    dtype = np.promote_types(compute_dtype(grad.dtype), width)
-    coefficients = [jnp.asarray(coefficient, dtype) for coefficient in coefficients]
+def _advanced(recurrence, is_tuple, grad, several, seed, hyperparameters):
+    given = grad, several
+    grad, several = on_device(given)
+    dtypes = [grad.dtype, *map(decoded_dtype, several)]
+    dtype = functools.reduce(np.promote_types, map(compute_dtype, dtypes))
+    hyperparameters = {name: jnp.asarray(value, dtype) for name, value in hyperparameters.items()}
 
-    def advance(velocity, grad):
-        velocity, update = recurrence(velocity.astype(dtype), grad.astype(dtype), *coefficients)
-        return velocity, update.astype(grad.dtype)
+    def advance(velocities, grad):
+        held = tuple(velocity.astype(dtype) for velocity in velocities)
+        result = recurrence(held if is_tuple else held[0], grad.astype(dtype), **hyperparameters)
+        velocities, update = _checked(recurrence, is_tuple, held, result)
+        return velocities, update.astype(grad.dtype)
 
-    update, stored = codec.step(advance, take_in(grad, stored.values), stored, seed)
-    return in_memory_of(given, (give_out(update), stored))
+    grad = take_in(grad, several[0].values)
+    update, several = codec_of(several[0]).step(advance, grad, several, seed)
+    return in_memory_of(given, (give_out(update), several))
 
 
-_advance_leaf = functools.partial(inlined_jit, static_argnums=0)(_advanced)
-_advance_shared_leaf = functools.partial(jax.jit, static_argnums=0)(_advanced)
+_advance_leaf = functools.partial(inlined_jit, static_argnums=(0, 1))(_advanced)
+_advance_shared_leaf = functools.partial(jax.jit, static_argnums=(0, 1))(_advanced)
+
+
+def _checked(recurrence, is_tuple, held, result):
+    """The new velocities and the update that a recurrence returned, as arrays like what it had."""
+    name = name_of(recurrence)
+    if not (isinstance(result, (tuple, list)) and len(result) == 2):
+        raise RecurrenceError(
+            f"{name} must return the new velocity and the update, but returned {_kind(result)}."
+        )
+    velocities, update = result
+    if not is_tuple:
+        velocities = (velocities,)
+    elif not isinstance(velocities, (tuple, list)) or len(velocities) != len(held):
+        raise RecurrenceError(
+            f"{name} must return {len(held)} new velocities, but returned {_kind(velocities)}."
+        )
+    for what, found in [*(("new velocity", each) for each in velocities), ("update", update)]:
+        if not isinstance(found, _ARRAYS):
+            raise RecurrenceError(f"{name} must return arrays, but its {what} is {_kind(found)}.")
+        shape, dtype = np.shape(found), jnp.result_type(found)
+        if shape != held[0].shape or dtype != held[0].dtype:
+            raise RecurrenceError(
+                f"{name} was given a velocity and a gradient of {held[0].dtype}"
+                f"{list(held[0].shape)}, but its {what} is {dtype}{list(shape)}. Return arrays of "
+                "the same shape and dtype."
+            )
+    return [jnp.asarray(velocity) for velocity in velocities], jnp.asarray(update)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function is called, for a message."""
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def _kind(value):
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} values"
+    return "one array" if isinstance(value, _ARRAYS) else repr(value)
 
 
 @inlined_jit

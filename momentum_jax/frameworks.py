@@ -97,8 +97,9 @@ from momentum_jax._hyperparameters import (
     is_zero,
     resolve,
 )
-from momentum_jax._momentum import MomentumState, TraceState, incremented, momentum, trace
+from momentum_jax._momentum import MomentumState, TraceState, momentum, trace
 from momentum_jax._placement import in_memory_of, on_device
+from momentum_jax._recurrence import incremented
 
 PyTree = Any
 # The names of the weights in the optimizer's order, or the weights by name in that order.

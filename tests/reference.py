@@ -22,6 +22,12 @@ def momentum(grads, learning_rate, mu, nesterov=False):
     return updates, velocities
 
 
+def heavy_ball(velocity, gradient, learning_rate, mu):
+    """One step of it with the learning rate inside, as `momentum_jax.recurrence` takes it."""
+    velocity = mu * velocity - learning_rate * gradient
+    return velocity, velocity
+
+
 def trace(grads, mu, dampening: Any = 0.0, nesterov=False):
     """No learning rate: m <- mu m + (1 - dampening) g."""
     m = 0.0

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import reference
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -302,10 +303,13 @@ def make_params():
 
 
 OWN: dict[str, Any] = {
-    "momentum": TX,
-    "trace": mj.trace(0.5, velocity_dtype="int8"),
-    "qhm": mj.qhm(0.25, 0.5, velocity_dtype="int8"),
-    "aggmo": mj.aggmo(0.25, (0.0, 0.5), velocity_dtype="int8"),
+    "momentum": lambda dtype: mj.momentum(0.25, 0.5, velocity_dtype=dtype),
+    "trace": lambda dtype: mj.trace(0.5, velocity_dtype=dtype),
+    "qhm": lambda dtype: mj.qhm(0.25, 0.5, velocity_dtype=dtype),
+    "aggmo": lambda dtype: mj.aggmo(0.25, (0.0, 0.5), velocity_dtype=dtype),
+    "recurrence": lambda dtype: mj.recurrence(
+        reference.heavy_ball, learning_rate=0.25, mu=0.5, velocity_dtype=dtype
+    ),
 }
 
 
@@ -313,7 +317,7 @@ OWN: dict[str, Any] = {
 @pytest.mark.parametrize("map_params", [optax.tree.map_params, optax.tree_utils.tree_map_params])
 def test_c6_optax_map_params_with_a_tree_of_specs(map_params, name):
     """Codes and scales are mapped with their param's spec, the count is not."""
-    params, tx = make_params(), optax.chain(optax.clip(100.0), OWN[name])
+    params, tx = make_params(), optax.chain(optax.clip(100.0), OWN[name]("int8"))
     specs = {"kernel": P("data", "model"), "bias": P()}
     mesh = make_mesh()
     state = tx.init(params)
@@ -544,13 +548,7 @@ def make_named():
 @pytest.mark.parametrize("name", OWN)
 def test_c11_params_named_like_the_fields_of_a_state(name, velocity_dtype):
     """Alone, in a chain with Adam, under a restart: each finds the velocity, and that alone."""
-    factories: dict[str, Any] = {
-        "momentum": lambda: mj.momentum(0.25, 0.5, velocity_dtype=velocity_dtype),
-        "trace": lambda: mj.trace(0.5, velocity_dtype=velocity_dtype),
-        "qhm": lambda: mj.qhm(0.25, 0.5, velocity_dtype=velocity_dtype),
-        "aggmo": lambda: mj.aggmo(0.25, (0.0, 0.5), velocity_dtype=velocity_dtype),
-    }
-    params, tx = make_named(), factories[name]()
+    params, tx = make_named(), OWN[name](velocity_dtype)
     plain = dict(enumerate(jax.tree.leaves(params)))
 
     def after(tx: Any, params) -> Any:

@@ -36,6 +36,7 @@ momentum: Any = mj.momentum
 trace: Any = mj.trace
 qhm: Any = mj.qhm
 aggmo: Any = mj.aggmo
+recurrence: Any = mj.recurrence
 MomentumState: Any = mj.MomentumState
 apply_updates: Any = mj.apply_updates
 
@@ -77,6 +78,12 @@ TRANSFORMS = {
     ),
     "aggmo": (
         lambda **options: aggmo(LEARNING_RATE, (MU,), **options),
+        lambda v, g: (MU * v - LEARNING_RATE * g,) * 2,
+    ),
+    "recurrence": (
+        lambda **options: recurrence(
+            reference.heavy_ball, learning_rate=LEARNING_RATE, mu=MU, **options
+        ),
         lambda v, g: (MU * v - LEARNING_RATE * g,) * 2,
     ),
 }

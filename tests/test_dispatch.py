@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 from compiles import count_compiles, new_size
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -65,6 +66,9 @@ TRANSFORMATIONS = {
     "aggmo": lambda: mj.aggmo(0.25, (0.0, 0.5)),
     "aggmo, int8": lambda: mj.aggmo(0.25, (0.25, 0.5), velocity_dtype="int8"),
     "keep_residual": lambda: mj.keep_residual(mj.momentum(0.25, 0.5)),
+    "recurrence, int8": lambda: mj.recurrence(
+        reference.heavy_ball, learning_rate=0.25, mu=0.5, velocity_dtype="int8"
+    ),
     "adaptive_restart": lambda: mj.adaptive_restart(mj.momentum(0.25, 0.5)),
     "torch_sgd": lambda: frameworks.torch_sgd(0.25, 0.5, dampening=0.5, weight_decay=0.5),
     "keras_sgd": lambda: frameworks.keras_sgd(lambda count: 0.25, 0.5, True, weight_decay=0.5),

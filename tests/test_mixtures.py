@@ -273,7 +273,7 @@ BAD = {
     ),
     "a state of another number of mus": (
         lambda: mj.aggmo(0.5).update(jnp.ones(1), mj.aggmo(0.5, (0.0,)).init(jnp.ones(1))),
-        "the state must have a velocity for each of the 3 mus, but has 1",
+        "the state must have 3 velocities, but has 1",
     ),
 }
 

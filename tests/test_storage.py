@@ -481,18 +481,18 @@ def test_c7_every_platforms_view_gives_the_same_bits(shape, block):
         @jax.jit
         def step(carry, count):
             grad = numbers(shape, 1) * jnp.where(count == 1, 0.25, 1.0)
-            codes, scales = carry
-            update, codes, scales = _storage._through(view(*block), advance)(
-                grad, codes, scales, _storage.seed_of(count)
+            update, carry = _storage._through(view(*block), advance)(
+                grad, carry, _storage.seed_of(count)
             )
-            return (codes, scales), update
+            return carry, update
 
-        def advance(v, g):
+        def advance(velocities, g):
+            (v,) = velocities
             v = 0.5 * v - 0.25 * g
-            return v, v
+            return [v], v
 
         stored = _storage.BLOCKS.init(jnp.ones(shape), np.dtype(np.int8))
-        state, updates = jax.lax.scan(step, tuple(stored), jnp.arange(3))
+        state, updates = jax.lax.scan(step, [stored], jnp.arange(3))
         return bits(state), np.asarray(updates)
 
     (first, updates), *others = map(run, views)
