@@ -51,7 +51,7 @@ def numbers(shape=SHAPE, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(-255, 256, shape) / 64, jnp.float32)
 
 
-def run(tx, params, steps=4) -> Any:
+def run(tx: Any, params: Any, steps=4) -> Any:
     state, updates = tx.init(params), None
     update = jax.jit(tx.update)
     for i in range(steps):
@@ -194,8 +194,7 @@ def test_a_norm_is_that_of_the_whole_array_where_it_is_sharded(axis_type, veloci
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     tx = mj.recurrence(normalized, learning_rate=1.0, mu=0.5, velocity_dtype=velocity_dtype)
     sharded = jax.device_put(numbers(), NamedSharding(mesh, P("data", "model")))
-    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
-        updates, state = jax.jit(tx.update)(sharded, tx.init(sharded))
+    updates, state = jax.jit(tx.update)(sharded, tx.init(sharded))
     np.testing.assert_allclose(np.linalg.norm(np.asarray(updates, np.float64)), 1.0, rtol=1e-5)
     assert state.velocity.sharding.is_equivalent_to(sharded.sharding, 2)
 
