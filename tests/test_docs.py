@@ -34,10 +34,10 @@ def said(program):
 
 
 def test_the_programs_of_each_page_are_run():
-    """Here, in test_readme.py (docs/devices.md) and in test_works_with.py."""
+    """Here, in test_readme.py (docs/devices.md), test_recipes.py and test_works_with.py."""
     pages = {path.stem for path in DOCS.glob("*.md") if programs(path.name)}
     here = {"index", "conventions", "from_others", "fewer_bits"}
-    assert pages == here | {"devices", "works_with"}
+    assert pages == here | {"devices", "recipes", "works_with"}
 
 
 def test_the_first_program(capsys):

@@ -1,0 +1,168 @@
+"""The recipes of docs/recipes.md, each against what the page says it is."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import momentum_jax
+
+mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+RECIPES = dict(re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
+STEPS = 5
+VELOCITY_DTYPES = ("bfloat16", "int8")
+
+
+def recipe(name) -> dict[str, Any]:
+    """What the program of a section defines."""
+    names: dict[str, Any] = {}
+    exec(RECIPES[name], names)
+    return names
+
+
+def numbers(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def updates_of(tx: Any, params) -> Any:
+    """Those of some steps, on gradients that do not depend on the params."""
+    state, found, update = tx.init(params), [], jax.jit(tx.update)
+    for i in range(STEPS):
+        grads = jax.tree.map(lambda w, i=i: numbers(w.shape, 1 + i), params)
+        updates, state = update(grads, state, params)
+        found.append(updates)
+    return found
+
+
+def check(tx, theirs, shape: Any = (64, 128), rtol=1e-5, atol=1e-7):
+    params = {"w": numbers(shape)}
+    for ours, expected in zip(updates_of(tx, params), updates_of(theirs, params), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), ours, expected)
+
+
+def test_each_recipe_is_tested_and_short():
+    assert RECIPES.keys() == {
+        *("Lion", "Signum", "An average of the gradients", "Two velocities: Adam"),
+        *("Quasi-hyperbolic momentum", "Nesterov's method in the paper's variables"),
+        *("STORM: less variance from two gradients", "Muon"),
+    }
+    for name, program in RECIPES.items():
+        lines = [line for line in program.splitlines() if line and "import" not in line]
+        assert len(lines) <= 15, name
+
+
+def test_lion():
+    check(recipe("Lion")["tx"], optax.lion(1e-4, 0.9, 0.99, weight_decay=0.0))
+
+
+def test_signum():
+    check(recipe("Signum")["tx"], optax.chain(optax.ema(0.9, debias=False), optax.sign_sgd(1e-3)))
+
+
+def test_averages():
+    names = recipe("An average of the gradients")
+    check(names["tx"], optax.ema(0.9, debias=False))
+    check(names["unbiased_tx"], optax.ema(0.9))
+
+
+def test_adam():
+    check(recipe("Two velocities: Adam")["tx"], optax.adam(1e-3), atol=1e-8)
+
+
+def test_qhm():
+    tx, grads = (
+        recipe("Quasi-hyperbolic momentum")["tx"],
+        [np.asarray(numbers(7, 1 + i)) for i in range(STEPS)],
+    )
+    expected, _ = reference.qhm(grads, 1.0, 0.999, 0.7)
+    for ours, theirs in zip(updates_of(tx, {"w": jnp.zeros(7)}), expected, strict=True):
+        np.testing.assert_allclose(ours["w"], theirs, rtol=1e-5, atol=1e-7)
+
+
+CURVATURES = np.array([0.5, 3.0, 8.0])
+
+
+def quadratic(w):
+    return jnp.sum(jnp.asarray(CURVATURES, jnp.float32) * w["w"] ** 2) / 2
+
+
+def test_nesterov_in_the_variables_of_the_paper():
+    """And its point ahead is what `momentum(nesterov=True)` holds."""
+    names = recipe("Nesterov's method in the paper's variables")
+    params = held = {"w": jnp.ones(3)}
+    state, nesterov = names["tx"].init(params), mj.momentum(0.1, 0.9, nesterov=True)
+    held_state = nesterov.init(held)
+    w, v = np.ones(3), np.zeros(3)
+    for _ in range(20):
+        v = 0.9 * v - 0.1 * CURVATURES * (w + 0.9 * v)
+        w = w + v
+        params, state = names["step"](quadratic, params, state)
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5, atol=1e-6)
+        updates, held_state = nesterov.update(jax.grad(quadratic)(held), held_state)
+        held = mj.apply_updates(held, updates)
+        np.testing.assert_allclose(held["w"], w + 0.9 * v, rtol=1e-5, atol=1e-6)
+
+
+def test_storm():
+    """D <- g + mu (d - g of the last params on this batch), w <- w - rate d; at first d is g."""
+    names = recipe("STORM: less variance from two gradients")
+    targets = np.random.default_rng(0).normal(size=(20, 3))
+
+    def loss(w, target):
+        return jnp.sum(jnp.asarray(CURVATURES, jnp.float32) / 8 * (w["w"] - target) ** 2) / 2
+
+    params = last = {"w": jnp.ones(3)}
+    state = names["tx"].init(params)
+    w = before = np.ones(3)
+    d: Any = None
+    for target in targets:
+        g, old = (CURVATURES / 8 * (x - target) for x in (w, before))
+        d = g if d is None else g + 0.9 * (d - old)
+        before, w = w, w - 0.1 * d
+        batch = jnp.asarray(target, jnp.float32)
+        params, last, state = names["step"](loss, params, last, state, batch)
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64)])
+def test_muon(shape):
+    params = {"w": numbers(shape), "bias": numbers(5)}
+    ours, theirs = (
+        updates_of(tx, params) for tx in (recipe("Muon")["tx"], optax.contrib.muon(0.02))
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a["w"], b["w"], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(a["bias"], b["bias"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("velocity_dtype", VELOCITY_DTYPES)
+@pytest.mark.parametrize(
+    ("section", "name", "given"),
+    [
+        ("Lion", "lion", {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.99}),
+        ("Signum", "signum", {"learning_rate": 1e-3, "mu": 0.9}),
+        ("An average of the gradients", "average", {"mu": 0.9}),
+        ("Quasi-hyperbolic momentum", "qhm", {"learning_rate": 1.0, "mu": 0.999, "nu": 0.7}),
+        ("Muon", "muon", {"learning_rate": 0.02, "step": lambda count: count + 1}),
+    ],
+)
+def test_a_recipe_in_fewer_bits_is_near_that_in_float32(section, name, given, velocity_dtype):
+    """Its velocity after some steps."""
+    function, params = recipe(section)[name], numbers((64, 128))
+    states = []
+    for dtype in (None, velocity_dtype):
+        tx: Any = mj.recurrence(function, velocity_dtype=dtype, **given)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for i in range(STEPS):
+            _, state = update(numbers(params.shape, 1 + i), state, params)
+        states.append(mj.read_velocity(state))
+    exact, read = states
+    error = np.linalg.norm(np.asarray(read - exact, np.float64)) / np.linalg.norm(exact)
+    assert 0 < error < 0.03
