@@ -1,5 +1,6 @@
 """The recipes of docs/recipes.md, each against what the page says it is."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from processes import run_job
 
 import momentum_jax
 
@@ -52,6 +54,7 @@ def test_each_recipe_is_tested_and_short():
         *("Lion", "Signum", "An average of the gradients", "Two velocities: Adam"),
         *("Quasi-hyperbolic momentum", "Nesterov's method in the paper's variables"),
         *("STORM: less variance from two gradients", "Muon"),
+        "SlowMo and DiLoCo: momentum over a slow network",
     }
     for name, program in RECIPES.items():
         lines = [line for line in program.splitlines() if line and "import" not in line]
@@ -166,3 +169,150 @@ def test_a_recipe_in_fewer_bits_is_near_that_in_float32(section, name, given, ve
     exact, read = states
     error = np.linalg.norm(np.asarray(read - exact, np.float64)) / np.linalg.norm(exact)
     assert 0 < error < 0.03
+
+
+# Over a slow network. --------------------------------------------------------------------
+
+# What one process or several run: `train(mesh)` returns the params after each outer step, and the
+# compiled programs of both steps.
+DILOCO = (
+    RECIPES["SlowMo and DiLoCo: momentum over a slow network"]
+    + """
+import functools
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+
+def loss(params, batch):
+    return jnp.mean((batch["x"] @ params - batch["y"]) ** 2)
+
+
+def batches(replicas, outer_steps, inner_steps):
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.normal(size=shape).astype(np.float32)
+    return [
+        [{"x": draw(replicas, 8, 3), "y": draw(replicas, 8, 2)} for _ in range(inner_steps)]
+        for _ in range(outer_steps)
+    ]
+
+
+def train(mesh, outer_steps=3, inner_steps=4):
+    replicas = mesh.shape["replica"]
+
+    def put(x, *spec):
+        sharding = NamedSharding(mesh, P(*spec))
+        return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
+
+    def stacked(params):
+        copies = jax.tree.map(lambda w: jnp.broadcast_to(w, (replicas, *w.shape)), params)
+        return jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, P("replica")))
+
+    start = put(np.ones((3, 2), "f"))
+    outer_state = jax.jit(outer.init)(start)
+    inner_state = jax.jit(jax.vmap(inner.init))(jax.jit(stacked)(start))
+    step = jax.jit(jax.vmap(functools.partial(inner_step, loss)))
+    found = []
+    for several in batches(replicas, outer_steps, inner_steps):
+        copies = jax.jit(stacked)(start)
+        for batch in several:
+            batch = jax.tree.map(lambda x: put(x, "replica", "data"), batch)
+            programs = [step.lower(copies, inner_state, batch)]
+            copies, inner_state = step(copies, inner_state, batch)
+        programs.append(jax.jit(outer_step).lower(start, copies, outer_state))
+        start, outer_state = jax.jit(outer_step)(start, copies, outer_state)
+        found.append(np.asarray(start))
+    return found, [program.compile().as_text() for program in programs]
+"""
+)
+
+
+def diloco(replicas, names, outer_steps=3, inner_steps=4):
+    """The same in float64, replica by replica."""
+    start, outer_velocity = np.ones((3, 2)), np.zeros((3, 2))
+    velocities = np.zeros((replicas, 3, 2))
+    found = []
+    for several in names["batches"](replicas, outer_steps, inner_steps):
+        copies = np.stack([start] * replicas)
+        for batch in several:
+            for i, (x, y) in enumerate(zip(batch["x"], batch["y"], strict=True)):
+                gradient = 2 * x.astype(np.float64).T @ (x @ copies[i] - y) / y.size
+                velocities[i] = 0.9 * velocities[i] - 0.05 * gradient
+                copies[i] += velocities[i]
+        moved = start - copies.mean(0)
+        outer_velocity = 0.9 * outer_velocity - 0.7 * moved
+        start = start + 0.9 * outer_velocity - 0.7 * moved
+        found.append(start)
+    return found
+
+
+def collectives(text):
+    """Each collective of a compiled program, with the devices that take part together."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    lines = re.findall(rf"^.* (?:{kinds})(?:-start)?\(.*$", text, re.MULTILINE)
+    return [re.findall(r"replica_groups=(.*?), [a-z_]+=", line)[0] for line in lines]
+
+
+def groups(text):
+    """The sets of devices that XLA's text names, in each of the three ways in which it does."""
+    if text.startswith("{"):
+        return {frozenset(map(int, each.split(","))) for each in re.findall(r"\{([\d,]+)\}", text)}
+    if text.startswith("mesh"):
+        axes, over = (re.findall(r"'(\w+)'", part) for part in text.split("] "))
+        sizes = [int(size) for size in re.findall(r"=(\d+)", text)]
+        last = [axes.index(name) for name in over]
+        order = [*(i for i in range(len(axes)) if i not in last), *last]
+        devices = np.arange(np.prod(sizes)).reshape(sizes).transpose(order)
+        return set(map(frozenset, devices.reshape(-1, np.prod([sizes[i] for i in last])).tolist()))
+    ((shape, sizes, order),) = re.findall(r"^\[(.*)\]<=\[(.*?)\](?:T\((.*)\))?$", text)
+    shape, sizes = ([int(n) for n in each.split(",")] for each in (shape, sizes))
+    devices = np.arange(np.prod(sizes)).reshape(sizes)
+    devices = devices.transpose([int(n) for n in order.split(",")]) if order else devices
+    return set(map(frozenset, devices.reshape(shape).tolist()))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+def test_diloco_on_several_devices(shape):
+    """And over the slow axis it has no collective inside, and one outside."""
+    names: dict[str, Any] = {}
+    exec(DILOCO, names)
+    mesh = jax.make_mesh(shape, ("replica", "data"), axis_types=(names["AxisType"].Auto,) * 2)
+    found, (inner, outer) = names["train"](mesh)
+    np.testing.assert_allclose(found, diloco(shape[0], names), rtol=1e-5, atol=1e-6)
+    devices = np.arange(8).reshape(shape)
+    assert [groups(each) for each in collectives(outer)] == [
+        set(map(frozenset, devices.T.tolist()))
+    ]
+    if shape == (8, 1):
+        assert collectives(inner) == []
+    else:
+        within = set(map(frozenset, devices.tolist()))
+        assert [groups(each) for each in collectives(inner)] == [within]
+
+
+JOB = """
+import json
+import sys
+
+import jax
+
+coordinator, processes, index = sys.argv[1:]
+jax.distributed.initialize(coordinator, int(processes), int(index))
+"""
+
+
+def test_diloco_in_two_processes(tmp_path):
+    """The slow axis is that between them."""
+    script = tmp_path / "job.py"
+    printed = """
+mesh = jax.make_mesh((2, 2), ("replica", "data"), axis_types=(AxisType.Auto,) * 2)
+assert {d.process_index for d in mesh.devices[0]} == {0}
+found, _ = train(mesh)
+print(json.dumps([params.tolist() for params in found]))
+"""
+    script.write_text(JOB + DILOCO + printed)
+    names: dict[str, Any] = {}
+    exec(DILOCO, names)
+    for output in run_job(str(script)):
+        found = json.loads(output.splitlines()[-1])
+        np.testing.assert_allclose(found, diloco(2, names), rtol=1e-5, atol=1e-6)
