@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import momentum_jax as mj
-from benchmarks import at_scale, hlo
+from benchmarks import at_scale, hlo, recipes
 from benchmarks.step import LEARNING_RATE, MU, PyTree, whole_step
 from benchmarks.timing import timed
 
@@ -176,6 +176,11 @@ ROWS = (
             "velocity bfloat16": bfloat16,
             "velocity int8": int8,
         }.items()
+    ),
+    *(
+        Row(f"recipe {section}, {dtype}", functools.partial(make, velocity_dtype=dtype))
+        for section, make in recipes.makers().items()
+        for dtype in ("float32", "bfloat16", "int8")
     ),
 )
 SGD = "training, optax.sgd"
@@ -352,6 +357,19 @@ def readme_table(results: dict[str, Any]) -> str:
     platforms = in_order(results)
     lines.append(cells("least", platforms[0], "least_bytes_per_param"))
     lines += [cells(of["device"], of, "bytes_per_param") for of in platforms]
+    return "\n".join(lines)
+
+
+def recipes_table(results: dict[str, Any]) -> str:
+    """The table of docs/recipes.md: bytes per parameter that a step moves."""
+    dtypes = ("float32", "bfloat16", "int8")
+    platforms = in_order(results)
+    heads = [f"{of['device']}, {dtype}" for of in platforms for dtype in dtypes]
+    lines = [f"| | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    for section in recipes.RECURRENCES:
+        rows = [of["rows"][f"recipe {section}, {dtype}"] for of in platforms for dtype in dtypes]
+        cells = [f"{row['bytes_per_param']:.1f}" for row in rows]
+        lines.append(f"| {section} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

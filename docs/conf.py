@@ -279,6 +279,12 @@ def clients_tables() -> tuple[str, list[Path]]:
     return "\n".join(parts), [clients.RESULT, optax_suite.RESULT]
 
 
+def recipes_costs() -> tuple[str, list[Path]]:
+    """What the programs of the page move."""
+    results = json.loads(compiled.RESULT.read_text())
+    return compiled.recipes_table(results) + "\n", [compiled.RESULT]
+
+
 def table(*names: str) -> list[str]:
     """The head of a table."""
     return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
@@ -294,6 +300,7 @@ GENERATED = {
     "benchmarks": benchmark_tables,
     "contract_tests": contract_tests,
     "fewer_bits": precision_tables,
+    "recipes": recipes_costs,
     "works_with": clients_tables,
 }
 
