@@ -213,6 +213,9 @@ def pytest_sessionfinish() -> None:
 def run(variant: str, tests: list[str]) -> dict[str, dict[str, Any]]:
     """The outcome of each test by its name, whether it used sgd or trace, and what it raised."""
     folder = pathlib.Path(next(iter(optax.__path__)))
+    # Not as a part of the run of tests, if this is one.
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(RESULT.parents[2])
     with tempfile.TemporaryDirectory() as out:
         report = pathlib.Path(out) / "report.json"
         # Names are too many for a command line.
@@ -226,9 +229,7 @@ def run(variant: str, tests: list[str]) -> dict[str, dict[str, Any]]:
                 f"@{names}",
             ],
             cwd=folder,
-            env=os.environ
-            | {VARIANT: variant, REPORT: str(report), "JAX_PLATFORMS": "cpu"}
-            | {"PYTHONPATH": str(RESULT.parents[2])},
+            env=environment | {VARIANT: variant, REPORT: str(report), "JAX_PLATFORMS": "cpu"},
             check=False,
             stdout=subprocess.DEVNULL,
         )

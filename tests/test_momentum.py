@@ -27,8 +27,8 @@ import momentum_jax as mj
 
 UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
-    *("AdaptiveRestartState", "AggMoState", "MomentumState", "QHMState", "ResidualState"),
-    "TraceState",
+    *("AdaptiveRestartState", "AggMoState", "MomentumState", "QHMState"),
+    *("RecurrenceState", "ResidualState", "TraceState"),
     *("adaptive_restart", "aggmo", "apply_updates"),
     *(
         "diagnostics",
@@ -37,6 +37,7 @@ PUBLIC_NAMES = [
         "momentum",
         "qhm",
         "read_velocity",
+        "recurrence",
         "reset_velocity",
         "schedules",
         "sharding",
@@ -852,8 +853,9 @@ def test_every_public_name_is_documented_with_an_example(documented):
     doc = inspect.getdoc(documented) or ""
     assert "Example:\n" in doc
     assert ">>> " in doc
-    for parameter in inspect.signature(documented).parameters:
-        assert f"  {parameter}: " in doc, parameter
+    for name, parameter in inspect.signature(documented).parameters.items():
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        assert f"  {stars}{name}: " in doc, name
 
 
 def digests():
