@@ -20,7 +20,7 @@ from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
 from momentum_jax._recurrence import STATE_TYPES, has_velocity
 from momentum_jax._residual import ResidualState
-from momentum_jax._storage import Stored, compute_dtype
+from momentum_jax._storage import CAST, WIDE, Stored, codec_of, compute_dtype
 
 PyTree = Any
 # From {name: weights} of another framework to the params.
@@ -644,15 +644,25 @@ def _common_count(counting):
 def _with_velocity(name, one, value):
     """A leaf with another velocity, of the same dtype and sharding."""
     one = jax.tree.map(jnp.asarray, one)
+    if not isinstance(value, jax.Array) and codec_of(one) in (CAST, WIDE):
+        # Without JAX, which would compile for each shape.
+        with np.errstate(over="ignore"):  # Refused once it is stored.
+            stored = np.asarray(value).astype(one.values.dtype)
+        _check_stored(name, stored)
+        return one._replace(values=_placed_like(one.values, stored))
     # What is bound to no device stays free to follow others.
     shardings = jax.tree.map(lambda x: x.sharding if x.committed else None, one)
     encode = jax.jit(_velocity.encoded, out_shardings=shardings)
     filled = encode(_on_devices_of(one.values, value), one)
     for leaf in jax.tree.leaves(filled):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            remedy = f"They are too large for {leaf.dtype}: give a state with wider velocities."
-            check_finite({name: leaf}, "once stored, the velocity", remedy)
+            _check_stored(name, leaf)
     return filled
+
+
+def _check_stored(name, array):
+    remedy = f"They are too large for {array.dtype}: give a state with wider velocities."
+    check_finite({name: array}, "once stored, the velocity", remedy)
 
 
 def _on_devices_of(held, value):
