@@ -199,6 +199,23 @@ def test_a_norm_is_that_of_the_whole_array_where_it_is_sharded(axis_type, veloci
     assert state.velocity.sharding.is_equivalent_to(sharded.sharding, 2)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("function", [reference.heavy_ball, normalized])
+def test_zero1_splits_its_state_and_changes_no_step(function, axis_type):
+    """A norm is that of the whole array, whose parts are on 8 devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    make = functools.partial(mj.recurrence, function, learning_rate=0.25, mu=0.5)
+    params = jax.device_put(numbers(), NamedSharding(mesh, P()))
+    split = mj.sharding.zero1(make(), mesh)
+    state, plain = split.init(params), make().init(params)
+    for i in range(3):
+        grads = jax.device_put(numbers(seed=i), NamedSharding(mesh, P()))
+        updates, state = jax.jit(split.update)(grads, state, params)
+        expected, plain = make().update(grads, plain, params)
+        np.testing.assert_allclose(updates, expected, rtol=1e-6, atol=1e-7)
+        assert state.velocity.sharding.shard_shape(SHAPE) == (8, 128)
+
+
 def test_what_a_function_reads_of_shapes_is_that_of_the_param():
     """Also where 8 bits are computed with an axis that is split in blocks."""
     for velocity_dtype in (None, "int8"):
