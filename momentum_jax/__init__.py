@@ -25,6 +25,7 @@ from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
 from momentum_jax._reading import read_velocity as read_velocity
 from momentum_jax._recurrence import RecurrenceState as RecurrenceState
+from momentum_jax._recurrence import SeveralVelocitiesState as SeveralVelocitiesState
 from momentum_jax._recurrence import recurrence as recurrence
 from momentum_jax._residual import ResidualState as ResidualState
 from momentum_jax._residual import keep_residual as keep_residual
@@ -39,6 +40,7 @@ __all__ = [
     "QHMState",
     "RecurrenceState",
     "ResidualState",
+    "SeveralVelocitiesState",
     "TraceState",
     "adaptive_restart",
     "aggmo",

@@ -67,7 +67,7 @@ def by_leaf(
             if len(_groups_in((trees, shared))) < 2:
                 raise
         # The function's own errors come first, before anything is done.
-        jax.eval_shape(functools.partial(function, static), *_placeless((trees, shared)))
+        compiled.eval_shape(static, types, *_placeless((trees, shared)))
         group_at, groups = _groups(trees, shared)
         results = [
             compiled(static, types, _only(group, group_at, trees), _moved(shared, sharding))
@@ -103,6 +103,11 @@ def gathered(values: Sequence[Any]) -> list[Any]:
     return [_moved(value, bound[0].sharding) for value in values] if bound else list(values)
 
 
+def one_level(tree: PyTree) -> tuple[list[Any], Any]:
+    """What a tree is made of, not further taken apart, and how it is put together again."""
+    return jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
+
+
 def _placeless(tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x: (
@@ -128,8 +133,10 @@ def _group_with(sharding: Any) -> Group:
     return mesh if is_explicit(mesh) else tuple(mesh.devices.flat)
 
 
-def _groups_in(tree: PyTree) -> set[Group]:
-    return {group for group in map(_group_of, jax.tree.leaves(tree)) if group is not None}
+def _groups_in(tree: PyTree) -> list[Group]:
+    """All groups, in the order of the leaves."""
+    groups = dict.fromkeys(map(_group_of, jax.tree.leaves(tree)))
+    return [group for group in groups if group is not None]
 
 
 def _groups(trees: PyTree, shared: PyTree) -> tuple[dict[Path, Group], dict[Group, Sharding]]:
@@ -186,7 +193,7 @@ def _merged(one: PyTree, other: PyTree) -> PyTree:
     """Of each leaf, and each subtree, the one that is there."""
     if one is None or other is None:
         return other if one is None else one
-    children, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
+    children, treedef = one_level(one)
     if jax.tree_util.treedef_is_leaf(treedef):
         return one
     return treedef.unflatten(map(_merged, children, treedef.flatten_up_to(other)))

@@ -21,6 +21,9 @@ Number: TypeAlias = jax.typing.ArrayLike | np.generic
 Hyperparameter: TypeAlias = Number | optax.Schedule
 
 
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
 def _is_finite_and_not_negative(x):
     return math.isfinite(x) and x >= 0
 
@@ -210,6 +213,11 @@ def check_value(name: str, value: Any, *, called: str = "", read_arrays: bool = 
     fits, rule, remedy = _rule(name)
     if not fits(number):
         raise ValueError(f"{called}={number} {rule}. {remedy}.")
+    if abs(number) > _LARGEST_FLOAT32 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{called}={number} is beyond float32, in which it would be infinite. Give at most "
+            f"{_LARGEST_FLOAT32:.7g}, or set jax.config.update('jax_enable_x64', True) first."
+        )
     return value if isinstance(value, jax.Array) else number
 
 

@@ -30,7 +30,7 @@ class QHMState(NamedTuple):
     scales: Any = None
 
 
-@holds_velocity("aggmo")
+@holds_velocity("aggmo", several=True)
 class AggMoState(NamedTuple):
     """What `aggmo` carries from step to step.
 

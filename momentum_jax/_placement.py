@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
@@ -224,3 +225,4 @@ def _transpose(cotangent, x, *given, direction):
 mlir.register_lowering(_barrier_p, _lower, cacheable=False)
 batching.primitive_batchers[_barrier_p] = _batch
 ad.deflinear2(_barrier_p, _transpose)
+jet.deflinear(_barrier_p)

@@ -7,8 +7,8 @@ import jax
 import optax
 
 from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf
-from momentum_jax._recurrence import has_velocity, stored_in
+from momentum_jax._dispatch import by_leaf, one_level
+from momentum_jax._recurrence import STATE_TYPES, has_several, has_velocity, stored_in
 from momentum_jax._storage import Stored
 
 PyTree = Any
@@ -29,7 +29,8 @@ def read_velocity(state: optax.OptState) -> Any:
       is `optax.MaskedNode`.
 
     Raises:
-      ValueError: no velocity, or two of one param.
+      ValueError: no velocity, or two of one param; one velocity of some params and several of
+        others.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -39,14 +40,21 @@ def read_velocity(state: optax.OptState) -> Any:
       >>> print(state.velocity["w"].dtype, mj.read_velocity(state)["w"][0, :3].round(2))
       int8 [-0.5 -0.5 -0.5]
     """
-    values, scales = zip(*velocities(state), strict=True)
+    found = velocities(state)
+    numbers = {len(stored_in(part).values) if has_several(part) else 1 for part in found}
+    if len(numbers) > 1:
+        made_by = ", ".join(dict.fromkeys(STATE_TYPES[type(part)] for part in found))
+        raise ValueError(
+            f"the state holds velocities of {made_by}, which have not one number of them a param. "
+            "Give the state of each alone."
+        )
+    values, scales = zip(*map(stored_in, found), strict=True)
     return functools.reduce(_put_together, _read((), (values, scales))[0])
 
 
-def velocities(state: Any) -> list[Stored]:
-    """All velocities in a state, as they are stored; raises a ValueError if there is none."""
-    parts = jax.tree.leaves(state, is_leaf=has_velocity)
-    found = [stored_in(part) for part in parts if has_velocity(part)]
+def velocities(state: Any) -> list[Any]:
+    """All states with a velocity within a state; raises a ValueError if there is none."""
+    found = [part for part in jax.tree.leaves(state, is_leaf=has_velocity) if has_velocity(part)]
     if not found:
         raise ValueError(
             "there is no velocity in the state. Give the state of a transformation with "
@@ -64,8 +72,8 @@ def _put_together(one, other):
     for a, b in ((one, other), (other, one)):
         if isinstance(a, optax.MaskedNode):
             return b
-    parts, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
-    others, other_treedef = jax.tree.flatten(other, is_leaf=lambda node: node is not other)
+    parts, treedef = one_level(one)
+    others, other_treedef = one_level(other)
     if treedef != other_treedef or jax.tree_util.treedef_is_leaf(treedef):
         raise ValueError(
             "the state holds two velocities, so that it is not clear which is meant. Give the "

@@ -16,14 +16,18 @@ from momentum_jax._storage import Stored
 
 # What makes the states of each type that holds a velocity: a count, the values, the scales.
 STATE_TYPES: dict[type, str] = {}
+# Those of them in which values and scales are tuples, an entry for each of several velocities.
+_OF_SEVERAL: set[type] = set()
 _T = TypeVar("_T", bound=type)
 
 
-def holds_velocity(made_by: str) -> Callable[[_T], _T]:
+def holds_velocity(made_by: str, *, several: bool = False) -> Callable[[_T], _T]:
     """Marks a type of state as one that holds a velocity, and registers it for `jax.export`."""
 
     def mark(state_type: _T) -> _T:
         STATE_TYPES[state_type] = made_by
+        if several:
+            _OF_SEVERAL.add(state_type)
         export.register_namedtuple_serialization(
             state_type, serialized_name=f"momentum_jax.{state_type.__name__}"
         )
@@ -42,14 +46,19 @@ def stored_in(state: Any) -> Stored:
     return Stored(*state[1:])
 
 
+def has_several(state: Any) -> bool:
+    """Whether one of the `STATE_TYPES` has a tuple of velocities in place of one."""
+    return type(state) in _OF_SEVERAL
+
+
 @holds_velocity("recurrence")
 class RecurrenceState(NamedTuple):
     """What `recurrence` carries from step to step.
 
     Attributes:
       count: the number of steps taken, an int32 scalar; schedules are functions of it.
-      velocity: stored as that of `MomentumState`; of several velocities a tuple of such trees.
-      scales: as in `MomentumState`; of several velocities a tuple of such trees.
+      velocity: stored as that of `MomentumState`.
+      scales: as in `MomentumState`.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -61,6 +70,30 @@ class RecurrenceState(NamedTuple):
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple has one too)
+    velocity: Any
+    scales: Any = None
+
+
+@holds_velocity("recurrence", several=True)
+class SeveralVelocitiesState(NamedTuple):
+    """What a `recurrence` of several velocities carries from step to step.
+
+    Attributes:
+      count: as in `RecurrenceState`.
+      velocity: a tuple of trees, each stored as the velocity of `MomentumState`.
+      scales: None; with velocity_dtype int8 a tuple of trees, each as in `MomentumState`.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> def moments(averages, gradient, mu, nu):
+      ...     first = mu * averages[0] + (1 - mu) * gradient
+      ...     second = nu * averages[1] + (1 - nu) * gradient**2
+      ...     return (first, second), -first / (jnp.sqrt(second) + 1e-8)
+      >>> print(mj.recurrence(moments, velocities=2, mu=0.9, nu=0.99).init(jnp.ones(2)).velocity)
+      (Array([0., 0.], dtype=float32), Array([0., 0.], dtype=float32))
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     velocity: Any
     scales: Any = None
 
@@ -104,9 +137,10 @@ def recurrence(
         others must be finite.
 
     Returns:
-      An Optax transformation like that of `momentum`, whose state is a `RecurrenceState`; `update`
-      takes each hyperparameter as an overriding keyword. The states of two functions have one
-      type: giving one the state of the other is not noticed.
+      An Optax transformation like that of `momentum`, whose state is a `RecurrenceState`, or with
+      `velocities` a `SeveralVelocitiesState`; `update` takes each hyperparameter as an overriding
+      keyword. The states of two functions have one type: giving one the state of the other is not
+      noticed.
 
     Raises:
       TypeError: a function that does not take these hyperparameters, or, in the first step, does
@@ -136,7 +170,8 @@ def recurrence(
             "of one array."
         )
     given = _of_signature(function, hyperparameters)
-    return transformation(RecurrenceState, function, velocity_dtype, given, velocities=velocities)
+    state_type = RecurrenceState if velocities is None else SeveralVelocitiesState
+    return transformation(state_type, function, velocity_dtype, given, velocities=velocities)
 
 
 _WANTED = "(velocity, gradient, hyperparameter, ...) -> (new velocity, update)"

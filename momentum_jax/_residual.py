@@ -1,4 +1,4 @@
-"""Params of 16 bits that learn: what rounding takes from each is kept for the next step."""
+"""Training in 16 bits: what rounding takes from each param is kept for the next step."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class ResidualState(NamedTuple):
     Attributes:
       inner_state: the state of the transformation around which it is.
       residual: a tree like the params: what each is short of, in bfloat16 and in its sharding;
-        `optax.MaskedNode` where the param has more than 16 bits.
+        `optax.MaskedNode` where the param is neither bfloat16 nor float16.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax
@@ -95,7 +95,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
       params, and those without an update, pass.
 
     Raises:
-      ValueError: no params; trees or shapes that do not match.
+      ValueError: no params; trees or shapes that do not match; a state of params of other dtypes.
       TypeError: a param with an update that is not an array. Without one it may be anything, such
         as the activation functions of an Equinox model whose arrays alone `init` was given.
 
@@ -120,7 +120,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     def init(params: optax.Params) -> ResidualState:
         inner_state = _with_wide_averages(inner.init(params))
-        return ResidualState(inner_state, _at_rest((), (_velocity.concrete(params),))[0])
+        return ResidualState(inner_state, _zero_residuals((), (_velocity.concrete(params),))[0])
 
     def update(
         updates: optax.Updates,
@@ -172,7 +172,7 @@ def _is_narrow(param):
 
 
 @by_leaf
-def _at_rest(_, trees, __):
+def _zero_residuals(_, trees, __):
     def leaf(param):
         if not _is_narrow(param):
             return optax.MaskedNode()
@@ -185,14 +185,25 @@ def _at_rest(_, trees, __):
 def _kept(_, trees, __):
     updates, params, residual = trees
 
-    def leaf(path, update, param, residual):
-        if _velocity.is_absent(update) or isinstance(residual, optax.MaskedNode):
-            return update, residual
-        update, param = _velocity.arrays("update", path, update, "param", param)
+    def leaf(path, given, param, residual):
+        if _velocity.is_absent(given):
+            return given, residual
+        update, param = _velocity.arrays("update", path, given, "param", param)
+        if _is_narrow(param) == isinstance(residual, optax.MaskedNode):
+            there = "none" if _is_narrow(param) else "one"
+            raise ValueError(
+                f"the param {_velocity.at(path)} is {param.dtype}, and such a param has "
+                f"{'a' if _is_narrow(param) else 'no'} residual, but the state has {there} of it. "
+                f"{_velocity.SAME_PARAMS}"
+            )
+        if not _is_narrow(param):
+            return given, residual
+        param, residual = _velocity.arrays("param", path, param, "residual", residual)
         return _kept_leaf(update, param, residual)
 
     treedef, found = _velocity.zip_leaves("updates", updates, "params", params)
-    residuals = treedef.flatten_up_to(residual)
+    _, held = _velocity.zip_leaves("params", params, "residual", residual)
+    residuals = (residual for _, _, residual in held)
     pairs = [leaf(*each, kept) for each, kept in zip(found, residuals, strict=True)]
     updates, residuals = zip(*pairs, strict=True) if pairs else ((), ())
     return (treedef.unflatten(updates), treedef.unflatten(residuals)), ()

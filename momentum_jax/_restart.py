@@ -11,11 +11,11 @@ import optax
 from jax import export
 
 from momentum_jax import _velocity
-from momentum_jax._dispatch import at_once, by_leaf, gathered
+from momentum_jax._dispatch import at_once, by_leaf, gathered, one_level
 from momentum_jax._hyperparameters import by_value, check_inner, check_value
 from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import velocities
-from momentum_jax._recurrence import has_velocity, stored_in
+from momentum_jax._recurrence import has_several, has_velocity, stored_in
 from momentum_jax._residual import ResidualState
 from momentum_jax._storage import Stored
 
@@ -181,12 +181,12 @@ def reset_velocity(
     as a pruned one. Counts and all else stay as they are.
 
     Args:
-      state: a state with a velocity anywhere in it, of `momentum`, `trace`, `qhm` or `aggmo`,
-        in a chain or under Optax's wrappers.
-      where: None for all; a tree of booleans that is a prefix of the velocity, whose leaves may
+      state: a state with a velocity anywhere in it, of `momentum`, `trace`, `qhm`, `aggmo` or
+        `recurrence`, in a chain or under Optax's wrappers.
+      where: None for all; a tree of booleans that is a prefix of the params, whose leaves may
         be boolean arrays of the param's shape, for single values; or a function of the path of
-        a leaf, as `jax.tree_util` gives it, that says whether. The velocity of `aggmo` is a
-        tuple of trees, one a mu, and its paths begin with the number of the mu.
+        a param, as `jax.tree_util` gives it, that says whether. Where a param has several
+        velocities, as with `aggmo`, it holds for each.
       scale: a finite number, or a scalar array, traced or not.
 
     Returns:
@@ -210,31 +210,25 @@ def reset_velocity(
     """
     scale = check_value("scale", scale)
     where = True if where is None else where
-    found = velocities(state)
-    masks = tuple(_masks(where, stored.values) for stored in found)
-    of_residuals = _masks_of_residuals(state, found, masks)
+    masks = _masks_of_velocities(state, where)
+    of_residuals = tuple(_masks_of_residual(where, node.residual) for node in _residuals(state))
     return _scaled(state, masks, scale, masks_of_residuals=of_residuals)
 
 
-def _masks_of_residuals(state, found, masks):
-    """For each residual in the state, the masks of its leaves: those of the same param."""
-    by_velocity = {id(one.values): each for one, each in zip(found, masks, strict=True)}
+def _masks_of_velocities(state, where):
+    """For each state with a velocity the masks of its leaves; of several velocities of each."""
+    return tuple(
+        tuple(_masks(where, each) for each in stored_in(part).values)
+        if has_several(part)
+        else _masks(where, stored_in(part).values)
+        for part in velocities(state)
+    )
 
-    def of(node):
-        leaves = jax.tree_util.tree_leaves_with_path(node.residual, is_leaf=_velocity.is_absent)
-        by_path: dict[Any, Any] = dict.fromkeys((path for path, _ in leaves), False)
-        parts = jax.tree.leaves(node.inner_state, is_leaf=has_velocity)
-        for velocity in [stored_in(part).values for part in parts if has_velocity(part)]:
-            ours = jax.tree_util.tree_leaves_with_path(velocity)
-            # The paths of aggmo's velocity begin with the number of the mu.
-            start = 0 if all(path in by_path for path, _ in ours) else 1
-            masks_here = jax.tree.leaves(by_velocity[id(velocity)])
-            for (path, _), mask in zip(ours, masks_here, strict=True):
-                by_path[path[start:]] = by_path[path[start:]] | mask
-        here = [by_path[path] for path, leaf in leaves if not _velocity.is_absent(leaf)]
-        return jax.tree.structure(node.residual).unflatten(here)
 
-    return tuple(map(of, _residuals(state)))
+def _masks_of_residual(where, residual):
+    if isinstance(residual, optax.LookaheadParams):  # Two trees of the same params.
+        return type(residual)(*(_masks(where, each, "residual") for each in residual))
+    return _masks(where, residual, "residual")
 
 
 def _residuals(state):
@@ -246,27 +240,50 @@ def _has_residual(node):
     return isinstance(node, ResidualState)
 
 
-def _masks(where, velocity):
-    """A mask, or a boolean, for each leaf of the velocity, in a tree like it."""
-    if callable(where):
+def _masks(where, tree, name="velocity"):
+    """A mask, or a boolean, for each leaf of the tree, in a tree like it."""
+    if _is_predicate(where):
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _check_mask(path, leaf, where(path)), velocity
+            lambda path, leaf: _check_mask(path, leaf, where(path), name), tree
         )
     try:
-        spread = jax.tree.map(
-            lambda mask, part: jax.tree.map(lambda _: mask, part), where, velocity
-        )
+        spread = _spread(where, tree)
     except ValueError as error:
         raise ValueError(
-            f"where must be a prefix of the velocity, but is {jax.tree.structure(where)}, and "
-            f"the velocity is {jax.tree.structure(velocity)}. Give None for all, a tree of "
+            f"where must be a prefix of the {name}, but is {jax.tree.structure(where)}, and "
+            f"the {name} is {jax.tree.structure(tree)}. Give None for all, a tree of "
             "booleans like the params, or a function of a leaf's path that says whether."
         ) from error
-    return jax.tree_util.tree_map_with_path(_check_mask, velocity, spread)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, mask: _check_mask(path, leaf, mask, name), tree, spread
+    )
 
 
-def _check_mask(path, leaf, mask):
-    if not isinstance(mask, bool) and getattr(mask, "dtype", None) != np.bool_:
+def _is_predicate(where):
+    """Whether it is a function. A tree of booleans may be callable too, such as a model."""
+    leaves = jax.tree.leaves(where)
+    return callable(where) and not (leaves and all(map(_is_boolean, leaves)))
+
+
+def _is_boolean(mask):
+    return isinstance(mask, bool) or getattr(mask, "dtype", None) == np.bool_
+
+
+def _spread(where, tree):
+    """A prefix of the tree, as a tree like it; what is absent there, as under a mask, stays so."""
+    if _velocity.is_absent(tree):
+        return tree
+    parts, treedef = one_level(where)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return jax.tree.map(lambda _: where, tree)
+    others, other_treedef = one_level(tree)
+    if treedef != other_treedef:
+        raise ValueError(f"{treedef} and {other_treedef}")
+    return treedef.unflatten(map(_spread, parts, others))
+
+
+def _check_mask(path, leaf, mask, name):
+    if not _is_boolean(mask):
         raise TypeError(
             f"where {_velocity.at(path)} is {mask!r}, but must be boolean: True scales, False "
             "keeps."
@@ -274,7 +291,7 @@ def _check_mask(path, leaf, mask):
     shape = np.shape(leaf)
     if np.shape(mask) not in ((), shape):
         raise ValueError(
-            f"where {_velocity.at(path)} has shape {np.shape(mask)}, but the velocity there has "
+            f"where {_velocity.at(path)} has shape {np.shape(mask)}, but the {name} there has "
             f"shape {shape}. They must be equal, or where be one boolean."
         )
     return mask
@@ -337,7 +354,7 @@ def _restarted(grads, params, state):
     params, uphill = _moved((), (grads, params, state.last_params))
     turns = (uphill > 0) & jnp.isfinite(uphill)
     # The residuals stay: no param was set by hand.
-    masks = tuple(_masks(True, stored.values) for stored in velocities(state.inner_state))
+    masks = _masks_of_velocities(state.inner_state, True)
     return _scaled(state.inner_state, masks, 0.0, when=turns), params
 
 

@@ -21,8 +21,10 @@ from jax import lax
 from momentum_jax._elementwise import elementwise
 from momentum_jax._placement import (
     hold_like,
+    in_memory_of,
     is_split,
     merge_axes,
+    on_device,
     reshard_like,
     set_apart,
     split_axis,
@@ -191,8 +193,10 @@ class Wide(Cast):
 
     def init(self, param: jax.Array, dtype: np.dtype) -> Stored:
         """The ones have the param's shape, so that what shards the param can shard them."""
+        given, param = param, on_device(param)
         ones = jnp.ones_like(zeros_like(param, np.dtype(np.int8)))
-        return Stored(zeros_like(param, dtype), hold_like(ones, param, backward=True))
+        ones = in_memory_of(given, hold_like(ones, param, backward=True))
+        return Stored(zeros_like(given, dtype), ones)
 
 
 CAST, STOCHASTIC_CAST, BLOCKS, WIDE = Cast(), StochasticCast(), Blocks(), Wide()
@@ -445,10 +449,13 @@ def _encoded(value, view, seed):
     # Rounded up: no value is above its scale. A NaN whose bits are all ones, NVIDIA's, would be 0.
     largest = lax.clamp(_LEAST_SCALE.view(np.int32), view.largest(magnitude), _LARGEST_NAN)
     upper = lax.shift_right_logical(lax.add(largest, np.int32(0xFFFF)), np.int32(16))
-    scales = lax.bitcast_convert_type(lax.convert_element_type(upper, np.uint16), jnp.bfloat16)
+    scales = _from_upper_bits(upper)
 
-    scale = lax.convert_element_type(view.spread(scales, value), np.float32)
-    units = lax.mul(lax.div(lax.abs(value), scale), _UNITS)
+    # XLA makes of the division a product with the inverse, which would be 0 above 2^126. A quarter
+    # of the scale is exact, and made of the bits, where XLA does not see what it could put together.
+    quarters = _from_upper_bits(lax.sub(upper, np.int32(2 << jnp.finfo(jnp.bfloat16).nmant)))
+    quarter = lax.convert_element_type(view.spread(quarters, value), np.float32)
+    units = lax.mul(lax.div(lax.abs(value), quarter), _UNITS * np.float32(0.25))
     # units = code (code + 127) = (code + 63.5)^2 - 63.5^2, so the code below is low - 64. Above it
     # units grow by 2 low: up with the probability of the share of that by which low falls short.
     square = lax.add(units, np.float32(LARGEST**2 / 4))
@@ -460,6 +467,10 @@ def _encoded(value, view, seed):
     code = lax.sub(lax.min(code, np.float32(LARGEST + 64)), np.float32(64))
     code = lax.select(lax.lt(value, np.float32(0)), lax.neg(code), code)
     return lax.convert_element_type(code, np.int8), scales
+
+
+def _from_upper_bits(upper):
+    return lax.bitcast_convert_type(lax.convert_element_type(upper, np.uint16), jnp.bfloat16)
 
 
 def _times(value, factor):

@@ -46,12 +46,12 @@ _LEAVE_OUT = (
 )
 
 
-_SAME_PARAMS = "Call update with the params that init was given, or init again if they change."
+SAME_PARAMS = "Call update with the params that init was given, or init again if they change."
 
 # What may have gone wrong where two trees do not match.
 _REMEDIES = {
-    "params": _SAME_PARAMS,
-    "params of the last step": _SAME_PARAMS,
+    "params": SAME_PARAMS,
+    "params of the last step": SAME_PARAMS,
     "gradients": "Call init with the very params that are differentiated and updated, again if "
     "they change, and give None where a param has no gradient.",
     "updates": "Give the first of what update returned for these params: "
@@ -354,8 +354,7 @@ def _products(grad_parts, held_parts):
     def scaled(parts):
         largest = [jnp.max(jnp.abs(x), initial=0) for x in parts]
         exponent = exponent_of(functools.reduce(jnp.maximum, largest))
-        power = times_power_of_2(jnp.ones((), parts[0].dtype), exponent)
-        return [x / power for x in parts], exponent
+        return [times_power_of_2(x, -exponent) for x in parts], exponent
 
     (g, g_exponent), (h, h_exponent) = scaled(grad_parts), scaled(held_parts)
     gg, gh, hh = (
@@ -623,7 +622,10 @@ def arrays(
     return leaf, other
 
 
-def check_gradient_dtype(path, grad, held):
+def check_gradient_dtype(
+    path: tuple[Any, ...], grad: Any, held: Any, name: str = "velocity"
+) -> None:
+    """Raises a TypeError unless a gradient of a dtype can move what is held of its param."""
     if not jnp.issubdtype(held, jnp.inexact):
         raise TypeError(
             f"the param {at(path)} is {held}, and a step of momentum cannot move an integer "
@@ -636,7 +638,7 @@ def check_gradient_dtype(path, grad, held):
         )
     if jnp.issubdtype(grad, jnp.complexfloating) != jnp.issubdtype(held, jnp.complexfloating):
         raise TypeError(
-            f"the gradient {at(path)} is {grad}, but its velocity is {held}: a real and a "
+            f"the gradient {at(path)} is {grad}, but its {name} is {held}: a real and a "
             "complex array do not mix. Give the gradient of the param that init was called with."
         )
 

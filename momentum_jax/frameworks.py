@@ -854,7 +854,7 @@ def _decayed(updates, params, *factors):
         if g is None:
             return None
         g, w = _velocity.arrays("gradient", path, g, "param", w)
-        _velocity.check_gradient_dtype(path, g.dtype, w.dtype)
+        _velocity.check_gradient_dtype(path, g.dtype, w.dtype, "param")
         return _decayed_leaf(g, w, *factors)
 
     return treedef.unflatten(leaf(*pair) for pair in pairs)
@@ -922,11 +922,21 @@ def _chain(*steps, has_velocity=True):
                 "transformation with a momentum, or with jnp.zeros([]) to begin without."
             )
         _velocity.check_arrays("gradient", updates)
+        if params is not None and not has_velocity:
+            _check_params(updates, params)
         wide = jax.tree.map(widened, updates, is_leaf=_velocity.is_absent)
         moved, state = tx.update(wide, state, params, **extra_args)
         return jax.tree.map(narrowed, updates, moved, is_leaf=_velocity.is_absent), state
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _check_params(grads, params):
+    """What a velocity would be compared with, where there is none."""
+    for path, g, w in _velocity.zip_leaves("gradients", grads, "params", params)[1]:
+        if not _velocity.is_absent(g):
+            g, w = _velocity.arrays("gradient", path, g, "param", w)
+            _velocity.check_gradient_dtype(path, g.dtype, w.dtype, "param")
 
 
 class _Job:

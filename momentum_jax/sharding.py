@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
-from momentum_jax._hyperparameters import by_value, check_inner
+from momentum_jax._hyperparameters import by_value, check_flag, check_inner
 from momentum_jax._placement import axes, hold_like, is_explicit, reshard_like
 
 PyTree = Any
@@ -87,10 +87,10 @@ def zero1(
       After a restore the state must be on the mesh again: give `init(params)` as the target.
 
     Raises:
-      TypeError: a mesh that is none.
-      ValueError: an axis that the mesh has not; axes of several types; a param that is not on
-        the mesh; no params at update; with `strict`, params that cannot be split; the params of
-        `optax.lookahead`.
+      TypeError: a `mesh` that is not a `jax.sharding.Mesh`; a `strict` that is not a boolean.
+      ValueError: an axis that is not one of the mesh's; axes of several types; a param, or at
+        update an array of the state that belongs to one, that is not on the mesh; no params at
+        update; with `strict`, params that cannot be split; the params of `optax.lookahead`.
 
     Example:
       >>> import jax, jax.numpy as jnp, momentum_jax as mj
@@ -113,6 +113,7 @@ def zero1(
     """
     _check(mesh, axis)
     check_inner(inner)
+    strict = check_flag("strict", strict)
     given, inner = inner, optax.with_extra_args_support(inner)
     # Compiled programs belong to this function, and go when it goes.
     start = inlined_jit(
@@ -153,9 +154,12 @@ def zero1(
             )
         _check_one_tree(params)
         whole = dict(jax.tree_util.tree_leaves_with_path(params))
+        _owners(params, mesh)  # Or they are not on the mesh.
         held: dict[Path, Any] = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             owner = _owner(path, whole)
+            if owner is not None:
+                _check_on_mesh(path, leaf, mesh)
             if owner is not None and np.shape(leaf) == np.shape(whole[owner]):
                 held.setdefault(owner, leaf)
         # The gradient may be made in parts from the start (reduce-scatter), also within a loop over
@@ -267,6 +271,22 @@ def _own(path, param, mesh) -> Entries:
             "there: jax.device_put(params, NamedSharding(mesh, PartitionSpec())) replicates all."
         )
     return (*spec, *[None] * (dimensions - len(spec)))
+
+
+def _check_on_mesh(path, held, mesh):
+    """Of an array of the state; of a traced one it is known on Explicit axes alone."""
+    if isinstance(held, Tracer):
+        on_mesh = not is_explicit(mesh) or jax.typeof(held).sharding.mesh == mesh.abstract_mesh
+    else:
+        sharding = getattr(held, "sharding", None)
+        on_mesh = sharding is not None and sharding.device_set == set(mesh.devices.flat)
+    if not on_mesh:
+        raise ValueError(
+            f"the state {_velocity.at(path)} is not on the mesh {mesh}, so that it would not stay "
+            "split. Give the state that init returned; after a restore, give the restoring "
+            "function init(params) as its target, or put each array into the sharding it has "
+            "there."
+        )
 
 
 def _split(own: Entries, shape: tuple[int, ...], mesh: Mesh, axis: str) -> PartitionSpec:

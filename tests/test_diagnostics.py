@@ -276,6 +276,15 @@ def test_leaves_of_very_different_sizes_are_summed():
     assert float(infinite.kinetic_energy) == np.inf
 
 
+@pytest.mark.parametrize("size", [2.0**126, 2.0**127, 3e38])
+def test_beyond_the_inverses_of_the_normal_numbers(size):
+    """A division by such a number may be compiled as a product with its inverse, which is 0."""
+    found = jax.jit(lambda g, v: measure(g, v, learning_rate=0.25, mu=0.5))(
+        {"w": jnp.full(3, size)}, {"w": jnp.full(3, -size)}
+    )
+    assert float(found.alignment) == pytest.approx(1)
+
+
 def test_complex_velocities_at_the_ends():
     """Modulus by modulus."""
     g, v = jnp.array([1e30 + 1e30j]), jnp.array([-1e-30 - 1e-30j])

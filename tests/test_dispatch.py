@@ -158,18 +158,40 @@ def test_c8_one_program_per_group_of_devices(place, axis_type):
 
 
 def test_c8_the_least_of_dispatches():
-    """With 40 params on two devices a step runs two programs, not one per param."""
+    """With 40 params on two devices a call runs two programs, not one per param."""
     params = {
-        f"{device}-{i}": jax.device_put(jnp.ones(size), jax.devices()[device])
-        for size in [new_size()]
+        # No two are alike: what is compiled for one of them is compiled for each.
+        f"{device}-{i}": jax.device_put(np.ones(new_size(), np.float32), jax.devices()[device])
         for i in range(20)
         for device in range(2)
     }
     tx = mj.momentum(0.25, 0.5)
     state = tx.init(params)
-    with count_compiles() as compiles:
-        tx.update(params, state)
-    assert len(compiles.names) == 2
+    for call in (
+        lambda: tx.update(params, state),
+        lambda: mj.read_velocity(state),
+        lambda: mj.reset_velocity(state),
+        lambda: mj.apply_updates(params, params),
+    ):
+        with count_compiles() as compiles:
+            call()
+        assert len(compiles.names) == 2
+
+
+def test_c8_a_step_on_several_devices_is_traced_once():
+    """The check of all groups together too, which would else be traced in each step."""
+    calls = []
+
+    def counted(v, g):
+        calls.append(v.shape)
+        return v - g, v - g
+
+    params = put(exact(0), PLACES["two devices"][0](None))
+    tx = mj.recurrence(counted)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state)
+    assert len(calls) <= 2 * len(jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -241,7 +263,13 @@ def test_c8_hyperparameters_in_arrays_on_another_device():
     elsewhere = jax.device_put(jnp.float32(0.25), jax.devices()[5])
     tx = mj.momentum(elsewhere, 0.5)
     expected = train(mj.momentum(0.25, 0.5), params, [params])
-    assert bits(train(tx, params, [params])) == bits(expected)
+    results = train(tx, params, [params])
+    assert bits(results) == bits(expected)
+    # The count stays where it was, whatever is first in a set.
+    for number in range(8):
+        learning_rate = jax.device_put(jnp.float32(0.25), jax.devices()[number])
+        _, state = mj.momentum(learning_rate, 0.5).update(params, expected[-1][1])
+        assert state.count.devices() == expected[-1][1].count.devices()
 
 
 def test_c9_errors_on_several_devices():

@@ -237,6 +237,25 @@ def test_under_inject_hyperparams(make, momentum):
 
 # What holds of each framework with each of its options. ------------------------------------
 
+
+@pytest.mark.parametrize("make", [torch_sgd, keras_sgd, caffe_sgd, optax_sgd])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_what_does_not_match_the_params_is_refused_also_without_a_velocity(make, momentum):
+    tx = make(0.5, momentum)
+    params = {"w": jnp.ones((2, 3)), "ids": jnp.arange(2)}
+    state = tx.init(params)
+    bad: dict[str, Any] = {
+        r"\['w'\] has shape \(3,\)": {"w": jnp.ones(3), "ids": None},
+        "must be trees of one structure": {"w": jnp.ones((2, 3))},
+        r"the param at \['ids'\] is int32": {"w": jnp.ones((2, 3)), "ids": jnp.ones(2)},
+        "a real and a complex": {"w": jnp.ones((2, 3), "complex64"), "ids": None},
+    }
+    for message, grads in bad.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            tx.update(grads, state, params)
+    tx.update({"w": jnp.ones((2, 3)), "ids": None}, state, params)
+
+
 # The options of each besides the learning rate, with and without a velocity.
 OPTIONS = {
     torch_sgd: [

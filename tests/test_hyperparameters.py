@@ -264,6 +264,20 @@ def test_c9_a_number_out_of_range_is_refused(as_shipped, factory, name, value, w
     assert_says(error, f"{name}={value}", *RULES[name])
 
 
+@pytest.mark.parametrize("kind", [float, np.float64, int])
+def test_c9_a_number_beyond_float32_is_refused(as_shipped, kind):
+    """It would be infinite in the arithmetic; in 64-bit mode it is not."""
+    for make in (mj.momentum, mj.frameworks.torch_sgd, mj.qhm):
+        with pytest.raises(ValueError, match="is beyond float32, in which it would be infinite"):
+            make(kind(1e39))
+    mj.momentum(float(np.finfo(np.float32).max))
+
+
+def test_a_number_beyond_float32_in_64_bit_mode(x64):
+    updates, _ = (tx := mj.momentum(1e39)).update(jnp.ones(1), tx.init(jnp.ones(1)))
+    assert float(updates[0]) == -1e39
+
+
 @each_bad_number
 @pytest.mark.parametrize("way", [given_to_the_factory, given_to_update])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

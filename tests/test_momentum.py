@@ -28,7 +28,7 @@ import momentum_jax as mj
 UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
     *("AdaptiveRestartState", "AggMoState", "MomentumState", "QHMState"),
-    *("RecurrenceState", "ResidualState", "TraceState"),
+    *("RecurrenceState", "ResidualState", "SeveralVelocitiesState", "TraceState"),
     *("adaptive_restart", "aggmo", "apply_updates"),
     *(
         "diagnostics",

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import jet
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from processes import run_for_tpu, run_on_one_device
@@ -298,6 +299,16 @@ def test_c7_velocities_of_params_in_the_memory_of_the_host_are_there_too(axis_ty
             assert velocity.sharding.is_equivalent_to(sharding, 2)
             assert velocity.sharding.memory_kind == "pinned_host"
             assert not np.any(velocity)
+        # Arrays of 8 bits, and those among them that stay wide.
+        for shape in ((8, 16), (64, 128)):
+            params = jax.device_put(jnp.ones(shape), sharding)
+            for init in (
+                momentum(velocity_dtype="int8").init,
+                jax.jit(momentum(velocity_dtype="int8").init),
+            ):
+                state = init(params)
+                for array in (state.velocity, state.scales):
+                    assert array.sharding.memory_kind == "pinned_host"
 
 
 @pytest.mark.parametrize("gradients", ["pinned_host", "device"])
@@ -413,6 +424,7 @@ def test_derivatives_and_batches_of_a_step():
         yield jax.vjp(moved, params, grads)[1](params)
         yield jax.vmap(moved, in_axes=(0, 1), out_axes=1)(params, grads.reshape(16, 8))
         yield jax.grad(lambda g: jnp.sum(moved(params, g) ** 2))(grads)
+        yield jet.jet(moved, (params, grads), ((grads, params), (params, grads)))
 
     run = jax.jit(lambda *arguments: list(programs(*arguments)))
     on_mesh = run(jax.device_put(params, own), jax.device_put(grads, other))

@@ -89,7 +89,7 @@ def test_several_velocities_are_adam_of_optax():
     tx = mj.recurrence(adam, velocities=2, learning_rate=0.01, t=lambda count: count + 1)
     (params, _, state), (expected, _, _) = run(tx, numbers()), run(optax.adam(0.01), numbers())
     np.testing.assert_allclose(params, expected, rtol=1e-6, atol=1e-6)
-    assert isinstance(state, mj.RecurrenceState)
+    assert isinstance(state, mj.SeveralVelocitiesState)
     first, second = mj.read_velocity(state)
     assert first.shape == second.shape == SHAPE
     assert jnp.all(second >= 0)
@@ -384,9 +384,15 @@ BAD = {
     ),
     "a state of another number": (
         lambda: mj.recurrence(lambda v, g: (v, g), velocities=2).update(
-            jnp.ones(3), mj.recurrence(lambda v, g: (v, g)).init(jnp.ones(3))
+            jnp.ones(3), mj.recurrence(lambda v, g: (v, g), velocities=1).init(jnp.ones(3))
         ),
         "the state must have 2 velocities, but has 1",
+    ),
+    "a state of one velocity": (
+        lambda: mj.recurrence(lambda v, g: (v, g), velocities=2).update(
+            jnp.ones(3), mj.recurrence(lambda v, g: (v, g)).init(jnp.ones(3))
+        ),
+        "the state is RecurrenceState, but must be the SeveralVelocitiesState",
     ),
     "a state of momentum": (
         lambda: mj.recurrence(lambda v, g: (v, g)).update(

@@ -378,8 +378,8 @@ WHERE: dict[str, Any] = {
     "tree": (mj.momentum(1e-3), {"w": FIRST, "v": True, "wide": False}),
     "predicate": (mj.momentum(1e-3), lambda path: path[0].key != "w"),
     "all": (mj.momentum(1e-3), None),
-    "aggmo, predicate": (AGGMO, lambda path: path[1].key != "w"),
-    "aggmo, one mu": (AGGMO, (False, {"w": FIRST, "v": True, "wide": False})),
+    "aggmo, predicate": (AGGMO, lambda path: path[0].key != "w"),
+    "aggmo, tree": (AGGMO, {"w": FIRST, "v": True, "wide": False}),
     "chain, masked": (
         optax.chain(
             optax.masked(mj.trace(0.9), {"w": True, "v": True, "wide": False}), optax.scale(-1e-3)
@@ -408,6 +408,45 @@ def test_reset_velocity_clears_the_residual(name, jitted):
     np.testing.assert_array_equal(np.asarray(after.residual["v"]), 0)
     assert np.all(kept != 0)
     assert isinstance(after.residual["wide"], optax.MaskedNode)
+
+
+AROUND: dict[str, Any] = {
+    "lookahead": lambda: mj.keep_residual(optax.lookahead(mj.momentum(1e-3), 2, 0.5)),
+    "flatten": lambda: mj.keep_residual(optax.flatten(mj.momentum(1e-3))),
+    "split_real_and_imaginary": lambda: mj.keep_residual(
+        optax.contrib.split_real_and_imaginary(mj.momentum(1e-3))
+    ),
+    "partition": lambda: mj.keep_residual(
+        optax.partition({"a": mj.momentum(1e-3), "b": optax.sgd(1e-3)}, {"w": "a", "c": "b"})
+    ),
+    "several groups of several velocities": lambda: mj.keep_residual(
+        optax.partition({"a": AGGMO, "b": mj.aggmo(1e-3, (0.0,))}, {"w": "a", "c": "b"})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_reset_velocity_clears_residuals_of_params_that_are_not_like_the_velocity(name):
+    """Two trees of params, one array of all, none or several velocities of a param."""
+    tx = AROUND[name]()
+    dtype = "complex64" if name == "split_real_and_imaginary" else "bfloat16"
+    params: Any = {"w": jnp.ones(3, "bfloat16"), "c": jnp.ones(2, dtype)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    if name == "lookahead":
+        params = optax.LookaheadParams.init_synced(params)
+    _, state = tx.update(grads, tx.init(params), params)
+    if name == "lookahead":  # The slow params did not move yet.
+        state = state._replace(residual=optax.LookaheadParams(*2 * [state.residual.fast]))
+    assert all(map(np.any, jax.tree.leaves(state.residual)))
+    assert not any(map(np.any, jax.tree.leaves(mj.reset_velocity(state).residual)))
+    if name == "flatten":
+        with pytest.raises(ValueError, match="where must be a prefix of the velocity"):
+            mj.reset_velocity(state, {"w": True, "c": False})
+        return
+    after = mj.reset_velocity(state, {"w": True, "c": False})
+    for path, left in jax.tree_util.tree_leaves_with_path(after.residual):
+        assert bool(np.any(left)) == (path[-1].key == "c")
+    assert types(after) == types(state)
 
 
 def test_a_pruned_weight_stays_pruned():
@@ -717,3 +756,41 @@ def test_bad_calls_are_refused():
         tx.update(params, optax.sgd(0.1).init(params), params)
     with pytest.raises(ValueError, match=r"the update at \['w'\] has shape \(3,\)"):
         tx.update({"w": jnp.ones(3)}, state, params)
+
+
+NARROW, WIDE = {"w": jnp.ones((2, 3), "bfloat16")}, {"w": jnp.ones((2, 3))}
+OTHER_PARAMS: dict[str, Any] = {
+    "none of bfloat16": (WIDE, NARROW, r"\['w'\] is bfloat16, .* a residual, .* has none of it"),
+    "one of float32": (NARROW, WIDE, r"\['w'\] is float32, .* no residual, .* has one of it"),
+    "one of float8": (
+        NARROW,
+        {"w": jnp.ones((2, 3), "float8_e4m3fn")},
+        r"\['w'\] is float8_e4m3fn, .* no residual, .* has one of it",
+    ),
+    "a shape that would be broadcast": (
+        {"w": jnp.ones((1, 3), "bfloat16")},
+        NARROW,
+        r"the param at \['w'\] has shape \(2, 3\), but the residual there has shape \(1, 3\)",
+    ),
+    "another shape": (
+        {"w": jnp.ones((3, 2), "bfloat16")},
+        NARROW,
+        r"the param at \['w'\] has shape \(2, 3\), but the residual there has shape \(3, 2\)",
+    ),
+    "another tree": (
+        {"w": NARROW["w"], "v": NARROW["w"]},
+        NARROW,
+        r"the params and the residual must be trees .*only in the residual: \['v'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", OTHER_PARAMS)
+def test_a_state_of_other_params_is_refused(name, jitted):
+    """Nothing is broadcast, left without a residual, or rounded as another dtype."""
+    of, params, message = OTHER_PARAMS[name]
+    tx = mj.keep_residual(optax.scale(-1.0))
+    update = jax.jit(tx.update) if jitted else tx.update
+    with pytest.raises(ValueError, match=f"(?s){message}.*Call update with the params that init"):
+        update(params, tx.init(of), params)

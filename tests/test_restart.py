@@ -1,5 +1,6 @@
 """Velocities that start anew: adaptively, and on request."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -498,13 +499,63 @@ def test_reset_finds_the_velocity_wherever_it_is(make):
         np.testing.assert_array_equal(b, np.zeros_like(a) if reset else a)
 
 
-def test_reset_of_aggmo_by_the_number_of_the_mu():
-    """Its velocity is a tuple of trees."""
-    state = moving(mj.aggmo(0.5, (0.5, 0.9)), PARAMS)
-    after = mj.reset_velocity(state, (False, {"body": False, "head": True}))
-    slow, fast = after.velocity
-    assert [float(v["head"][0]) for v in (slow, fast)] == [-0.5, 0.0]
-    assert float(fast["body"]["b"][0]) == -0.5
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"body": False, "head": True},
+        lambda path: path[0].key == "head",
+        optax.MaskedNode,  # Given the tree below.
+    ],
+    ids=["tree", "predicate", "a tree that can be called"],
+)
+def test_reset_of_several_velocities_is_by_the_params(where):
+    """What `where` means does not depend on how many velocities a param has."""
+    if where is optax.MaskedNode:
+        where = _CallableTree(body={"w": False, "b": False}, head=True)
+        params: Any = _CallableTree(**PARAMS)
+    else:
+        params = PARAMS
+    for tx in (mj.aggmo(0.5, (0.5, 0.9)), mj.momentum(0.5)):
+        after = mj.reset_velocity(moving(tx, params), where)
+        for path, each in jax.tree_util.tree_leaves_with_path(after.velocity):
+            assert bool(np.any(each)) == ("head" not in jax.tree_util.keystr(path))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _CallableTree:
+    """As a model of Equinox: a tree, which can be called."""
+
+    body: Any
+    head: Any
+
+    def __call__(self, x):
+        return x
+
+
+def test_reset_a_tuple_of_params():
+    """Which is told from a tuple of velocities by the type of the state."""
+    params = (jnp.ones(2), jnp.ones(2))
+    for tx in (
+        mj.recurrence(lambda v, g: (v - g, v - g)),
+        mj.recurrence(lambda v, g: ((v[0] - g,), -g), velocities=1),
+    ):
+        after = mj.reset_velocity(moving(tx, params), (True, False))
+        for path, each in jax.tree_util.tree_leaves_with_path(after.velocity):
+            assert bool(np.any(each)) == (path[-1].idx == 1)
+
+
+def test_reset_a_tree_like_the_params_where_groups_are_masked_by_a_prefix():
+    """A whole subtree is then one `optax.MaskedNode` in the velocity."""
+    tx = optax.partition(
+        {0: mj.momentum(0.5), 1: mj.aggmo(0.5, (0.0, 0.5))}, {"body": 0, "head": 1}
+    )
+    state = moving(tx, PARAMS)
+    after = mj.reset_velocity(state, {"body": {"w": True, "b": False}, "head": True})
+    for path, each in jax.tree_util.tree_leaves_with_path(after):
+        name = jax.tree_util.keystr(path)
+        if "velocity" in name:
+            assert bool(np.any(each)) == ("['b']" in name)
 
 
 def test_reset_under_jit_with_a_traced_scale_and_mask():

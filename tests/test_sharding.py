@@ -904,6 +904,16 @@ def test_bad_input_is_refused_with_the_way_out():
     elsewhere = params | {"out": jnp.ones((32, 16))}
     with pytest.raises(ValueError, match=r"\['out'\] is not on the mesh .*device_put"):
         tx.init(elsewhere)
+    with pytest.raises(ValueError, match=r"\['out'\] is not on the mesh .*device_put"):
+        tx.update(params, state, elsewhere)
+    restored = jax.tree.map(np.asarray, state)
+    with pytest.raises(ValueError, match=r"the state at \.velocity\['bias'\] is not on the mesh"):
+        tx.update(params, restored, params)
+    on_one = jax.tree.map(jnp.asarray, restored)
+    with pytest.raises(ValueError, match=r"init\(params\) as its target"):
+        tx.update(params, on_one, params)
+    with pytest.raises(TypeError, match="strict='yes' must be True or False"):
+        zero1(inner, mesh, strict="yes")
     with pytest.raises(TypeError, match=r"\['out'\] is str"):
         tx.init(params | {"out": "w"})
     mapped = jax.shard_map(tx.update, mesh=mesh, in_specs=P(), out_specs=P())

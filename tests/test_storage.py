@@ -903,6 +903,21 @@ def test_frameworks_of_8_bits():
     assert error < 0.008 * np.linalg.norm(held)
 
 
+def _as_it_is(velocity, gradient):
+    return gradient, velocity
+
+
+@pytest.mark.parametrize("exponent", [-99, 0, 125, 126, 127])
+def test_8_bits_of_any_size(exponent):
+    """Also of a scale whose inverse is below the normal numbers."""
+    grads = np.float32(2.0**exponent) * np.linspace(-1.9, 1.9, 8192, dtype=np.float32)
+    tx = mj.recurrence(_as_it_is, velocity_dtype="int8")
+    for update in (tx.update, jax.jit(tx.update)):
+        _, state = update(jnp.asarray(grads), tx.init(jnp.zeros(8192)))
+        read = np.asarray(mj.read_velocity(state), np.float64)
+        assert np.max(np.abs(read - grads)) < 0.025 * 2.0**exponent
+
+
 def test_read_velocity_puts_together_what_is_held_apart():
     """Of partition and masked; two velocities of one param are refused, and none."""
     params = {"a": {"w": numbers(), "v": numbers(seed=1)}, "b": numbers(seed=2)}
@@ -920,5 +935,8 @@ def test_read_velocity_puts_together_what_is_held_apart():
     assert jax.tree.structure(first) == jax.tree.structure(second) == jax.tree.structure(params)
     with pytest.raises(ValueError, match="two velocities"):
         mj.read_velocity(optax.chain(make(None), make("int8")).init(params))
+    mixed = optax.partition({0: make(None), 1: mj.aggmo(0.5)}, {"a": 0, "b": 1})
+    with pytest.raises(ValueError, match="velocities of momentum, aggmo, which have not one"):
+        mj.read_velocity(mixed.init(params))
     with pytest.raises(ValueError, match="there is no velocity"):
         mj.read_velocity(optax.adam(0.1).init(params))
