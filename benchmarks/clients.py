@@ -1,8 +1,8 @@
 """`python -m benchmarks.clients`: training through libraries that take long to install.
 
 Each installed client trains a few steps with `optax.sgd`, then with the package's transformations
-in its place. In float32 the params must be those of `sgd`, up to float32 rounding; in bfloat16 and
-int8 they must be finite, and the state must keep its dtypes. Each client may be in an environment
+in its place. The params must move, and end where those of `sgd` do: in float32 up to float32
+rounding, in bfloat16 and int8 to within 5 % of the largest change. The state must keep its dtypes. Each client may be in an environment
 of its own: what the file says of clients that are not installed is kept.
 """
 
@@ -25,8 +25,8 @@ import momentum_jax
 mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
 RESULT = pathlib.Path(__file__).parent / "results" / "clients.json"
 LEARNING_RATE, MU, STEPS = 0.01, 0.5, 5
-# The largest difference of a param, over the largest change of any.
-TOLERANCE = 1e-4
+# By the dtype of the velocity: the largest difference of a param, over the largest change of any.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.05}
 
 TRANSFORMATIONS: dict[str, Callable[[], Any]] = {
     "momentum, float32": lambda: mj.momentum(LEARNING_RATE, MU, velocity_dtype="float32"),
@@ -39,18 +39,16 @@ TRANSFORMATIONS: dict[str, Callable[[], Any]] = {
 
 
 def netket(tx: Any) -> tuple[Any, Any]:
-    """The ground state of an Ising chain, by variational Monte Carlo."""
+    """The ground state of an Ising chain.
+
+    Of all its states: of a sample, a last bit of the params decides which are in it.
+    """
     import netket as nk  # pyright: ignore[reportMissingImports]
 
-    hilbert = nk.hilbert.Spin(0.5, 64)
-    hamiltonian = nk.operator.IsingJax(hilbert, nk.graph.Chain(64), h=1.0)
-    state = nk.vqs.MCState(
-        nk.sampler.MetropolisLocal(hilbert, n_chains=16),
-        nk.models.RBM(alpha=1, param_dtype=jnp.float32),
-        n_samples=64,
-        seed=0,
-        sampler_seed=1,
-    )
+    hilbert = nk.hilbert.Spin(0.5, 8)
+    hamiltonian = nk.operator.IsingJax(hilbert, nk.graph.Chain(8), h=1.0)
+    model = nk.models.RBM(alpha=64, param_dtype=jnp.float32)
+    state = nk.vqs.FullSumState(hilbert, model, seed=0)
     start = state.parameters
     nk.driver.VMC(hamiltonian, tx, variational_state=state).run(
         STEPS, out=nk.logging.RuntimeLog(), show_progress=False
@@ -163,7 +161,7 @@ def jax_privacy(tx: Any) -> tuple[Any, Any]:
 
 # By the name of its distribution: what it is called, and what trains.
 CLIENTS: dict[str, tuple[str, Callable[[Any], tuple[Any, Any]]]] = {
-    "netket": ("NetKet, `VMC`", netket),
+    "netket": ("NetKet, `VMC` with `FullSumState`", netket),
     "google-tunix": ("Tunix, `PeftTrainer`", tunix),
     "gpjax": ("GPJax, `fit`", gpjax),
     "blackjax": ("BlackJAX, `meanfield_vi`", blackjax),
@@ -210,9 +208,13 @@ def cell(train: Callable[[Any], tuple[Any, Any]], name: str, by_sgd: list[np.nda
         return f"error: no velocity is {stored}"
     largest = max(np.max(np.abs(x), initial=0) for x in by_sgd)
     apart = max(np.max(np.abs(a - b), initial=0) for a, b in zip(moved, by_sgd, strict=True))
-    if not (np.isfinite(apart) and largest > 0):
-        return "error: params that are not finite, or did not move"
-    if stored == "float32" and apart > TOLERANCE * largest:
+    if largest == 0:
+        return "error: no param moved with optax.sgd"
+    if not all(map(np.all, map(np.isfinite, moved))):
+        return "error: params that are not finite"
+    if not any(map(np.any, moved)):
+        return "error: no param moved"
+    if apart > TOLERANCE[stored] * largest:
         return f"error: {apart / largest:.1e} of the largest change apart from optax.sgd"
     return "ok"
 
@@ -236,7 +238,7 @@ def measure(distribution: str) -> dict[str, Any]:
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether it is."""
+    """Whether this Python has it."""
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

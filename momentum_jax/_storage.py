@@ -452,7 +452,7 @@ def _encoded(value, view, seed):
     scales = _from_upper_bits(upper)
 
     # XLA makes of the division a product with the inverse, which would be 0 above 2^126. A quarter
-    # of the scale is exact, and made of the bits, where XLA does not see what it could put together.
+    # of the scale is exact, and made of the bits, where XLA sees nothing to put together.
     quarters = _from_upper_bits(lax.sub(upper, np.int32(2 << jnp.finfo(jnp.bfloat16).nmant)))
     quarter = lax.convert_element_type(view.spread(quarters, value), np.float32)
     units = lax.mul(lax.div(lax.abs(value), quarter), _UNITS * np.float32(0.25))

@@ -26,7 +26,10 @@ from works_with import (
     bits,
     check,
     expected,
+    gradients,
+    make,
     mj,
+    plain_loop,
     plain_step,
     start,
     table,
@@ -59,6 +62,19 @@ def test_the_cells_differ():
     assert bits(expected("trace", None)[0]) == ends["momentum", None]
     restarted, going_on = (expected(n, None, "valley")[0] for n in ("adaptive_restart", "momentum"))
     assert bits(restarted) != bits(going_on)
+    for dtype in VELOCITY_DTYPES:
+        # What it keeps moves the params: without it, and without it in the second step alone.
+        kept, grads = expected("keep_residual", dtype)[0], gradients(jnp.bfloat16)
+        first = start(jnp.bfloat16)
+        assert bits(kept) != bits(plain_loop(make("momentum", dtype), first, grads)[0])
+        tx, params = make("keep_residual", dtype), first
+        state = tx.init(params)
+        for i, each in enumerate(grads):
+            params, state = plain_step(tx, params, state, each)
+            if i == 0:
+                cleared = jax.tree.map(jnp.zeros_like, state.residual)
+                state = state._replace(residual=cleared)
+        assert bits(kept) != bits(params)
 
 
 def test_equinox_own_apply_updates_widens_params_of_16_bits():
@@ -71,7 +87,24 @@ def test_equinox_own_apply_updates_widens_params_of_16_bits():
     assert mj.apply_updates(params, updates).kernel.dtype == jnp.bfloat16
 
 
-def test_optimistix_does_not_find_a_traced_learning_rate_if_it_differentiates():
+# Each with a traced hyperparameter within a transformation of ours.
+UNSEEN = {
+    "momentum": lambda rate: mj.momentum(rate, 0.5),
+    "mu": lambda rate: mj.momentum(0.1, 5 * rate),
+    "trace": lambda rate: optax.chain(mj.trace(5 * rate), optax.scale(-0.1)),
+    "qhm": lambda rate: mj.qhm(rate, 0.5),
+    "aggmo": lambda rate: mj.aggmo(rate),
+    "adaptive_restart": lambda rate: mj.adaptive_restart(
+        optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(rate))
+    ),
+    "keep_residual": lambda rate: mj.keep_residual(
+        optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(rate))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_optimistix_does_not_find_a_traced_hyperparameter_of_ours_if_it_differentiates(name):
     """It looks for arrays in the closures of a transformation, and finds those of Optax alone."""
     optx = pytest.importorskip("optimistix")
 
@@ -84,7 +117,7 @@ def test_optimistix_does_not_find_a_traced_learning_rate_if_it_differentiates():
         return jax.jit(jax.grad(solve, argnums=1))(0.1, jnp.array([1.0, 2.0]))
 
     with pytest.raises(TypeError, match=r"No constant handler for type|not a valid JAX type"):
-        grads(lambda learning_rate: mj.momentum(learning_rate, 0.5))
+        grads(UNSEEN[name])
     found = grads(lambda rate: optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(rate)))
     np.testing.assert_allclose(found, 1.0)
 
@@ -97,6 +130,21 @@ def test_the_table_of_the_page_is_that_of_the_tests():
     assert len(re.findall(r"^\| \w.* \|$", PAGE.read_text(), re.MULTILINE)) == len(CLIENTS) + 1
 
 
+def test_the_oldest_versions_of_the_page_are_those_that_are_supported():
+    """And tested: JAX, Optax, Flax and Orbax in a lane of their own."""
+    (oldest,) = re.findall(r"oldest supported versions \(([^)]*)\)", PAGE.read_text())
+    found = dict(each.split() for each in oldest.replace("\n", " ").split(", "))
+    root = PAGE.parents[1]
+    lane = dict(
+        re.findall(r"^([\w-]+)==(\S+)$", (root / "constraints-oldest.txt").read_text(), re.M)
+    )
+    project = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (root / "pyproject.toml").read_text()))
+    for name, version in found.items():
+        distribution = {"Orbax": "orbax-checkpoint"}.get(name, name.lower())
+        supported = lane.get(distribution) or project[distribution]
+        assert version.removesuffix(".0") == supported.removesuffix(".0"), name
+
+
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -104,8 +152,11 @@ PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re
 def test_a_program_of_the_page_prints_what_its_comments_say(program, capsys):
     for name in re.findall(r"^import (haiku|optimistix|numpyro)\b", program, re.MULTILINE):
         pytest.importorskip(name)
+    if "nnx" in program and "optax.partition" in program:
+        pytest.importorskip("flax", minversion="0.12")  # As the page says.
     exec(program, {})
     said = re.findall(r"^print\(.*\)  # (.+)$", program, re.MULTILINE)
+    assert said
     assert capsys.readouterr().out.splitlines() == said
 
 
@@ -140,10 +191,18 @@ def test_the_script_finds_what_is_wrong(name, monkeypatch):
         raise TypeError("no such thing")
 
     assert clients.cell(raises, name, by_sgd) == "refused: TypeError: no such thing"
-    still = clients.cell(sum_of_squares, name, [0 * x for x in by_sgd])
-    assert still == "error: params that are not finite, or did not move"
-    if name.endswith("float32"):
-        assert "apart from optax.sgd" in clients.cell(sum_of_squares, name, [2 * by_sgd[0]])
+    found = clients.cell(sum_of_squares, name, [0 * x for x in by_sgd])
+    assert found == "error: no param moved with optax.sgd"
+    for factor in (2, 1.1):
+        found = clients.cell(sum_of_squares, name, [factor * x for x in by_sgd])
+        assert "apart from optax.sgd" in found
+    # A client that does not use the updates, and one that makes NaN of them.
+    for scale, said in ((0.0, "no param moved"), (np.nan, "params that are not finite")):
+
+        def scaled(tx, scale=scale):
+            return sum_of_squares(optax.chain(tx, optax.scale(scale)))
+
+        assert clients.cell(scaled, name, by_sgd) == f"error: {said}"
     monkeypatch.setitem(clients.TRANSFORMATIONS, name, lambda: optax.sgd(0.01))
     assert "no velocity is" in clients.cell(sum_of_squares, name, by_sgd)
     cast = optax.stateless(lambda updates, params: updates)._replace(

@@ -61,10 +61,14 @@ def whole(shape, seed, largest):
 
 
 def start(dtype, layers=()) -> dict[str, Any]:
-    """The bias and the kernel of a linear model, or of a stack of them."""
+    """The bias and the kernel of a linear model, or of a stack of them.
+
+    In 16 bits of so many digits that a sum with whole numbers is rounded.
+    """
+    parts = 1024 if dtype == jnp.bfloat16 else 32
     arrays = {
-        "bias": whole((*layers, OUTPUTS), 7, 32) / 32,
-        "kernel": whole((*layers, INPUTS, OUTPUTS), 8, 32) / 32,
+        "bias": whole((*layers, OUTPUTS), 7, parts) / parts,
+        "kernel": whole((*layers, INPUTS, OUTPUTS), 8, parts) / parts,
     }
     return {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
 
@@ -79,6 +83,11 @@ def batches(dtype, seed=0):
         )
         for i in range(STEPS)
     ]
+
+
+def gradients(dtype) -> list[Any]:
+    """Those of the linear loss in each step."""
+    return [linear_grads(*batch) for batch in batches(dtype)]
 
 
 def stacked(trees):
@@ -158,7 +167,7 @@ def make(transformation, velocity_dtype) -> Any:
 def expected(transformation, velocity_dtype, problem="linear") -> Any:
     dtype = params_dtype(transformation)
     tx = make(transformation, velocity_dtype)
-    steps: Any = [linear_grads(*batch) for batch in batches(dtype)]
+    steps = gradients(dtype)
     return plain_loop(tx, start(dtype), steps if problem == "linear" else STEPS * [valley_grads])
 
 
