@@ -8,7 +8,8 @@ import optax
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf, one_level
-from momentum_jax._recurrence import STATE_TYPES, has_several, has_velocity, stored_in
+from momentum_jax._recurrence import STATE_TYPES, has_several, has_velocity, velocities_in
+from momentum_jax._states import find
 from momentum_jax._storage import Stored
 
 PyTree = Any
@@ -41,20 +42,25 @@ def read_velocity(state: optax.OptState) -> Any:
       int8 [-0.5 -0.5 -0.5]
     """
     found = velocities(state)
-    numbers = {len(stored_in(part).values) if has_several(part) else 1 for part in found}
-    if len(numbers) > 1:
+    each = [velocities_in(part) for part in found]
+    if len({len(several) for several in each}) > 1 or len(set(map(has_several, found))) > 1:
         made_by = ", ".join(dict.fromkeys(STATE_TYPES[type(part)] for part in found))
         raise ValueError(
             f"the state holds velocities of {made_by}, which have not one number of them a param. "
             "Give the state of each alone."
         )
-    values, scales = zip(*map(stored_in, found), strict=True)
-    return functools.reduce(_put_together, _read((), (values, scales))[0])
+    columns = [list(zip(*several, strict=True)) for several in each]
+    values, scales = zip(*columns, strict=True)
+    read = [
+        decoded if has_several(found[0]) else decoded[0]
+        for decoded in _read((), (values, scales))[0]
+    ]
+    return functools.reduce(_put_together, read)
 
 
 def velocities(state: Any) -> list[Any]:
     """All states with a velocity within a state; raises a ValueError if there is none."""
-    found = [part for part in jax.tree.leaves(state, is_leaf=has_velocity) if has_velocity(part)]
+    found = [node for node in find(state) if has_velocity(node)]
     if not found:
         raise ValueError(
             "there is no velocity in the state. Give the state of a transformation with "
@@ -65,7 +71,10 @@ def velocities(state: Any) -> list[Any]:
 
 @by_leaf
 def _read(_, trees, __):
-    return tuple(_velocity.decode(Stored(*pair)) for pair in zip(*trees, strict=True)), ()
+    return [
+        tuple(_velocity.decode(Stored(*pair)) for pair in zip(*each, strict=True))
+        for each in zip(*trees, strict=True)
+    ], ()
 
 
 def _put_together(one, other):

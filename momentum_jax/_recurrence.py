@@ -1,7 +1,7 @@
 """The transformation of a recurrence: anybody's method, with everything the contract promises."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -41,14 +41,29 @@ def has_velocity(node: Any) -> bool:
     return isinstance(node, tuple(STATE_TYPES))
 
 
-def stored_in(state: Any) -> Stored:
-    """The velocity of one of the `STATE_TYPES`."""
-    return Stored(*state[1:])
-
-
 def has_several(state: Any) -> bool:
     """Whether one of the `STATE_TYPES` has a tuple of velocities in place of one."""
     return type(state) in _OF_SEVERAL
+
+
+def velocities_in(state: Any) -> list[Stored]:
+    """The velocities of one of the `STATE_TYPES`: one, or several."""
+    _, values, scales = state
+    if not has_several(state):
+        return [Stored(values, scales)]
+    return [Stored(*pair) for pair in zip(values, scales or [None] * len(values), strict=True)]
+
+
+def with_velocities(state: Any, count: Any, several: Sequence[Stored]) -> Any:
+    """A state of the same type."""
+    return _state_of(type(state), count, several)
+
+
+def _state_of(state_type, count, several):
+    values, scales = zip(*several, strict=True)
+    if state_type not in _OF_SEVERAL:
+        return state_type(count, *values, *scales)
+    return state_type(count, values, None if scales[0] is None else scales)
 
 
 @holds_velocity("recurrence")
@@ -240,15 +255,9 @@ def transformation(
     given = {name: check(name, value) for name, value in hyperparameters.items()}
     number, is_tuple = velocities or 1, velocities is not None
 
-    def state_of(count, trees):
-        values, scales = trees[:number], trees[number:]
-        if not is_tuple:
-            return state_type(count, *values, *scales)
-        return state_type(count, tuple(values), None if scales[0] is None else tuple(scales))
-
     def init(params):
         trees, count = _init((velocity_dtype, number), (_velocity.concrete(params),))
-        return state_of(count, trees)
+        return _state_of(state_type, count, _several(trees))
 
     def update(
         updates: optax.Updates,
@@ -261,12 +270,8 @@ def transformation(
         held: Any = state
         _check_state(updates, held, state_type)
         _velocity.check_arrays("gradient", updates)
-        values, scales = stored_in(held)
         if is_tuple:
-            _check_number(values, number)
-            scales = scales or [None] * number
-        else:
-            values, scales = [values], [scales]
+            _check_number(held[1], number)
         overrides = by_name(extra_args)
         coefficients = {
             name: resolve(name, value, overrides.get(name), held.count)
@@ -274,10 +279,10 @@ def transformation(
         }
         trees, count = _update(
             (function, is_tuple, velocity_dtype),
-            (updates, *values, *scales),
+            (updates, *_columns(velocities_in(held))),
             (held.count, coefficients),
         )
-        return trees[0], state_of(count, trees[1:])
+        return trees[0], _state_of(state_type, count, _several(trees[1:]))
 
     parts = state_type, function, velocity_dtype, velocities, *given, *given.values()
     return by_value(optax.GradientTransformationExtraArgs(init, update), *parts)
@@ -321,7 +326,8 @@ def incremented(count: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(count))
 
 
-# Compiled once for all instances: a hyperparameter is an argument, not part of the program.
+# Compiled once for all instances: a hyperparameter is an argument, not part of the program. Trees
+# are like the params, so that what belongs to one of them is under its path: `by_leaf`.
 @by_leaf
 def _init(static, trees, _):
     (velocity_dtype, number), (params,) = static, trees
@@ -331,15 +337,10 @@ def _init(static, trees, _):
 
 @by_leaf
 def _update(static, trees, shared):
-    (function, is_tuple, velocity_dtype), (grads, *stored), (count, hyperparameters) = (
-        static,
-        trees,
-        shared,
-    )
-    number = len(stored) // 2
-    several = [Stored(*pair) for pair in zip(stored[:number], stored[number:], strict=True)]
+    (function, is_tuple, velocity_dtype), (grads, *columns) = static, trees
+    count, hyperparameters = shared
     updates, several = _velocity.advance(
-        function, is_tuple, grads, several, hyperparameters, count, velocity_dtype
+        function, is_tuple, grads, _several(columns), hyperparameters, count, velocity_dtype
     )
     return (updates, *_columns(several)), incremented(count)
 
@@ -348,3 +349,9 @@ def _columns(several):
     """The values of each velocity, then the scales of each."""
     values, scales = zip(*several, strict=True)
     return *values, *scales
+
+
+def _several(columns):
+    """The same, back."""
+    number = len(columns) // 2
+    return [Stored(*pair) for pair in zip(columns[:number], columns[number:], strict=True)]

@@ -15,8 +15,9 @@ from momentum_jax._dispatch import at_once, by_leaf, gathered, one_level
 from momentum_jax._hyperparameters import by_value, check_inner, check_value
 from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import velocities
-from momentum_jax._recurrence import has_several, has_velocity, stored_in
+from momentum_jax._recurrence import has_velocity, velocities_in, with_velocities
 from momentum_jax._residual import ResidualState
+from momentum_jax._states import find, replace
 from momentum_jax._storage import Stored
 
 PyTree = Any
@@ -216,13 +217,11 @@ def reset_velocity(
 
 
 def _masks_of_velocities(state, where):
-    """For each state with a velocity the masks of its leaves; of several velocities of each."""
-    return tuple(
-        tuple(_masks(where, each) for each in stored_in(part).values)
-        if has_several(part)
-        else _masks(where, stored_in(part).values)
+    """For each state with a velocity the masks of each of its velocities."""
+    return [
+        [_masks(where, stored.values) for stored in velocities_in(part)]
         for part in velocities(state)
-    )
+    ]
 
 
 def _masks_of_residual(where, residual):
@@ -232,12 +231,7 @@ def _masks_of_residual(where, residual):
 
 
 def _residuals(state):
-    nodes = jax.tree.leaves(state, is_leaf=_has_residual)
-    return [node for node in nodes if _has_residual(node)]
-
-
-def _has_residual(node):
-    return isinstance(node, ResidualState)
+    return [node for node in find(state) if isinstance(node, ResidualState)]
 
 
 def _masks(where, tree, name="velocity"):
@@ -299,9 +293,9 @@ def _check_mask(path, leaf, mask, name):
 
 def _scaled(state, masks, scale, *, when=None, masks_of_residuals=()):
     """The state with its velocities scaled; its residuals too, if there are masks for them."""
-    parts = jax.tree.leaves(state, is_leaf=has_velocity)
-    held = [part for part in parts if has_velocity(part)]
-    values, scales = zip(*map(stored_in, held), strict=True)
+    held = velocities(state)
+    columns = [list(zip(*velocities_in(part), strict=True)) for part in held]
+    values, scales = zip(*columns, strict=True)
     # Within another library's own wrapper of an array, if it is in one.
     counts = [jax.tree.leaves(part.count)[0] for part in held]
     residuals = [node.residual for node in _residuals(state)] if masks_of_residuals else []
@@ -311,18 +305,12 @@ def _scaled(state, masks, scale, *, when=None, masks_of_residuals=()):
 
     def part(node):
         if has_velocity(node):
-            return type(node)(node.count, *next(stored))
-        if not _has_residual(node):
-            return node
-        inner_state = replaced(node.inner_state)
-        return ResidualState(inner_state, next(residuals, node.residual))
+            return with_velocities(node, node.count, next(stored))
+        if isinstance(node, ResidualState):
+            return node._replace(residual=next(residuals, node.residual))
+        return node
 
-    def replaced(state):
-        return jax.tree.map(
-            part, state, is_leaf=lambda node: has_velocity(node) or _has_residual(node)
-        )
-
-    return replaced(state)
+    return replace(state, part)
 
 
 @by_leaf
@@ -332,8 +320,11 @@ def _rescaled(_, trees, shared):
     if when is not None:
         masks = jax.tree.map(lambda mask: mask & when, masks)
     stored = [
-        tuple(_velocity.rescale(Stored(*each[:2]), scale, *each[2:]))
-        for each in zip(values, scales, masks, counts, strict=True)
+        [
+            _velocity.rescale(Stored(*one), scale, mask, count)
+            for *one, mask in zip(*several, strict=True)
+        ]
+        for *several, count in zip(values, scales, masks, counts, strict=True)
     ]
     # At any other scale they stay: they are part of the params.
     factor = jnp.asarray(scale) != 0
