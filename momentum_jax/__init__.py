@@ -32,6 +32,9 @@ from momentum_jax._residual import keep_residual as keep_residual
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
 from momentum_jax._restart import adaptive_restart as adaptive_restart
 from momentum_jax._restart import reset_velocity as reset_velocity
+from momentum_jax._transplant import TransplantReport as TransplantReport
+from momentum_jax._transplant import TransplantRow as TransplantRow
+from momentum_jax._transplant import transplant as transplant
 
 __all__ = [
     "AdaptiveRestartState",
@@ -42,6 +45,8 @@ __all__ = [
     "ResidualState",
     "SeveralVelocitiesState",
     "TraceState",
+    "TransplantReport",
+    "TransplantRow",
     "adaptive_restart",
     "aggmo",
     "apply_updates",
@@ -57,5 +62,6 @@ __all__ = [
     "sharding",
     "theory",
     "trace",
+    "transplant",
 ]
 __version__ = "0.1.0"

@@ -13,29 +13,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.experimental import multihost_utils
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
 from momentum_jax._recurrence import STATE_TYPES, has_velocity
 from momentum_jax._residual import ResidualState
-from momentum_jax._storage import CAST, WIDE, Stored, codec_of, compute_dtype
+from momentum_jax._states import (
+    clock_of,
+    find,
+    find_within,
+    held_by,
+    is_count,
+    name_of,
+    optax_name,
+    replace,
+    with_held,
+)
+from momentum_jax._storage import CAST, WIDE, Stored, codec_of, decoded_dtype
+from momentum_jax._transplant import like, placed_like, to_host
 
 PyTree = Any
 # From {name: weights} of another framework to the params.
 ToParams = Callable[[dict[str, np.ndarray]], PyTree]
 
-# The field in which each of Optax' states counts the steps that a schedule follows.
-_COUNTERS = {
-    "ScaleByScheduleState": "count",
-    "InjectHyperparamsState": "count",
-    "InjectStatefulHyperparamsState": "count",
-    "ConditionallyTransformState": "step",
-    "ConditionallyMaskState": "step",
-    "AddNoiseState": "count",
-    "MultiStepsState": "gradient_step",
-}
 # What else Optax' wrappers remember: the field, its value where nothing would be lost, what is
 # lost otherwise, and the remedy.
 _REMEMBERED = {
@@ -114,15 +114,16 @@ def velocities(state: PyTree, kind: type) -> dict[str, Any]:
             "in sign and scale. momentum_jax.frameworks.inside_from_outside and "
             "outside_from_inside convert."
         )
-    for held in of_kind:
-        for path, leaf in _leaves_of(held):
-            name = _name(path)
+    for node in of_kind:
+        for field, name, stored in held_by(node):
+            if field == "count":
+                continue
             if name in found:
                 raise ValueError(
                     f"the state holds two velocities of the param {name or 'at the root'}, so that "
                     "it is not clear which is meant. Carry over the parts of the chain one by one."
                 )
-            found[name] = leaf.values if leaf.scales is None else _decode(leaf)
+            found[name] = stored.values if stored.scales is None else _decode(stored)
     return found
 
 
@@ -141,61 +142,52 @@ def has_moved(values: Mapping[str, Any]) -> bool:
     return any(bool(_any(leaf)) for leaf in values.values())
 
 
-@inlined_jit
-def scaled(velocity: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
-    """The product, at least float32."""
-    dtype = compute_dtype(velocity.dtype)
-    return jnp.asarray(factor, dtype) * velocity.astype(dtype)
-
-
-def _stored_in(state):
-    return Stored(state.trace) if isinstance(state, optax.TraceState) else Stored(*state[1:])
-
-
-def _with_stored(state, stored):
-    if isinstance(state, optax.TraceState):
-        return state._replace(trace=stored.values)
-    return type(state)(state.count, *stored)
-
-
-def _leaves_of(state):
-    return _velocity.leaves_of(_stored_in(state))[0]
-
-
-def fill(state: PyTree, values: Mapping[str, Any], count: int | None, kind: type) -> PyTree:
+def fill(state: PyTree, values: Mapping[str, np.ndarray], count: int | None, kind: type) -> PyTree:
     """The state with these velocities and, unless it is None, this count, in all its parts.
 
     Each leaf keeps its dtype and sharding.
     """
-    if count:
-        _check_one_clock(state, kind)
-
-    def is_filled(node):
-        return isinstance(node, kind) or _optax_name(node) in _COUNTERS
-
-    def tree(node):
-        return jax.tree.map(part, node, is_leaf=is_filled)
+    check_count_fits(state, count, kind)
 
     def part(node):
-        if not is_filled(node):
-            return node
-        field = "count" if "count" in node._fields else _COUNTERS.get(_optax_name(node))
-        if isinstance(node, kind):
-            stored = _stored_in(node)
-            leaves, treedef = _velocity.leaves_of(stored)
-            filled = [_with_velocity(_name(path), one, values[_name(path)]) for path, one in leaves]
-            node = _with_stored(node, _velocity.together(treedef, filled, stored))
-        else:
-            node = type(node)(*(tree(child) for child in node))
-        if isinstance(node, optax.InjectStatefulHyperparamsState):
-            node = node._replace(hyperparams_states=_count_up(node.hyperparams_states, count))
-        if count is not None and field is not None:
-            # Within another library's own wrapper of an array, if it is in one.
-            counted = jax.tree.map(lambda held: _counted(held, count), getattr(node, field))
-            node = node._replace(**{field: counted})
-        return node
+        return with_held(node, [filled(node, held) for held in held_by(node)])
 
-    return tree(state)
+    def filled(node, held):
+        if is_count(node, held):
+            return held.stored if count is None else Stored(like(held.stored.values, count))
+        if isinstance(node, kind):
+            return _with_velocity(held.path, held.stored, values[held.path])
+        return held.stored
+
+    return replace(state, part)
+
+
+def check_count_fits(state: PyTree, count: int | None, kind: type) -> None:
+    """Raises a ValueError if one count cannot be given to all parts of the state."""
+    if not count:
+        return
+    depths = set()
+    for node, around in find_within(state):
+        for held in held_by(node):
+            if not is_count(node, held):
+                continue
+            if clock_of(node) or isinstance(node, kind):
+                # What counts within optax.MultiSteps counts steps, and so does MultiSteps.
+                around_it = (*around, node)
+                depths.add(sum(optax_name(each) == "MultiStepsState" for each in around_it))
+            limit = np.iinfo(held.stored.values.dtype).max
+            if count > limit:
+                raise ValueError(
+                    f"count={count} must be at most {limit}: the state counts in "
+                    f"{held.stored.values.dtype}. Give a smaller count, with schedules that are "
+                    "shifted by the difference."
+                )
+    if len(depths) > 1:
+        raise ValueError(
+            "the state counts steps within optax.MultiSteps and gradients outside it, so that "
+            "one count cannot be right for both. Put every schedule and momentum within "
+            "MultiSteps, or none."
+        )
 
 
 def check_whole(state: PyTree, name: str) -> None:
@@ -203,10 +195,10 @@ def check_whole(state: PyTree, name: str) -> None:
 
     Both what is carried over and what it is carried over to must pass.
     """
-    for part in _named_parts(state):
+    for part in find(state):
         if isinstance(part, ResidualState):
             residuals = jax.tree_util.tree_leaves_with_path(part.residual)
-            short = [_name(path) for path, leaf in residuals if _any(leaf)]
+            short = [name_of(path) for path, leaf in residuals if _any(leaf)]
             if short:
                 raise ValueError(
                     f"in {name}, momentum_jax.keep_residual has updates of {listed(short)} that "
@@ -214,7 +206,7 @@ def check_whole(state: PyTree, name: str) -> None:
                     "state.residual, to the params in float32 and give state.inner_state; or to "
                     "keep them, fill state.inner_state alone and put it back with _replace."
                 )
-        found = _REMEMBERED.get(_optax_name(part))
+        found = _REMEMBERED.get(optax_name(part))
         if found is None:
             continue
         field, start, loss, remedy = found
@@ -269,7 +261,7 @@ def taken_count(state: PyTree) -> int | None:
 
 def has_stepped(state: PyTree) -> bool:
     """Whether the velocities have taken a step, or the schedules where there are none."""
-    return any(_number(count) for _, count in _taken(state) or _scheduled(state))
+    return any(any(_numbers(count)) for _, count in _taken(state) or _scheduled(state))
 
 
 def match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -367,7 +359,7 @@ class Routes:
             error.add_note("This was within to_params, which is called with NumPy arrays by name.")
             raise
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        return {_name(path): np.asarray(leaf) for path, leaf in leaves}
+        return {name_of(path): np.asarray(leaf) for path, leaf in leaves}
 
     def _same_leaves(self, sent):
         """What was sent; it may not depend on the values which leaves there are."""
@@ -433,10 +425,11 @@ class Routes:
         self, buffers: Mapping[str, np.ndarray], paths: Iterable[str]
     ) -> dict[str, np.ndarray]:
         """Named arrays, as arrays by these paths in the params, 0 where there is none."""
-        dtype = np.result_type(np.float32, *(buffer.dtype for buffer in buffers.values()))
         flat = {name: np.ravel(buffer) for name, buffer in buffers.items()}
         arrays = {}
         for path in paths:
+            found = {name for _, name, _ in self._pieces(path)} & buffers.keys()
+            dtype = np.result_type(np.float32, *(buffers[name].dtype for name in found))
             array = arrays[path] = np.zeros(self.places[path].shape, dtype)
             for here, name, index in self._pieces(path):
                 if name in flat:
@@ -467,8 +460,11 @@ class Routes:
 
     def backward(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Arrays by path as named arrays; without those of which no value is there."""
-        dtype = np.result_type(np.float32, *(array.dtype for array in arrays.values()))
-        named = {name: np.empty(self.shapes[name], dtype) for name in self.covered(arrays)}
+        dtypes = dict.fromkeys(self.covered(arrays), np.dtype(np.float32))
+        for path, array in arrays.items():
+            for _, name, _ in self._pieces(path):
+                dtypes[name] = np.result_type(dtypes[name], array.dtype)
+        named = {name: np.empty(self.shapes[name], dtype) for name, dtype in dtypes.items()}
         for path, array in arrays.items():
             flat = array.reshape(-1)
             for here, name, index in self._pieces(path):
@@ -543,97 +539,39 @@ def check_count(count: Any) -> int:
 
 def parts(state: PyTree, kind: type) -> list[Any]:
     """All states of a kind within a state."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
-    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+    return [node for node in find(state) if isinstance(node, kind)]
 
 
-def _optax_name(node):
-    """The name of a type of Optax', which not every version exports; else an empty one."""
-    return type(node).__name__ if type(node).__module__.split(".")[0] == "optax" else ""
-
-
-def _named_parts(state, depth=0):
-    """All states within a state, also within one another."""
-    for _, part in _parts_at_depth(state, depth):
-        yield part
-
-
-def _parts_at_depth(state, depth):
-    """The same, with the number of `optax.MultiSteps` around what each part counts."""
-
-    def is_named(node):
-        # In some versions SAMState is a dataclass.
-        return hasattr(node, "_fields") or _optax_name(node) in _REMEMBERED
-
-    for leaf in jax.tree.leaves(state, is_leaf=is_named):
-        if is_named(leaf):
-            within = depth + (_optax_name(leaf) == "MultiStepsState")
-            yield within, leaf
-            for field in leaf if isinstance(leaf, tuple) else vars(leaf).values():
-                yield from _parts_at_depth(field, within)
-
-
-def _is_clock(part):
-    # Without states of its own, what is injected are constants.
-    name = _optax_name(part)
-    return name in _COUNTERS and (
-        not name.startswith("Inject") or bool(getattr(part, "hyperparams_states", True))
-    )
+def _counts(state, wanted):
+    """The counts of the states that are wanted, with where they are."""
+    return [
+        (f"{type(node).__name__}.{held.field}", held.stored.values)
+        for node in find(state)
+        if wanted(node)
+        for held in held_by(node)
+        if is_count(node, held)
+    ]
 
 
 def _scheduled(state):
-    """The counts that schedules follow, with where they are."""
-    found = []
-    for part in _named_parts(state):
-        if _is_clock(part):
-            field = _COUNTERS[_optax_name(part)]
-            found.append((f"{_optax_name(part)}.{field}", getattr(part, field)))
-    return found
+    """The counts that schedules follow."""
+    return _counts(state, clock_of)
 
 
 def _taken(state):
-    """The counts of the velocities, with where they are."""
-    found = [part for part in _named_parts(state) if has_velocity(part)]
-    return [(f"{type(part).__name__}.count", part.count) for part in found]
+    """The counts of the velocities."""
+    return _counts(state, has_velocity)
 
 
-def _check_one_clock(state, kind):
-    depths = {
-        depth
-        for depth, part in _parts_at_depth(state, 0)
-        if _is_clock(part) or (isinstance(part, kind) and "count" in part._fields)
-    }
-    if len(depths) > 1:
-        raise ValueError(
-            "the state counts steps within optax.MultiSteps and gradients outside it, so that "
-            "one count cannot be right for both. Put every schedule and momentum within "
-            "MultiSteps, or none."
-        )
-
-
-def _count_up(states, count):
-    def at(path, held):
-        named = path and getattr(path[-1], "name", None) == "count"
-        return _counted(held, count) if named and count is not None else held
-
-    return jax.tree_util.tree_map_with_path(at, states)
-
-
-def _name(path):
-    # Flax NNX keeps each array in a variable of its own, whose key says nothing.
-    return jax.tree_util.keystr(path).removesuffix(".value")
-
-
-def _number(count):
-    (number,) = (int(leaf) for leaf in jax.tree.leaves(count))
-    return number
+def _numbers(count):
+    return {int(number) for number in np.ravel(to_host(count))}
 
 
 def _common_count(counting):
-    counts = {label: _number(count) for label, count in counting}
-    found = sorted({_number(count) for _, count in counting})
+    counts = [(label, number) for label, count in counting for number in _numbers(count)]
+    found = sorted({number for _, number in counts})
     if len(found) > 1:
-        where = ", ".join(f"{label} {count}" for label, count in counts.items())
+        where = ", ".join(dict.fromkeys(f"{label} {number}" for label, number in counts))
         raise ValueError(
             f"the parts of the state have counted {found} steps, not alike ({where}), so that it "
             "is not clear which count is meant. Where there is an argument count, give it."
@@ -644,16 +582,24 @@ def _common_count(counting):
 def _with_velocity(name, one, value):
     """A leaf with another velocity, of the same dtype and sharding."""
     one = jax.tree.map(jnp.asarray, one)
-    if not isinstance(value, jax.Array) and codec_of(one) in (CAST, WIDE):
+    held = decoded_dtype(one)
+    if np.iscomplexobj(value) and not jnp.issubdtype(held, jnp.complexfloating):
+        raise TypeError(
+            f"the velocity {name or 'at the root'} is {held}, but what is carried over to it is "
+            f"{value.dtype}: a real and a complex array do not mix. Give the state of init for "
+            "complex params, or the parts as two params."
+        )
+    if codec_of(one) in (CAST, WIDE):
         # Without JAX, which would compile for each shape.
         with np.errstate(over="ignore"):  # Refused once it is stored.
-            stored = np.asarray(value).astype(one.values.dtype)
+            stored = value.astype(one.values.dtype)
         _check_stored(name, stored)
-        return one._replace(values=_placed_like(one.values, stored))
-    # What is bound to no device stays free to follow others.
+        return one._replace(values=placed_like(one.values, stored))
+    with np.errstate(over="ignore"):
+        value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
     shardings = jax.tree.map(lambda x: x.sharding if x.committed else None, one)
     encode = jax.jit(_velocity.encoded, out_shardings=shardings)
-    filled = encode(_on_devices_of(one.values, value), one)
+    filled = encode(placed_like(one.values, value), one)
     for leaf in jax.tree.leaves(filled):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             _check_stored(name, leaf)
@@ -663,50 +609,6 @@ def _with_velocity(name, one, value):
 def _check_stored(name, array):
     remedy = f"They are too large for {array.dtype}: give a state with wider velocities."
     check_finite({name: array}, "once stored, the velocity", remedy)
-
-
-def _on_devices_of(held, value):
-    """The value, to be computed with beside what is held; not through the host if it is there."""
-    if all(isinstance(x, jax.Array) and x.committed for x in (held, value)) and (
-        held.sharding.device_set == value.sharding.device_set
-    ):
-        return value
-    value = to_host(value)
-    with np.errstate(over="ignore"):  # Refused once it is stored.
-        value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
-    return _placed_like(held, value)
-
-
-def to_host(array: Any) -> np.ndarray:
-    """An array whole, as NumPy; in every process, if it is sharded over several."""
-    if isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    ):
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
-
-
-def _counted(held, count):
-    limit = np.iinfo(held.dtype).max
-    if count > limit:
-        raise ValueError(
-            f"count={count} must be at most {limit}: the state counts in {held.dtype}. Give a "
-            "smaller count, with schedules that are shifted by the difference."
-        )
-    return _like(held, count)
-
-
-def _like(held, value):
-    """A value from the host, in the dtype and the sharding of what is held."""
-    return _placed_like(held, np.asarray(value).astype(held.dtype))
-
-
-def _placed_like(held, value):
-    if not getattr(held, "committed", False):
-        return jnp.asarray(value)
-    if held.is_fully_addressable:
-        return jax.device_put(value, held.sharding)
-    return jax.make_array_from_callback(value.shape, held.sharding, value.__getitem__)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -99,7 +99,7 @@ def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def gathered(values: Sequence[Any]) -> list[Any]:
     """Trees of scalars that several groups of devices hold, on the devices of the first."""
-    bound = [x for x in jax.tree.leaves(values) if _group_of(x) is not None]
+    bound = [x for x in jax.tree.leaves(values) if group_of(x) is not None]
     return [_moved(value, bound[0].sharding) for value in values] if bound else list(values)
 
 
@@ -119,7 +119,7 @@ def _placeless(tree: PyTree) -> PyTree:
     )
 
 
-def _group_of(x: Any) -> Group | None:
+def group_of(x: Any) -> Group | None:
     """The group of an array that is bound to devices."""
     if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.committed:
         return None
@@ -135,7 +135,7 @@ def _group_with(sharding: Any) -> Group:
 
 def _groups_in(tree: PyTree) -> list[Group]:
     """All groups, in the order of the leaves."""
-    groups = dict.fromkeys(map(_group_of, jax.tree.leaves(tree)))
+    groups = dict.fromkeys(map(group_of, jax.tree.leaves(tree)))
     return [group for group in groups if group is not None]
 
 
@@ -148,7 +148,7 @@ def _groups(trees: PyTree, shared: PyTree) -> tuple[dict[Path, Group], dict[Grou
     shardings: dict[Group, Sharding] = {}
     for tree in trees:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            group = _group_of(leaf)
+            group = group_of(leaf)
             if group is None:
                 continue
             if group_at.setdefault(path, group) != group:
@@ -158,19 +158,20 @@ def _groups(trees: PyTree, shared: PyTree) -> tuple[dict[Path, Group], dict[Grou
                     "Move them to one with jax.device_put: a gradient and a velocity must be where "
                     "their param is."
                 )
-            shardings.setdefault(group, _replicated(leaf.sharding, group))
+            shardings.setdefault(group, replicated(leaf.sharding))
     first = next((g for g in _groups_in(shared) if g in shardings), next(iter(shardings)))
     return group_at, {first: shardings.pop(first), **shardings}
 
 
-def _replicated(sharding: Any, group: Group) -> Sharding:
+def replicated(sharding: Any) -> Sharding:
+    """The sharding of arrays that are whole on each of the same devices."""
     mesh = getattr(sharding, "mesh", None)
     if mesh is not None:
         return NamedSharding(mesh, PartitionSpec())
     devices = tuple(sharding.device_set)
     if len(devices) == 1:
         return SingleDeviceSharding(devices[0])
-    return NamedSharding(Mesh(np.array(group), ("devices",)), PartitionSpec())
+    return NamedSharding(Mesh(np.array(_group_with(sharding)), ("devices",)), PartitionSpec())
 
 
 def _only(group: Group, group_at: dict[Path, Group], trees: PyTree) -> PyTree:
@@ -186,7 +187,7 @@ def _only(group: Group, group_at: dict[Path, Group], trees: PyTree) -> PyTree:
 def _moved(tree: PyTree, sharding: Sharding) -> PyTree:
     """The tree, with its arrays that are bound to another group's devices on those of this one."""
     stay = (None, _group_with(sharding))
-    return jax.tree.map(lambda x: x if _group_of(x) in stay else jax.device_put(x, sharding), tree)
+    return jax.tree.map(lambda x: x if group_of(x) in stay else jax.device_put(x, sharding), tree)
 
 
 def _merged(one: PyTree, other: PyTree) -> PyTree:

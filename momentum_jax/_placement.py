@@ -70,6 +70,12 @@ def reshard_like(value: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(value, held)
 
 
+def whole(value: jax.Array) -> jax.Array:
+    """`value`, on Explicit axes whole on each device: so its parts may be cut anywhere."""
+    mesh = jax.typeof(value).sharding.mesh
+    return jax.sharding.reshard(value, NamedSharding(mesh, P())) if is_explicit(mesh) else value
+
+
 def split_axis(value: jax.Array, axis: int, length: int) -> jax.Array:
     """`value` with an axis split in two: parts of this length, and places in them.
 

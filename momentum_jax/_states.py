@@ -21,6 +21,7 @@ _OF_PARAMS = ("LookaheadParams", "MaskedNode", "SplitRealAndImaginaryArrays")
 # The field in which each of Optax' states counts the steps that a schedule follows.
 COUNTERS = {
     "ScaleByScheduleState": "count",
+    "WrappedScheduleState": "count",
     "InjectHyperparamsState": "count",
     "InjectStatefulHyperparamsState": "count",
     "ConditionallyTransformState": "step",
@@ -102,6 +103,11 @@ def clock_of(node: Any) -> str | None:
     if name.startswith("Inject") and not getattr(node, "hyperparams_states", True):
         return None
     return COUNTERS.get(name)
+
+
+def is_count(node: Any, held: Held) -> bool:
+    """Whether an array that a state holds is the number of steps taken."""
+    return held.field == ("count" if has_velocity(node) else clock_of(node))
 
 
 def name_of(path: Sequence[Any]) -> str:

@@ -100,6 +100,7 @@ from momentum_jax._hyperparameters import (
 from momentum_jax._momentum import MomentumState, TraceState, momentum, trace
 from momentum_jax._placement import in_memory_of, on_device
 from momentum_jax._recurrence import incremented
+from momentum_jax._transplant import carried
 
 PyTree = Any
 # The names of the weights in the optimizer's order, or the weights by name in that order.
@@ -639,6 +640,11 @@ def dump_keras(
     values = dict(job.variables)
     for name, array in named.items():
         path = job.path_of[name]
+        if np.iscomplexobj(array) and not np.iscomplexobj(values[path]):
+            raise TypeError(
+                f"the velocity of {name} is {array.dtype}, but Keras' is {values[path].dtype}: a "
+                "real and a complex array do not mix."
+            )
         with np.errstate(over="ignore"):
             values[path] = array.astype(values[path].dtype)
         _carry.check_finite(
@@ -687,7 +693,8 @@ def load_optax(
     known = _carry.scheduled_count(optax_state) if count is None else None
     moved = _carry.has_moved(theirs)
     count = _steps(count, known, opt_state, moved, "how often update was called")
-    return _carry.fill(opt_state, theirs, count, TraceState)
+    _carry.check_count_fits(opt_state, count, TraceState)
+    return carried(optax_state, opt_state, count=count)[0]
 
 
 def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
@@ -714,7 +721,9 @@ def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
     _carry.check_whole(optax_state, "optax_state")
     velocities = _departing(opt_state, "opt_state", TraceState)
     _carry.match(_carry.velocities(optax_state, optax.TraceState), velocities)
-    return _carry.fill(optax_state, velocities, _carry.taken_count(opt_state), optax.TraceState)
+    count = _carry.taken_count(opt_state)
+    _carry.check_count_fits(optax_state, count, optax.TraceState)
+    return carried(opt_state, optax_state, count=count)[0]
 
 
 def inside_from_outside(
@@ -1153,8 +1162,10 @@ def _scaled(opt_state, kind, source, name, source_kind, factor):
     _carry.check_whole(opt_state, "opt_state")
     velocities = _departing(source, name, source_kind)
     _carry.match(_carry.velocities(opt_state, kind), velocities)
-    velocities = {path: _carry.scaled(leaf, factor) for path, leaf in velocities.items()}
-    return _carry.fill(opt_state, velocities, _carry.taken_count(source), kind)
+    count = _carry.taken_count(source)
+    _carry.check_count_fits(opt_state, count, kind)
+    converts = {kind: source_kind}
+    return carried(source, opt_state, converts=converts, factor=factor, count=count)[0]
 
 
 def _above_zero(learning_rate):

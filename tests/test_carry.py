@@ -1094,7 +1094,7 @@ def test_values_that_are_not_finite_once_stored_are_refused():
     inside = (mj.MomentumState(*state[0]),)
     with pytest.raises(ValueError, match=r"momentum of fc\.weight has 6 of 6 .* float16"):
         dump_keras(inside, variables, names=list(WEIGHTS), to_params=fc)
-    with pytest.raises(ValueError, match=r"once stored, .* too large for float32"):
+    with pytest.raises(ValueError, match="too large for float32"):
         outside_from_inside(mj.trace(0.5).init(FC), inside, learning_rate=1e-35)
 
 
