@@ -586,7 +586,7 @@ def _of_no_param(entry, source):
         before, after = source, held.stored.values
         readable = all(_can_be_read(x) and np.shape(x) == () for x in (before, after))
         if readable and np.asarray(before) != np.asarray(after):
-            note = f"{np.asarray(before)}, which was to be {np.asarray(after)}"
+            note = f"{float(before):.7g}, which was to be {float(after):.7g}"
             row = TransplantRow("", f"{_label(node, held)}{held.path}", NOTED, note)
     return entry._replace(source=source, row=row)
 

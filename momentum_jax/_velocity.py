@@ -565,7 +565,8 @@ def _check_stored(path, one, velocity_dtype):
         raise TypeError(
             f"the state stores the velocity {at(path)} in {dtype}{note.get(codec_of(one), '')}, "
             f"but the transformation was made with velocity_dtype={velocity_dtype}. Make it with "
-            "the velocity_dtype of the state, or make a new state with its init."
+            "the velocity_dtype of the state, or carry the velocity over: "
+            "momentum_jax.transplant(state, tx.init(params))."
         )
 
 
