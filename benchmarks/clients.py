@@ -2,8 +2,9 @@
 
 Each installed client trains a few steps with `optax.sgd`, then with the package's transformations
 in its place. The params must move, and end where those of `sgd` do: in float32 up to float32
-rounding, in bfloat16 and int8 to within 5 % of the largest change. The state must keep its dtypes. Each client may be in an environment
-of its own: what the file says of clients that are not installed is kept.
+rounding, in bfloat16 and int8 to within 5 % of the largest change. The state must keep its dtypes.
+Each client may be in an environment of its own: what the file says of clients that are not
+installed is kept.
 """
 
 import argparse

@@ -1364,3 +1364,83 @@ def test_states_that_are_sharded_over_several_processes(axis_type, tmp_path):
     (tmp_path / "job.py").write_text(JOB)
     for printed in run_job(tmp_path / "job.py", axis_type, timeout=240):
         assert printed.splitlines()[-1] == "done"
+
+
+def test_last_params_of_adaptive_restart_go_on():
+    """Or the first step would be decided by a movement that was none."""
+    params = {"w": jnp.ones(3)}
+    outside = mj.adaptive_restart(optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(0.25)))
+    inside = mj.adaptive_restart(mj.momentum(0.25, 0.5))
+    state = outside.init(params)
+    for _ in range(2):
+        updates, state = outside.update({"w": jnp.array([1.0, -2.0, 0.5])}, state, params)
+        params = optax.apply_updates(params, updates)
+    carried = inside_from_outside(inside.init(params), state, learning_rate=0.25)
+    assert np.any(carried.last_params["w"] != params["w"])
+    back = outside_from_inside(outside.init(params), carried, learning_rate=0.25)
+    for each in (carried, back):
+        np.testing.assert_array_equal(each.last_params["w"], state.last_params["w"])
+    for sign in (1.0, -1.0):  # One goes on, the other turns.
+        grads = {"w": sign * jnp.array([1.0, -2.0, 0.5])}
+        expected, _ = outside.update(grads, state, params)
+        found, _ = inside.update(grads, carried, params)
+        np.testing.assert_array_equal(found["w"], expected["w"])
+
+
+def test_a_complex_velocity_does_not_go_into_a_real_one():
+    """Its imaginary part would be lost."""
+    real, imaginary = ({"w": jnp.ones(2, dtype)} for dtype in ("float32", "complex64"))
+    message = r"\['w'\] is (real|float32|complex64).*a real and a complex array do not mix"
+    trace, momentum = mj.trace(0.5), mj.momentum(0.5)
+    for to, of in ((real, imaginary), (imaginary, real)):
+        with pytest.raises(TypeError, match=message):
+            load_optax(trace.init(to), optax.trace(0.5).init(of))
+        with pytest.raises(TypeError, match=message):
+            dump_optax(optax.trace(0.5).init(to), trace.init(of))
+        with pytest.raises(TypeError, match=message):
+            inside_from_outside(momentum.init(to), trace.init(of), learning_rate=0.5)
+    buffers = {"w": np.array([1j, 2j]), "v": np.array([1.0])}
+    group = dict(lr=0.5, momentum=0.5, dampening=0, nesterov=False, params=[0, 1])
+    state_dict = {
+        "state": {i: {"momentum_buffer": buffer} for i, buffer in enumerate(buffers.values())},
+        "param_groups": [group],
+    }
+    named = dict(names=list(buffers), to_params=lambda weights: weights)
+    with pytest.raises(TypeError, match=r"velocity \['w'\] is float32, .* is complex128: a real"):
+        load_torch(trace.init({"w": jnp.ones(2), "v": jnp.ones(1)}), state_dict, **named)
+    params = {"w": jnp.ones(2, "complex64"), "v": jnp.ones(1)}
+    state = load_torch(trace.init(params), state_dict, **named)
+    dumped = dump_torch(state, state_dict, **named)["state"]
+    assert [dumped[i]["momentum_buffer"].dtype for i in range(2)] == [np.complex64, np.float32]
+    held = mj.MomentumState(jnp.int32(1), {"kernel": jnp.ones(2, "complex64")})
+    variables = {"sgd/iteration": np.array(0), "sgd/kernel_momentum": np.zeros(2, "f")}
+    with pytest.raises(
+        TypeError, match="the velocity of kernel is complex64, but Keras' is float32"
+    ):
+        dump_keras(held, variables, names=["kernel"], to_params=lambda weights: weights)
+
+
+def test_states_that_were_stacked_are_carried():
+    """By vmap: each member has its count, and all are read."""
+    params = jnp.ones((4, 3))
+    ours = optax.chain(mj.trace(0.9), optax.scale_by_learning_rate(lambda count: 0.1))
+    theirs = optax.sgd(lambda count: 0.1, 0.9)
+    grads = jnp.arange(12.0).reshape(4, 3)
+
+    def stepped(tx):
+        state = jax.vmap(tx.init)(params)
+        for _ in range(3):
+            _, state = jax.vmap(tx.update)(grads, state)
+        return state
+
+    loaded = load_optax(jax.vmap(ours.init)(params), stepped(theirs))
+    expected = stepped(ours)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    dumped = dump_optax(jax.vmap(theirs.init)(params), expected)
+    for a, b in zip(jax.tree.leaves(dumped), jax.tree.leaves(stepped(theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    apart = (expected[0]._replace(count=jnp.array([3, 3, 2, 3])), expected[1])
+    with pytest.raises(ValueError, match=r"have counted \[2, 3\] steps, not alike"):
+        dump_optax(jax.vmap(theirs.init)(params), apart)

@@ -36,7 +36,7 @@ def said(program):
 def test_the_programs_of_each_page_are_run():
     """Here, in test_readme.py (docs/devices.md), test_recipes.py and test_works_with.py."""
     pages = {path.stem for path in DOCS.glob("*.md") if programs(path.name)}
-    here = {"index", "conventions", "from_others", "fewer_bits"}
+    here = {"index", "conventions", "from_others", "fewer_bits", "changed_models"}
     assert pages == here | {"devices", "recipes", "works_with"}
 
 
@@ -58,6 +58,13 @@ def test_the_page_on_fewer_bits_prints_what_its_comments_say(capsys):
     run(program)
     assert capsys.readouterr().out.splitlines() == said(program)
     assert len(said(program)) == 12
+
+
+def test_the_page_on_changed_models_prints_what_its_comments_say(capsys):
+    program = "\n".join(programs("changed_models.md"))
+    run(program)
+    assert capsys.readouterr().out.splitlines() == said(program)
+    assert len(said(program)) == 9
 
 
 def test_the_picture_of_the_readme_shows_what_is_found_today():

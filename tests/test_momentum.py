@@ -29,6 +29,7 @@ UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
     *("AdaptiveRestartState", "AggMoState", "MomentumState", "QHMState"),
     *("RecurrenceState", "ResidualState", "SeveralVelocitiesState", "TraceState"),
+    *("TransplantReport", "TransplantRow"),
     *("adaptive_restart", "aggmo", "apply_updates"),
     *(
         "diagnostics",
@@ -43,6 +44,7 @@ PUBLIC_NAMES = [
         "sharding",
         "theory",
         "trace",
+        "transplant",
     ),
 ]
 SHAPES = {"scalar": (), "matrix": (65, 33)}
