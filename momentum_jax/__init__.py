@@ -27,13 +27,13 @@ from momentum_jax._reading import read_velocity as read_velocity
 from momentum_jax._recurrence import RecurrenceState as RecurrenceState
 from momentum_jax._recurrence import SeveralVelocitiesState as SeveralVelocitiesState
 from momentum_jax._recurrence import recurrence as recurrence
+from momentum_jax._report import TransplantReport as TransplantReport
+from momentum_jax._report import TransplantRow as TransplantRow
 from momentum_jax._residual import ResidualState as ResidualState
 from momentum_jax._residual import keep_residual as keep_residual
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
 from momentum_jax._restart import adaptive_restart as adaptive_restart
 from momentum_jax._restart import reset_velocity as reset_velocity
-from momentum_jax._transplant import TransplantReport as TransplantReport
-from momentum_jax._transplant import TransplantRow as TransplantRow
 from momentum_jax._transplant import transplant as transplant
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""How a running job is carried over: velocities by path, out of one state and into another.
+"""How a job of another framework is carried over: velocities by path, as NumPy arrays by name.
 
 A velocity is named by its path in the params. Whatever maps another framework's weights to the
 params, by name, maps its buffers to velocities: which value goes where is found by sending
@@ -16,84 +16,27 @@ import numpy as np
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
+from momentum_jax._moving import like, placed_like, to_host
 from momentum_jax._recurrence import STATE_TYPES, has_velocity
 from momentum_jax._residual import ResidualState
 from momentum_jax._states import (
+    REMEMBERED,
     clock_of,
     find,
     find_within,
     held_by,
     is_count,
-    name_of,
+    named_leaves,
     optax_name,
     replace,
     with_held,
 )
 from momentum_jax._storage import CAST, WIDE, Stored, codec_of, decoded_dtype
-from momentum_jax._transplant import like, placed_like, to_host
 
 PyTree = Any
 # From {name: weights} of another framework to the params.
 ToParams = Callable[[dict[str, np.ndarray]], PyTree]
 
-# What else Optax' wrappers remember: the field, its value where nothing would be lost, what is
-# lost otherwise, and the remedy.
-_REMEMBERED = {
-    "MultiStepsState": (
-        "mini_step",
-        0,
-        "optax.MultiSteps has gathered {} gradients that no step has used",
-        "Carry the state over after a whole step.",
-    ),
-    "ApplyEvery": (
-        "count",
-        0,
-        "optax.apply_every has gathered {} gradients that no step has used",
-        "Carry the state over after a whole step.",
-    ),
-    "LookaheadState": (
-        "steps_since_sync",
-        0,
-        "optax.lookahead has taken {} fast steps since the slow params were synchronized",
-        "Carry the state over after a synchronization.",
-    ),
-    "SAMState": (
-        "steps_since_sync",
-        0,
-        "optax.contrib.sam has taken {} steps since it was synchronized",
-        "Carry the state over after a synchronization.",
-    ),
-    "ApplyIfFiniteState": (
-        "notfinite_count",
-        0,
-        "optax.apply_if_finite has counted {} gradients in a row that were not finite",
-        "Carry the state over after a finite gradient.",
-    ),
-    "ReduceLROnPlateauState": (
-        "scale",
-        1,
-        "optax.contrib.reduce_on_plateau has a scale of {}",
-        "Multiply the learning rate by the scale, and give the state with a scale of 1.",
-    ),
-    "ScheduleFreeState": (
-        "weight_sum",
-        0,
-        "optax.contrib.schedule_free has averaged params, with a sum of weights of {}",
-        "Give the state of the wrapped optimizer, and the params to go on from.",
-    ),
-    "MechanicState": (
-        "count",
-        0,
-        "optax.contrib.mechanize has taken {} steps from its initial params",
-        "Give the state of the wrapped optimizer, and the params to go on from.",
-    ),
-    "GaLoreState": (
-        "count",
-        0,
-        "optax.contrib.galore has taken {} steps in projected spaces",
-        "Begin with the state that init returned.",
-    ),
-}
 # Values that are worked on at once: the temporaries are small beside the weights.
 _CHUNK = 1 << 16
 
@@ -167,7 +110,7 @@ def check_count_fits(state: PyTree, count: int | None, kind: type) -> None:
     if not count:
         return
     depths = set()
-    for node, around in find_within(state):
+    for node, around, _ in find_within(state):
         for held in held_by(node):
             if not is_count(node, held):
                 continue
@@ -197,8 +140,8 @@ def check_whole(state: PyTree, name: str) -> None:
     """
     for part in find(state):
         if isinstance(part, ResidualState):
-            residuals = jax.tree_util.tree_leaves_with_path(part.residual)
-            short = [name_of(path) for path, leaf in residuals if _any(leaf)]
+            of_part = [held for held in held_by(part) if held.field == "residual"]
+            short = [held.path for held in of_part if _any(held.stored.values)]
             if short:
                 raise ValueError(
                     f"in {name}, momentum_jax.keep_residual has updates of {listed(short)} that "
@@ -206,7 +149,7 @@ def check_whole(state: PyTree, name: str) -> None:
                     "state.residual, to the params in float32 and give state.inner_state; or to "
                     "keep them, fill state.inner_state alone and put it back with _replace."
                 )
-        found = _REMEMBERED.get(optax_name(part))
+        found = REMEMBERED.get(optax_name(part))
         if found is None:
             continue
         field, start, loss, remedy = found
@@ -358,8 +301,8 @@ class Routes:
                 ) from error
             error.add_note("This was within to_params, which is called with NumPy arrays by name.")
             raise
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        return {name_of(path): np.asarray(leaf) for path, leaf in leaves}
+        leaves = named_leaves(params)[0]
+        return {name: np.asarray(leaf) for name, leaf in leaves}
 
     def _same_leaves(self, sent):
         """What was sent; it may not depend on the values which leaves there are."""

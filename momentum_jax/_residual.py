@@ -12,6 +12,7 @@ from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf, inlined_jit
 from momentum_jax._hyperparameters import by_value, check_inner
 from momentum_jax._placement import in_memory_of, on_device
+from momentum_jax._states import replace
 
 PyTree = Any
 
@@ -155,16 +156,12 @@ def _with_wide_averages(state):
         return leaf.astype(np.float32) if _is_narrow(leaf) else leaf
 
     def part(node):
-        if not _is_average(node):
+        if not isinstance(node, optax.contrib.ScheduleFreeState):
             return node
         weights = {"weight_sum": widen(node.weight_sum), "max_lr": widen(node.max_lr)}
         return node._replace(z=jax.tree.map(widen, node.z), **weights)
 
-    return jax.tree.map(part, state, is_leaf=_is_average)
-
-
-def _is_average(node):
-    return isinstance(node, optax.contrib.ScheduleFreeState)
+    return replace(state, part)
 
 
 def _is_narrow(param):

@@ -1,10 +1,10 @@
-"""Where in a state what is: one walk over all states within it, to find and to replace.
+"""Finds and replaces the states that are nested in a state: one walk.
 
 A state of Optax is a tree of states: of a chain, of the groups of `optax.partition`, of what a
 wrapper is around. Each holds counts and the like, and trees of one array a param.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,66 @@ COUNTERS = {
 }
 
 
+# What else Optax' wrappers remember: the field, its value where nothing would be lost, what is
+# lost otherwise, and the remedy.
+REMEMBERED = {
+    "MultiStepsState": (
+        "mini_step",
+        0,
+        "optax.MultiSteps has gathered {} gradients that no step has used",
+        "Carry the state over after a whole step.",
+    ),
+    "ApplyEvery": (
+        "count",
+        0,
+        "optax.apply_every has gathered {} gradients that no step has used",
+        "Carry the state over after a whole step.",
+    ),
+    "LookaheadState": (
+        "steps_since_sync",
+        0,
+        "optax.lookahead has taken {} fast steps since the slow params were synchronized",
+        "Carry the state over after a synchronization.",
+    ),
+    "SAMState": (
+        "steps_since_sync",
+        0,
+        "optax.contrib.sam has taken {} steps since it was synchronized",
+        "Carry the state over after a synchronization.",
+    ),
+    "ApplyIfFiniteState": (
+        "notfinite_count",
+        0,
+        "optax.apply_if_finite has counted {} gradients in a row that were not finite",
+        "Carry the state over after a finite gradient.",
+    ),
+    "ReduceLROnPlateauState": (
+        "scale",
+        1,
+        "optax.contrib.reduce_on_plateau has a scale of {}",
+        "Multiply the learning rate by the scale, and give the state with a scale of 1.",
+    ),
+    "ScheduleFreeState": (
+        "weight_sum",
+        0,
+        "optax.contrib.schedule_free has averaged params, with a sum of weights of {}",
+        "Give the state of the wrapped optimizer, and the params to go on from.",
+    ),
+    "MechanicState": (
+        "count",
+        0,
+        "optax.contrib.mechanize has taken {} steps from its initial params",
+        "Give the state of the wrapped optimizer, and the params to go on from.",
+    ),
+    "GaLoreState": (
+        "count",
+        0,
+        "optax.contrib.galore has taken {} steps in projected spaces",
+        "Begin with the state that init returned.",
+    ),
+}
+
+
 class Held(NamedTuple):
     """One array that a state holds.
 
@@ -46,21 +106,35 @@ class Held(NamedTuple):
     stored: Stored
 
 
+class Found(NamedTuple):
+    """A state within a state.
+
+    Attributes:
+      node: the state.
+      around: those around it, outermost first.
+      position: where it is, as `jax.tree_util.keystr` writes it.
+    """
+
+    node: Any
+    around: tuple[Any, ...]
+    position: str
+
+
 def find(state: PyTree) -> list[Any]:
     """All states within a state, each before those within it."""
-    return [node for node, _ in find_within(state)]
+    return [found.node for found in find_within(state)]
 
 
-def find_within(state: PyTree) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The same, each with those around it."""
-    found = []
+def find_within(state: PyTree) -> list[Found]:
+    """The same, each with where it is."""
+    all_found = []
 
-    def note(node, around):
-        found.append((node, around))
-        return node
+    def note(*found):
+        all_found.append(Found(*found))
+        return found[0]
 
-    _walk(state, note, ())
-    return found
+    _walk(state, note, (), "")
+    return all_found
 
 
 def replace(state: PyTree, function: Callable[[Any], Any]) -> PyTree:
@@ -68,7 +142,7 @@ def replace(state: PyTree, function: Callable[[Any], Any]) -> PyTree:
 
     The function leaves the states within each as they are.
     """
-    return _walk(state, lambda node, _: function(node), ())
+    return _walk(state, lambda node, *_: function(node), (), "")
 
 
 def held_by(node: PyTree) -> list[Held]:
@@ -87,7 +161,7 @@ def with_held(node: PyTree, stored: Iterable[Stored]) -> PyTree:
         return parts[0]
     parts = iter(parts)
     return treedef.unflatten(
-        child if _contains_states(child) else next(parts) for child in children
+        child if _contains_states(child) else next(parts) for _, child in children
     )
 
 
@@ -107,38 +181,62 @@ def clock_of(node: Any) -> str | None:
 
 def is_count(node: Any, held: Held) -> bool:
     """Whether an array that a state holds is the number of steps taken."""
-    return held.field == ("count" if has_velocity(node) else clock_of(node))
+    return held.field == ("count" if has_velocity(node) else COUNTERS.get(optax_name(node)))
 
 
-def name_of(path: Sequence[Any]) -> str:
-    """A path as text."""
-    # Flax NNX keeps each array in a variable of its own, whose key says nothing.
-    return jax.tree_util.keystr(tuple(path)).removesuffix(".value")
+def named_leaves(tree: PyTree) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a tree, each with its path as text, and the structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    # Flax keeps each array in a variable, or a box, of its own, whose key says nothing.
+    boxed = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
+    boxes = {jax.tree_util.keystr(path) for path, each in boxed if _is_box(each)}
+
+    def name(path):
+        text = jax.tree_util.keystr(path)
+        inner = text.removesuffix(".value")
+        return inner if inner in boxes else text
+
+    return [(name(path), leaf) for path, leaf in leaves], treedef
 
 
-def _walk(state, function, around):
-    names, children, treedef = _children(state)
-    if names is None:
-        if not _contains_states(state):
-            return function(state, around)
-        return treedef.unflatten(_walk(child, function, around) for child in children)
-    state = function(state, around)
-    _, children, treedef = _children(state)
-    around = (*around, state)
-    return treedef.unflatten(
-        _walk(child, function, around) if _contains_states(child) else child for child in children
+def _is_box(node):
+    return any(
+        base.__name__ in ("Variable", "VariableState", "AxisMetadata")
+        and base.__module__.split(".")[0] == "flax"
+        for base in type(node).__mro__
     )
 
 
+def _walk(state, function, around, position):
+    names, children, treedef = _children(state)
+    if names is None and not any(_is_state(child) for _, child in children):
+        return function(state, around, position)
+    if names is not None:
+        state = function(state, around, position)
+        _, children, treedef = _children(state)
+        around = (*around, state)
+    return treedef.unflatten(
+        _walk(child, function, around, position + name)
+        if names is None or _contains_states(child)
+        else child
+        for name, child in children
+    )
+
+
+def _is_state(node):
+    """Where states are expected, as in a chain: what has fields is one."""
+    return hasattr(node, "_fields") or _contains_states(node)
+
+
 def _children(node):
-    """The names of the fields, if it is a state; what it is made of, and how."""
+    """The names of its fields, if it is a state; what it is made of, with its keys; and how."""
     found, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    children = [child for _, child in found]
     keys = [path[-1] for path, _ in found if path]
     is_state = hasattr(node, "_fields") or (
         len(keys) > 0 and all(isinstance(key, jax.tree_util.GetAttrKey) for key in keys)
     )
-    return ([key.name for key in keys] if is_state else None), children, treedef
+    names = [key.name for key in keys] if is_state else None
+    return names, [(jax.tree_util.keystr(path), child) for path, child in found], treedef
 
 
 def _is_known(node):
@@ -164,21 +262,22 @@ def _fields(node) -> Iterator[tuple[str, list[tuple[str, Stored]], Callable[[lis
             def rebuild(leaves, treedef=treedef, stored=stored):
                 return _velocity.together(treedef, leaves, stored)
 
-            named = [(name_of(path), one) for path, one in leaves]
+            names = [name for name, _ in named_leaves(stored.values)[0]]
+            named = list(zip(names, [one for _, one in leaves], strict=True))
             yield f"{name}[{i}]" if has_several(node) else name, named, rebuild
         return
     names, children, _ = _children(node)
     if names is None:
         yield "", *_plain(node)
         return
-    for name, child in zip(names, children, strict=True):
+    for name, (_, child) in zip(names, children, strict=True):
         if not _contains_states(child):
             yield name, *_plain(child)
 
 
 def _plain(tree):
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, treedef = named_leaves(tree)
     return (
-        [(name_of(path), Stored(leaf)) for path, leaf in leaves],
+        [(name, Stored(leaf)) for name, leaf in leaves],
         lambda stored: treedef.unflatten(one.values for one in stored),
     )

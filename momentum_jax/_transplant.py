@@ -1,118 +1,50 @@
 """A state carried over to another one: what belongs to a param goes where the param went."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
-from jax.core import Tracer
-from jax.experimental import multihost_utils
 
 from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf, group_of, inlined_jit, replicated
 from momentum_jax._hyperparameters import check_flag
-from momentum_jax._momentum import MomentumState, TraceState
-from momentum_jax._placement import hold_like, in_memory_of, on_device, whole
-from momentum_jax._recurrence import STATE_TYPES, has_velocity
-from momentum_jax._states import (
-    Held,
-    find,
-    held_by,
-    is_count,
-    optax_name,
-    replace,
-    with_held,
+from momentum_jax._matching import (
+    BY_SHAPE,
+    Arrays,
+    Place,
+    alike,
+    by_key,
+    can_be_read,
+    counts_in,
+    has_moved,
+    kind_of,
+    matched,
+    matched_without_params,
+    places,
 )
-from momentum_jax._storage import Stored, codec_of, compute_dtype, decoded_dtype
+from momentum_jax._momentum import MomentumState, TraceState
+from momentum_jax._moving import Move, like, moved
+from momentum_jax._recurrence import STATE_TYPES, has_velocity
+from momentum_jax._report import (
+    DROPPED,
+    FRESH,
+    KEPT,
+    NOTED,
+    RESIZED,
+    TransplantReport,
+    TransplantRow,
+)
+from momentum_jax._restart import AdaptiveRestartState
+from momentum_jax._states import REMEMBERED, held_by, optax_name, replace, with_held
+from momentum_jax._storage import Stored, decoded_dtype
 
 PyTree = Any
 # From the path of a param in the old state to that in the new one.
 Rename = Mapping[str, str] | Callable[[str], str]
 # (path, old arrays by path, new shape) -> the array, or None to leave it as it is in the new state.
 Resize = Callable[[str, Mapping[str, jax.Array], tuple[int, ...]], Any]
-
-KEPT, RESIZED, FRESH, DROPPED, NOTED = "kept", "resized", "fresh", "dropped", "noted"
-
-
-class TransplantRow(NamedTuple):
-    """What became of one array of a state.
-
-    Attributes:
-      path: the path of the param: in the new state, and if it was dropped in the old one. Empty for
-        what belongs to no param, and at the root.
-      held: what the array is, such as "MomentumState.velocity".
-      outcome: "kept", "resized", "fresh", "dropped" or "noted".
-      note: what else is to be known: the old path, dtypes, shapes, values.
-
-    Example:
-      >>> import jax.numpy as jnp, momentum_jax as mj
-      >>> tx = mj.momentum(0.1)
-      >>> params, wider = {"w": jnp.ones(2)}, {"w": jnp.ones(2), "b": jnp.ones(1)}
-      >>> _, report = mj.transplant(tx.init(params), tx.init(wider))
-      >>> report.rows[-1].path, report.rows[-1].outcome
-      ("['w']", 'kept')
-    """
-
-    path: str
-    held: str
-    outcome: str
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class TransplantReport:
-    """What `transplant` did with each array that belongs to a param.
-
-    Printed, it is a table.
-
-    Attributes:
-      rows: a `TransplantRow` for each.
-
-    Example:
-      >>> import jax.numpy as jnp, momentum_jax as mj
-      >>> tx = mj.momentum(0.1)
-      >>> params, wider = {"w": jnp.ones(2)}, {"w": jnp.ones(2), "b": jnp.ones(1)}
-      >>> _, report = mj.transplant(tx.init(params), tx.init(wider))
-      >>> print(report)
-      param  array                   outcome
-      ['b']  MomentumState.velocity  fresh
-      ['w']  MomentumState.velocity  kept
-      >>> report.fresh
-      ("['b']",)
-    """
-
-    rows: tuple[TransplantRow, ...]
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """The paths of params of which an array was carried as it is, or in another dtype."""
-        return self._paths(KEPT)
-
-    @property
-    def resized(self) -> tuple[str, ...]:
-        """Those of which one was carried in another shape."""
-        return self._paths(RESIZED)
-
-    @property
-    def fresh(self) -> tuple[str, ...]:
-        """Those of which one is as `init` made it: a velocity of 0."""
-        return self._paths(FRESH)
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """Those in the old state of which one is not in the new one."""
-        return self._paths(DROPPED)
-
-    def _paths(self, outcome):
-        return tuple(dict.fromkeys(row.path for row in self.rows if row.outcome == outcome))
-
-    def __str__(self) -> str:
-        """The rows as a table."""
-        return _table(self.rows)
 
 
 def transplant(
@@ -144,17 +76,20 @@ def transplant(
         it stays as `init` made it: 0 for a velocity. Or a function `(path, old, new_shape)` that
         returns the array for a new path, or None for what `init` made. It is called where there is
         no old array of this path and shape; `old` are all old arrays of the same kind by their
-        renamed paths, as floats. So it can select by an index, split, stack.
-      strict: whether it is an error if anything is fresh or dropped.
+        renamed paths, as floats, and those that it reads count as carried. So it can select by an
+        index, split, stack.
+      strict: whether it is an error if anything is fresh or dropped, also the count of a schedule.
 
     Returns:
       The state, and a `TransplantReport` that says of each array what became of it. Under jit
       return the state alone: the report is not an array. What keeps its dtype and shape keeps its
-      bits; 8 bits that are resized are rounded once more. A count that the old state does not have
-      is that of its other counts, or if it has none 1, unless every velocity is 0.
+      bits; 8 bits that are resized are rounded once more. What belongs to no param goes with the
+      params that it is about, as the learning rate of a group does. A count that the old state does
+      not have is that of its other counts, or if it has none 1, unless every velocity is 0. Of
+      counts that could be of several parts the first is taken under jit, where they are not known.
 
     Raises:
-      ValueError: nothing can be carried; a velocity that means something else in the new state,
+      ValueError: nothing can be carried; velocities none of which means the same in the new state,
         such as that of `momentum` for `trace`, which differ by the learning rate: see
         `frameworks.outside_from_inside`; a rename that fits no path, or gives two arrays one path;
         counts that differ where one is needed; values too large for their new dtype; with
@@ -180,13 +115,14 @@ def transplant(
     strict = check_flag("strict", strict)
     if not callable(resize):
         resize = check_flag("resize", resize)
-    state, rows = carried(old_state, new_state, rename=rename, resize=resize)
+    state, rows = carried(old_state, new_state, rename, resize)
     report = TransplantReport(rows)
     outcomes = {row.outcome for row in rows}
     if {FRESH, DROPPED} <= outcomes and not outcomes & {KEPT, RESIZED}:
         raise ValueError(
-            "nothing of the old state can be carried: no array has its path and its shape in the "
-            f"new one. Give rename, or resize.\n{report}"
+            "nothing of the old state can be carried: no array has its kind, path and shape in the "
+            "new one. Give rename or resize; or if nothing is to be carried, go on with "
+            f"new_state as it is.\n{report}"
         )
     if strict and outcomes & {FRESH, DROPPED}:
         lost = TransplantReport(tuple(row for row in rows if row.outcome in (FRESH, DROPPED)))
@@ -194,130 +130,131 @@ def transplant(
     return state, report
 
 
-def carried(
-    old_state: PyTree,
-    new_state: PyTree,
-    *,
-    rename: Rename | None = None,
-    resize: bool | Resize = False,
-    converts: Mapping[type, type] | None = None,
-    factor: jax.typing.ArrayLike | None = None,
-    count: int | None = None,
-) -> tuple[PyTree, tuple[TransplantRow, ...]]:
-    """What `transplant` does, and the rows of its report.
+class Conversion(NamedTuple):
+    """Velocities of one type of state as those of another.
 
-    With `converts`, velocities of a type of state, its keys, are those of another one, its values,
-    times the factor. With a count, all counts of steps are that.
+    Attributes:
+      to: the type of the new state.
+      of: that of the old one.
+      factor: what they are multiplied by.
     """
-    converts = converts or {}
-    old, new = _Old(old_state, rename, converts), find(new_state)
-    _check_kinds(old, new, converts)
-    plan = [
-        entry
-        for node, number in _numbered(new)
-        for entry in _planned(node, number, old, resize, converts)
+
+    to: type
+    of: type
+    factor: float
+
+
+class _Entry(NamedTuple):
+    """What goes into a place that belongs to a param, and what is said of it."""
+
+    place: Place
+    row: TransplantRow
+    # None where the place stays as it is.
+    source: Stored | None = None
+    was_velocity: bool = False
+
+
+def carried_velocities(
+    old_state: PyTree, new_state: PyTree, count: int | None, conversion: Conversion | None = None
+) -> PyTree:
+    """The new state with the velocities of the old one, of the same params, and this count.
+
+    And `last_params` of `adaptive_restart`. All else stays as it is in the new state.
+    """
+
+    def goes(place):
+        is_velocity = kind_of(place.node) in STATE_TYPES
+        return place.of_param and (is_velocity or isinstance(place.node, AdaptiveRestartState))
+
+    def key_in_old(place):
+        if conversion is None or kind_of(place.node) is not conversion.to:
+            return place.key
+        return conversion.of, *place.key[1:]
+
+    old, new = places(jax.tree.map(_as_array, old_state)), places(new_state)
+    there = by_key([place for place in old if goes(place)], lambda place: place.key)
+    pairs = matched(there, by_key([place for place in new if goes(place)], key_in_old))
+    entries = [_kept(place, one) for place, one in pairs.items() if _fits(place, one)]
+    counts = {} if count is None else {place: count for place in new if place.is_count}
+    return _with(new_state, new, entries, counts, conversion)
+
+
+def carried(
+    old_state: PyTree, new_state: PyTree, rename: Rename | None, resize: bool | Resize
+) -> tuple[PyTree, tuple[TransplantRow, ...]]:
+    """What `transplant` does, and the rows of its report."""
+    _check_state("old_state", old_state)
+    _check_state("new_state", new_state)
+    renamed = _Renaming(rename)
+    old, new = places(jax.tree.map(_as_array, old_state), renamed), places(new_state)
+    renamed.check(old)
+    _check_kinds(old, new)
+    there, here = (by_key(each, lambda place: place.key) for each in (old, new))
+    pairs = matched(there, here)
+    entries = [
+        _entry(place, pairs.get(place), there.get(key, {}), i, len(wanting), resize)
+        for key, of_kind in here.items()
+        for wanting in of_kind.values()
+        for i, place in enumerate(wanting)
     ]
-    plan = _counted(plan, old, count)
-    filled = iter(_filled(plan, factor))
+    values, rows = _of_no_param(old, new)
+    state = _with(new_state, new, [entry for entry in entries if entry.source], values)
+    rows |= {entry.place: entry.row for entry in entries}
+    dropped = [row for place in old if not place.used for row in _dropped(place)]
+    return state, tuple([rows[place] for place in new if place in rows] + dropped)
+
+
+def _with(state, new, entries, values, conversion=None):
+    """The state with what goes into its places."""
+    moves = [
+        Move(
+            source=entry.source,
+            target=entry.place.held.stored,
+            was_velocity=entry.was_velocity,
+            is_velocity=entry.place.is_velocity,
+            is_converted=conversion is not None and kind_of(entry.place.node) is conversion.to,
+        )
+        for entry in entries
+    ]
+    stored, lost = moved(moves, None if conversion is None else conversion.factor)
+    _check_lost(entries, lost)
+    filled = {entry.place: one for entry, one in zip(entries, stored, strict=True)}
+    for place, value in values.items():
+        filled[place] = Stored(like(place.held.stored.values, value))
+    following = iter([filled.get(place) or place.held.stored for place in new])
 
     def part(node):
-        return with_held(node, [next(filled) for _ in held_by(node)])
+        return with_held(node, [next(following) for _ in held_by(node)])
 
-    state = replace(new_state, part)
-    rows = [entry.row for entry in plan if entry.row is not None]
-    return state, tuple(rows + old.dropped())
+    return replace(state, part)
 
 
-# What the old state holds. ---------------------------------------------------------------
+def _check_lost(entries, lost):
+    for entry, bad in zip(entries, lost, strict=True):
+        if bad is not None and can_be_read(bad) and int(bad):
+            target = entry.place.held.stored.values
+            raise ValueError(
+                f"{entry.row.held} {_at(entry.row.path)} has {int(bad)} of {np.size(target)} "
+                f"values that are too large for {target.dtype}. Give a new_state of a wider dtype."
+            )
 
 
-@dataclasses.dataclass
-class _Source:
-    """An array of the old state that belongs to a param."""
-
-    stored: Stored
-    path: str
-    held: str
-    is_velocity: bool
-    used: bool = False
-
-    def decoded(self):
-        """The array as floats."""
-        return _decode(self.stored) if self.is_velocity else jnp.asarray(self.stored.values)
+# What is given. --------------------------------------------------------------------------
 
 
-class _Arrays(Mapping):
-    """The arrays of one kind by their renamed paths, which notes what is read."""
-
-    def __init__(self, sources: dict[str, _Source]) -> None:
-        self._sources = sources
-        self.read: list[_Source] = []
-
-    def __getitem__(self, path: str) -> jax.Array:
-        source = self._sources[path]
-        self.read.append(source)
-        return source.decoded()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
+def _check_state(name, state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+            raise TypeError(
+                f"{name} {_velocity.at(path)} is {type(leaf).__name__}, not an array. Give a state "
+                "that init or update returned."
+            )
+    if type(state) in (tuple, list, dict, type(None)) and not state:
+        raise TypeError(f"{name}={state!r} is no state. Give one that init or update returned.")
 
 
-class _Old:
-    """What the old state holds: by kind and path of a param, and besides in order."""
-
-    def __init__(self, state, rename, converts):
-        self.nodes = find(state)
-        self.sources: dict[Any, dict[str, _Source]] = {}
-        self.others: dict[Any, list[Any]] = {}
-        renamed = _Renaming(rename)
-        for node, number in _numbered(self.nodes):
-            for held in held_by(node):
-                key = (_kind(node), _field(node, held))
-                if not _of_param(node, held):
-                    self.others.setdefault((*key, held.path), []).append(held.stored.values)
-                    continue
-                path = renamed(held.path)
-                of_kind = self.sources.setdefault((*key, number), {})
-                if path in of_kind:
-                    raise ValueError(
-                        f"rename gives two arrays the path {path}: {of_kind[path].path} and "
-                        f"{held.path} of {_label(node, held)}. Give each a path of its own."
-                    )
-                of_kind[path] = _Source(
-                    held.stored, held.path, _label(node, held), has_velocity(node)
-                )
-        renamed.check()
-
-    def dropped(self) -> list[TransplantRow]:
-        """A row for each array that went nowhere."""
-        return [
-            TransplantRow(source.path, source.held, DROPPED)
-            for of_kind in self.sources.values()
-            for source in of_kind.values()
-            if not source.used
-        ]
-
-    def counts(self) -> list[Any]:
-        """All counts of steps."""
-        return [
-            held.stored.values
-            for node in self.nodes
-            for held in held_by(node)
-            if is_count(node, held)
-        ]
-
-    def has_moved(self) -> jax.Array:
-        """Whether a velocity is not 0."""
-        moved = [
-            _any(source.stored.values)
-            for (kind, *_), of_kind in self.sources.items()
-            for source in of_kind.values()
-            if kind in STATE_TYPES
-        ]
-        return jnp.any(jnp.asarray([False, *moved]))
+def _as_array(x):
+    return jnp.asarray(x) if isinstance(x, (int, float, complex)) else x
 
 
 class _Renaming:
@@ -331,10 +268,8 @@ class _Renaming:
             )
         self.rename = rename
         self.unused = dict.fromkeys(rename) if isinstance(rename, Mapping) else {}
-        self.paths: dict[str, None] = {}
 
     def __call__(self, path):
-        self.paths[path] = None
         if self.rename is None:
             return path
         if callable(self.rename):
@@ -346,14 +281,27 @@ class _Renaming:
         self.unused.pop(longest, None)
         return self._text(self.rename[longest]) + path[len(longest) :]
 
-    def check(self):
+    def check(self, old):
+        """Raises if a prefix fits nothing, or two arrays of one state get one path."""
         if self.unused:
+            paths = dict.fromkeys(place.held.path for place in old if place.of_param)
             raise ValueError(
                 f"rename has {', '.join(map(repr, self.unused))}, with which no path of a param in "
-                f"the old state begins. There are: {', '.join(self.paths) or 'none'}."
+                f"the old state begins. There are: {', '.join(paths) or 'none'}."
             )
+        seen: dict[Any, Place] = {}
+        for place in old:
+            if not place.of_param:
+                continue
+            other = seen.setdefault((id(place.node), place.held.field, place.path), place)
+            if other is not place:
+                raise ValueError(
+                    f"rename gives two arrays the path {place.path}: {other.held.path} and "
+                    f"{place.held.path} of {place.label}. Give each a path of its own."
+                )
 
-    def _text(self, path):
+    @staticmethod
+    def _text(path):
         if not isinstance(path, str):
             raise TypeError(f"rename must give paths as text, but gave {path!r}.")
         return path
@@ -365,61 +313,15 @@ def _starts_with(path, prefix):
     )
 
 
-def _numbered(nodes):
-    """Each state, and which one it is of those of its kind that hold the same params.
-
-    Groups hold different params, and are one.
-    """
-    taken: dict[Any, list[set[tuple[str, str]]]] = {}
-    for node in nodes:
-        paths = {(held.field, held.path) for held in held_by(node) if _of_param(node, held)}
-        of_kind = taken.setdefault(_kind(node), [])
-        number = next((i for i, have in enumerate(of_kind) if not paths & have), len(of_kind))
-        if number == len(of_kind):
-            of_kind.append(set())
-        of_kind[number] |= paths
-        yield node, number
-
-
-def _kind(node):
-    return TraceState if isinstance(node, optax.TraceState) else type(node)
-
-
-def _is_velocity(node, held):
-    return (has_velocity(node) and held.field != "count") or isinstance(node, optax.TraceState)
-
-
-def _field(node, held):
-    """The field, by one name for the velocities of all types."""
-    if not _is_velocity(node, held):
-        return held.field
-    return "velocity" + held.field[held.field.find("[") :] * ("[" in held.field)
-
-
-def _label(node, held):
-    return f"{type(node).__name__}.{held.field}" if held.field else "the state"
-
-
-def _of_param(node, held: Held) -> bool:
-    """Whether an array belongs to a param, and is not a count, a scale or a key."""
-    if has_velocity(node):
-        return held.field != "count"
-    if optax_name(node).startswith("Inject"):
-        return False
-    values = held.stored.values
-    dtype = getattr(values, "dtype", np.dtype(type(values)))
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
-        return False
-    return bool(held.path) or (np.shape(values) != () and jnp.issubdtype(dtype, jnp.inexact))
-
-
-def _check_kinds(old, new, converts):
+def _check_kinds(old, new):
     """Raises where the velocities of both mean different things."""
-    theirs = {kind: None for kind, *_ in old.sources if kind in STATE_TYPES}
-    ours = {converts.get(kind, kind): kind for kind in map(_kind, new) if kind in STATE_TYPES}
+    theirs, ours = (
+        dict.fromkeys(kind_of(place.node) for place in each if kind_of(place.node) in STATE_TYPES)
+        for each in (old, new)
+    )
     if not theirs or not ours or theirs.keys() & ours.keys():
         return
-    one, other = next(iter(theirs)), next(iter(ours.values()))
+    one, other = next(iter(theirs)), next(iter(ours))
     convert = {
         (TraceState, MomentumState): " momentum_jax.frameworks.inside_from_outside converts.",
         (MomentumState, TraceState): " momentum_jax.frameworks.outside_from_inside converts.",
@@ -431,111 +333,119 @@ def _check_kinds(old, new, converts):
     )
 
 
-# What goes where. ------------------------------------------------------------------------
+# What belongs to a param. ----------------------------------------------------------------
 
 
-class _Entry(NamedTuple):
-    """What is to be in a place of the new state."""
-
-    node: Any
-    held: Held
-    # None where it stays as it is.
-    source: Any = None
-    is_velocity: bool = False
-    is_converted: bool = False
-    row: TransplantRow | None = None
-
-
-def _planned(node, number, old, resize, converts):
-    kind = converts.get(_kind(node), _kind(node))
-    for held in held_by(node):
-        key = (kind, _field(node, held))
-        if _of_param(node, held):
-            sources = old.sources.get((*key, number), {})
-            entry = _of_a_param(node, held, sources, resize)
-            yield entry._replace(is_converted=kind is not _kind(node))
-        else:
-            yield _Entry(node, held, old.others.get((*key, held.path)))
+def _entry(place, one, of_kind, index, number, resize):
+    """What goes into a place: `one`, if there is one, or what is made of all of its kind."""
+    entry = _entry_alone(place, one, of_kind, index, resize)
+    having = of_kind.get(place.path, ())
+    if having and len(having) != number:
+        note = f"of {len(having)} for {number}"
+        note = ", ".join(filter(None, [entry.row.note, note]))
+        entry = entry._replace(row=entry.row._replace(note=note))
+    return entry
 
 
-def _of_a_param(node, held, sources, resize):
-    target, source = held.stored, sources.get(held.path)
-    shape = np.shape(target.values)
-    row = TransplantRow(held.path, _label(node, held), KEPT)
-    is_velocity = has_velocity(node)
-    if source is not None and np.shape(source.stored.values) == shape:
-        if not _check_dtypes(row, source, target, is_velocity):
-            note = f"{_dtype_of(source.stored)} is now {_dtype_of(target)}"
-            return _Entry(node, held, row=row._replace(outcome=FRESH, note=note))
-        source.used = True
-        note = ", ".join(_changes(source, target, row))
-        return _Entry(node, held, source, is_velocity, row=row._replace(note=note))
+def _entry_alone(place, one, of_kind, index, resize):
+    shape = np.shape(place.held.stored.values)
+    row = TransplantRow(place.path, place.label, FRESH)
+    before = () if one is None else np.shape(one.held.stored.values)
+    if one is not None and before == shape:
+        if _fits(place, one):
+            return _kept(place, one)
+        dtypes = (str(each.held.stored.values.dtype) for each in (one, place))
+        return _Entry(place, row._replace(note=f"{' is now '.join(dtypes)}"))
     if callable(resize):
-        arrays = _Arrays(sources)
-        made = resize(held.path, arrays, shape)
+        arrays = Arrays({path: each[min(index, len(each) - 1)] for path, each in of_kind.items()})
+        made = resize(place.path, arrays, shape)
         if made is not None:
-            array = _check_made(held.path, made, shape, target, is_velocity)
-            for each in arrays.read:
-                each.used = True
-            read = dict.fromkeys(each.path for each in arrays.read)
-            note = f"resize made {shape} of {', '.join(read) or 'nothing'}"
-            made_source = _Source(Stored(array), held.path, row.held, False)
-            row = row._replace(outcome=RESIZED, note=note)
-            return _Entry(node, held, made_source, is_velocity, row=row)
-    if source is None:
-        return _Entry(node, held, row=row._replace(outcome=FRESH))
-    note = f"{np.shape(source.stored.values)} -> {shape}"
-    overlaps = resize is True and np.ndim(source.stored.values) == len(shape)
-    if not overlaps or not _check_dtypes(row, source, target, is_velocity):
-        return _Entry(node, held, row=row._replace(outcome=FRESH, note=note))
-    source.used = True
-    note = ", ".join([note, *_changes(source, target, row)])
-    return _Entry(node, held, source, is_velocity, row=row._replace(outcome=RESIZED, note=note))
+            return _made(place, _check_made(place, made), arrays.read)
+    if one is None:
+        return _Entry(place, row)
+    note = f"{before} -> {shape}"
+    overlaps = resize is True and len(before) == len(shape)
+    if optax_name(place.node) in BY_SHAPE:
+        return _Entry(place, row._replace(note=f"{note}, which means something else"))
+    if not overlaps or not _fits(place, one):
+        return _Entry(place, row._replace(note=note))
+    entry = _kept(place, one)
+    notes = ", ".join(filter(None, [note, entry.row.note]))
+    return entry._replace(row=entry.row._replace(outcome=RESIZED, note=notes))
 
 
-def _check_dtypes(row, source, target, is_velocity):
+def _kept(place, one):
+    one.used = True
+    before, after = (str(each.held.stored.values.dtype) for each in (one, place))
+    notes = [f"{before} -> {after}"] if before != after else []
+    if one.held.path != place.path:
+        notes.append(f"was {one.held.path or 'at the root'}")
+    row = TransplantRow(place.path, place.label, KEPT, ", ".join(notes))
+    return _Entry(place, row, one.held.stored, one.is_velocity)
+
+
+def _made(place, array, read):
+    for each in read:
+        each.used = True
+    paths = ", ".join(dict.fromkeys(each.held.path for each in read)) or "nothing"
+    note = f"resize made {array.shape} of {paths}"
+    return _Entry(place, TransplantRow(place.path, place.label, RESIZED, note), Stored(array))
+
+
+def _dropped(place):
+    """A row for what is lost with an old array: all that belongs to a param, and what matters."""
+    if place.of_param:
+        yield TransplantRow(place.held.path, place.label, DROPPED)
+        return
+    remembered = REMEMBERED.get(optax_name(place.node))
+    values = place.held.stored.values
+    if remembered is None or remembered[0] != place.held.field or not can_be_read(values):
+        return
+    others = [float(x) for x in np.ravel(values) if x != remembered[1]]
+    if others:
+        yield TransplantRow(None, place.label, DROPPED, f"{others[0]:.7g}")
+
+
+def _fits(place, one):
     """Whether the one can be stored as the other; raises where only a part of it could."""
-    held = decoded_dtype(source.stored) if source.is_velocity else source.stored.values.dtype
-    wanted = decoded_dtype(target) if is_velocity else target.values.dtype
+    held, wanted = _dtype_of(one), _dtype_of(place)
     if jnp.issubdtype(held, jnp.inexact) and jnp.issubdtype(wanted, jnp.inexact):
-        complex_now, complex_then = (jnp.issubdtype(x, jnp.complexfloating) for x in (held, wanted))
-        if complex_now != complex_then:
+        if _is_complex(held) != _is_complex(wanted):
             raise TypeError(
-                f"{row.held} {_at(row.path)} is {held} in the old state, but {wanted} in the new "
-                "one: a real and a complex array do not mix. Give the state of init for params of "
-                "the same kind, or leave the param out."
+                f"{place.label} {_at(place.path)} is {held} in the old state, but {wanted} in the "
+                "new one: a real and a complex array do not mix. Give the state of init for params "
+                "of the same kind, or leave the param out."
             )
         return True
     return held == wanted
 
 
-def _changes(source, target, row):
-    """Notes of what is not as it was."""
-    before, after = _dtype_of(source.stored), _dtype_of(target)
-    if before != after:
-        yield f"{before} -> {after}"
-    if source.path != row.path:
-        yield f"was {source.path or 'at the root'}"
+def _dtype_of(place):
+    stored = place.held.stored
+    return decoded_dtype(stored) if place.is_velocity else stored.values.dtype
 
 
-def _dtype_of(stored):
-    return str(stored.values.dtype)
+def _is_complex(dtype):
+    return jnp.issubdtype(dtype, jnp.complexfloating)
 
 
-def _check_made(path, made, shape, target, is_velocity):
+def _check_made(place, made):
+    where, shape = place.path or "the root", np.shape(place.held.stored.values)
+    wanted = _dtype_of(place)
+    if not isinstance(made, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+        raise TypeError(
+            f"resize must return an array for {where}, or None, but returned {type(made).__name__}."
+        )
     array = jnp.asarray(made)
-    wanted = decoded_dtype(target) if is_velocity else target.values.dtype
     if array.shape != shape:
         raise ValueError(
-            f"resize must return an array of shape {shape} for {path or 'the root'}, or None, but "
-            f"returned one of shape {array.shape}."
+            f"resize must return an array of shape {shape} for {where}, or None, but returned one "
+            f"of shape {array.shape}."
         )
-    if jnp.issubdtype(array.dtype, jnp.complexfloating) != jnp.issubdtype(
-        wanted, jnp.complexfloating
-    ):
+    if _is_complex(array.dtype) != _is_complex(wanted):
         raise TypeError(
-            f"resize must return an array for {path or 'the root'} that can be stored as {wanted}, "
-            f"but returned one of {array.dtype}: a real and a complex array do not mix."
+            f"resize must return an array for {where} that can be stored as {wanted}, but returned "
+            f"one of {array.dtype}: a real and a complex array do not mix."
         )
     return array
 
@@ -544,250 +454,80 @@ def _at(path):
     return f"at {path}" if path else "at the root"
 
 
-# Counts, schedules and all else that belongs to no param. -----------------------------------
+# What belongs to no param: counts, scales, keys. -------------------------------------------
 
 
-def _counted(plan, old, count):
-    """The plan, with what is to be in the places that belong to no param."""
-    seen: dict[Any, int] = {}
-    numbers: dict[Any, int] = {}
-    for entry in plan:
-        if entry.row is None:
-            key = (_kind(entry.node), entry.held.field, entry.held.path)
-            numbers[key] = numbers.get(key, 0) + 1
-
-    def entry_of(entry):
-        if entry.row is not None:
-            return entry
-        node, held = entry.node, entry.held
-        key = (_kind(node), held.field, held.path)
-        index = seen[key] = seen.get(key, -1) + 1
-        if is_count(node, held) and count is not None:
-            return entry._replace(source=count)
-        olds = entry.source
-        if olds:
-            if len(olds) != numbers[key]:
-                _check_alike(olds, node, held)
-            return _of_no_param(entry, olds[min(index, len(olds) - 1)])
-        if not is_count(node, held):
-            return entry._replace(source=None)
-        return _of_other_counts(entry, old)
-
-    return [entry_of(entry) for entry in plan]
-
-
-def _of_no_param(entry, source):
-    node, held = entry.node, entry.held
-    shape = np.shape(held.stored.values)
-    if np.shape(source) not in (shape, ()):
-        return entry._replace(source=None)
-    row = None
-    if optax_name(node).startswith("Inject") and held.field == "hyperparams":
-        before, after = source, held.stored.values
-        readable = all(_can_be_read(x) and np.shape(x) == () for x in (before, after))
-        if readable and np.asarray(before) != np.asarray(after):
-            note = f"{float(before):.7g}, which was to be {float(after):.7g}"
-            row = TransplantRow("", f"{_label(node, held)}{held.path}", NOTED, note)
-    return entry._replace(source=source, row=row)
-
-
-def _of_other_counts(entry, old):
-    """A count that the old state does not have, from those that it has."""
-    counts = old.counts()
-    label = _label(entry.node, entry.held)
-    if counts:
-        _check_alike(counts, entry.node, entry.held)
-        note = "of the old state's other counts"
-        return entry._replace(source=counts[0], row=TransplantRow("", label, NOTED, note))
-    if not has_velocity(entry.node):
-        note = "the old state does not count its steps"
-        return entry._replace(source=None, row=TransplantRow("", label, FRESH, note))
-    note = "1 if a velocity is not 0: the old state does not count its steps"
-    row = TransplantRow("", label, NOTED, note)
-    return entry._replace(source=old.has_moved(), row=row)
-
-
-def _check_alike(counts, node, held):
-    known = {
-        int(number)
-        for values in counts
-        if _can_be_read(values) and jnp.issubdtype(values.dtype, jnp.integer)
-        for number in np.ravel(np.asarray(values))
-    }
-    if len(known) > 1:
-        raise ValueError(
-            f"the parts of the old state have counted {sorted(known)}, not alike, so that it is "
-            f"not clear which is meant for {_label(node, held)}. Carry over the parts one by one."
-        )
-
-
-def _can_be_read(x):
-    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
-
-
-# The arrays. ---------------------------------------------------------------------------------
-
-_decode = inlined_jit(_velocity.decode)
-_any = inlined_jit(jnp.any)
-
-
-def _filled(plan, factor):
-    """What is to be in each place: one program for all, or one per group of devices."""
-    results: list[Any] = [entry.held.stored for entry in plan]
-    places, targets, sources, modes = [], [], [], []
-    for i, entry in enumerate(plan):
-        source, target = entry.source, entry.held.stored
-        if source is None:
+def _of_no_param(old, new):
+    """The values, and the rows of what is to be known, by place."""
+    values: dict[Place, Any] = {}
+    rows: dict[Place, TransplantRow] = {}
+    counts = counts_in(old)
+    for place, having in matched_without_params(old, new).items():
+        row = TransplantRow(None, place.label, FRESH)
+        for each in having:
+            each.used = True
+        if having:
+            value = alike(having)
+            if value is None:
+                raise _counts_differ(place, having)
+            value, note = _as_scalar(place, value)
+        elif place.is_count and counts:
+            value = alike(counts)
+            if value is None:
+                raise _counts_differ(place, counts)
+            value, note = _as_scalar(place, value)
+            row, note = row._replace(outcome=NOTED), note or "of the old state's other counts"
+        elif place.is_count and has_velocity(place.node):
+            value, row = has_moved(old), row._replace(outcome=NOTED)
+            note = "1 if a velocity is not 0: the old state does not count its steps"
+        elif place.is_count:
+            value, note = None, "the old state does not count its steps"
+        elif place.held.field:
             continue
-        if not isinstance(source, _Source):
-            results[i] = Stored(like(target.values, source))
-            continue
-        places.append(i)
-        targets.append(jax.tree.map(jnp.asarray, target))
-        sources.append(_beside(jax.tree.map(jnp.asarray, source.stored), targets[-1]))
-        modes.append((source.is_velocity, entry.is_velocity, entry.is_converted))
-    if places:
-        (stored, lost), _ = _carried((tuple(modes),), (targets, sources), factor)
-        for i, one in zip(places, stored, strict=True):
-            results[i] = one
-        _check_lost([plan[i] for i in places], lost)
-    return results
+        else:
+            value, note = None, "known by its place alone, where there was none"
+        if value is not None:
+            values[place] = value
+        if having and not note and _differs(place, value):
+            row, note = row._replace(outcome=NOTED), _difference(place, value)
+        if note:
+            rows[place] = row._replace(note=note)
+    return values, rows
 
 
-def _check_lost(entries, lost):
-    for entry, bad in zip(entries, lost, strict=True):
-        if bad is not None and _can_be_read(bad) and int(bad):
-            target = entry.held.stored
-            raise ValueError(
-                f"{_label(entry.node, entry.held)} {_at(entry.held.path)} has {int(bad)} of "
-                f"{np.size(target.values)} values that are too large for {_dtype_of(target)}. Give "
-                "a state with wider velocities."
-            )
+def _as_scalar(place, value):
+    """The value as the place can hold it, or None and why not."""
+    target = place.held.stored.values
+    shape, wanted = np.shape(value), np.shape(target)
+    if shape != wanted and shape != ():
+        if not can_be_read(value) or np.ptp(np.asarray(value)) != 0:
+            return None, f"{shape} -> {wanted}"
+        value = np.ravel(np.asarray(value))[0]
+    before, after = value.dtype, jnp.asarray(target).dtype
+    if jnp.issubdtype(before, jax.dtypes.extended) or jnp.issubdtype(after, jax.dtypes.extended):
+        return (value, "") if before == after else (None, f"{before} is now {after}")
+    if jnp.issubdtype(before, jnp.inexact) and not jnp.issubdtype(after, jnp.inexact):
+        return None, f"{before} is now {after}"
+    return value, ""
 
 
-def like(target: Any, value: Any) -> Any:
-    """A value of no param, in the dtype, the shape and the sharding of what it replaces."""
-    target = jnp.asarray(target)
-    if jnp.issubdtype(target.dtype, jax.dtypes.extended):
-        return value
-    if isinstance(value, Tracer) or isinstance(target, Tracer):
-        return jnp.broadcast_to(value, target.shape).astype(target.dtype)
-    value = np.broadcast_to(to_host(value), target.shape).astype(target.dtype)
-    return placed_like(target, value)
+def _differs(place, value):
+    """Whether a value that is no count is not that of the new state."""
+    target = place.held.stored.values
+    return (
+        all(can_be_read(x) and np.shape(x) == () for x in (value, target))
+        and all(jnp.issubdtype(x.dtype, jnp.floating) for x in (value, target))
+        and float(value) != float(target)
+    )
 
 
-def placed_like(target: jax.Array, value: np.ndarray) -> jax.Array:
-    """A value from the host, in the sharding of what it replaces."""
-    if not target.committed:  # What is bound to no device stays free to follow others.
-        return jnp.asarray(value)
-    if target.is_fully_addressable:
-        return jax.device_put(value, target.sharding)
-    return jax.make_array_from_callback(value.shape, target.sharding, value.__getitem__)
+def _difference(place, value):
+    return f"{float(value):.7g} (new state: {float(place.held.stored.values):.7g})"
 
 
-def to_host(array: Any) -> np.ndarray:
-    """An array whole, as NumPy; in every process, if it is sharded over several."""
-    if isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    ):
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
-
-
-def _beside(source, target):
-    """The source where the target is: on its devices, on its mesh."""
-    if isinstance(source.values, Tracer) or isinstance(target.values, Tracer):
-        return source
-    if group_of(source.values) == group_of(target.values):
-        return source
-    scales = source.scales
-    if scales is not None:
-        scales = _put(scales, target.values if target.scales is None else target.scales)
-    return Stored(_put(source.values, target.values), scales)
-
-
-def _put(x, beside):
-    sharding = beside.sharding if x.shape == beside.shape else replicated(beside.sharding)
-    on_same = x.sharding.device_set == sharding.device_set
-    if not beside.committed:
-        return x if on_same else jnp.asarray(to_host(x))
-    if on_same or (x.is_fully_addressable and sharding.is_fully_addressable):
-        return jax.device_put(x, sharding)
-    x = to_host(x)
-    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-
-
-@by_leaf
-def _carried(static, trees, factor):
-    (modes,), (targets, sources) = static, trees
-    results = [
-        (Stored(None), None)
-        if target.values is None
-        else _carried_leaf(target, source, mode, factor)
-        for target, source, mode in zip(targets, sources, modes, strict=True)
-    ]
-    stored, lost = zip(*results, strict=True)
-    return (list(stored), list(lost)), ()
-
-
-def _carried_leaf(target, source, mode, factor):
-    was_velocity, is_velocity, is_converted = mode
-    given = target
-    target, source = on_device((target, source))
-    same = was_velocity == is_velocity and not is_converted
-    if same and _types(source) == _types(target):
-        return in_memory_of(given, jax.tree.map(_copied_like, source, target)), None
-    value = codec_of(source).decode(source) if was_velocity else source.values
-    before = value
-    if is_converted:
-        wide = compute_dtype(value.dtype)
-        value = jnp.asarray(factor, wide) * value.astype(wide)
-    if value.shape != target.values.shape:
-        value = _overlapping(
-            value, codec_of(target).decode(target) if is_velocity else target.values
-        )
-    if is_velocity:
-        stored = _velocity.encoded(value, target)
-    else:
-        stored = Stored(value.astype(target.values.dtype))
-    stored = jax.tree.map(_copied_like, stored, target)
-    lost = None
-    if is_converted or _narrows(value.dtype, stored.values.dtype):
-        read = codec_of(stored).decode(stored) if is_velocity else stored.values
-        lost = jnp.where(jnp.all(jnp.isfinite(before)), jnp.sum(~jnp.isfinite(read)), 0)
-    return in_memory_of(given, stored), lost
-
-
-def _types(stored):
-    return [(x.shape, x.dtype) for x in jax.tree.leaves(stored)]
-
-
-def _copied_like(x, other):
-    return hold_like(jnp.copy(x), other)
-
-
-def _narrows(before, after):
-    return jnp.issubdtype(before, jnp.inexact) and jnp.promote_types(before, after) != after
-
-
-def _overlapping(value, base):
-    """The base, with the value where both shapes overlap."""
-    dtype = jnp.promote_types(value.dtype, base.dtype)
-    sizes = [min(pair) for pair in zip(value.shape, base.shape, strict=True)]
-    value = lax.slice(whole(value.astype(dtype)), [0] * len(sizes), sizes)
-    return lax.dynamic_update_slice(whole(base.astype(dtype)), value, [0] * len(sizes))
-
-
-# The report. ---------------------------------------------------------------------------------
-
-
-def _table(rows: Sequence[TransplantRow]) -> str:
-    lines = [("param", "array", "outcome", "")]
-    lines += [(row.path or "-", row.held, row.outcome, row.note) for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    return "\n".join(
-        "  ".join(
-            [*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[3]]
-        ).rstrip()
-        for line in lines
+def _counts_differ(place, several):
+    found = sorted({int(x) for each in several for x in np.ravel(each.held.stored.values)})
+    return ValueError(
+        f"the parts of the old state have counted {found}, not alike, so that it is not clear "
+        f"which is meant for {place.label}. Carry over the parts one by one."
     )

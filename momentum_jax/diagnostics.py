@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from momentum_jax import _velocity
+from momentum_jax._curvature import Curvature as Curvature
+from momentum_jax._curvature import curvature as curvature
 from momentum_jax._dispatch import at_once, by_leaf, gathered, inlined_jit
+from momentum_jax._edge import Edge as Edge
+from momentum_jax._edge import edge as edge
 from momentum_jax._hyperparameters import check_value
 
 PyTree = Any

@@ -100,7 +100,7 @@ from momentum_jax._hyperparameters import (
 from momentum_jax._momentum import MomentumState, TraceState, momentum, trace
 from momentum_jax._placement import in_memory_of, on_device
 from momentum_jax._recurrence import incremented
-from momentum_jax._transplant import carried
+from momentum_jax._transplant import Conversion, carried_velocities
 
 PyTree = Any
 # The names of the weights in the optimizer's order, or the weights by name in that order.
@@ -694,7 +694,7 @@ def load_optax(
     moved = _carry.has_moved(theirs)
     count = _steps(count, known, opt_state, moved, "how often update was called")
     _carry.check_count_fits(opt_state, count, TraceState)
-    return carried(optax_state, opt_state, count=count)[0]
+    return carried_velocities(optax_state, opt_state, count)
 
 
 def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
@@ -723,7 +723,7 @@ def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
     _carry.match(_carry.velocities(optax_state, optax.TraceState), velocities)
     count = _carry.taken_count(opt_state)
     _carry.check_count_fits(optax_state, count, optax.TraceState)
-    return carried(opt_state, optax_state, count=count)[0]
+    return carried_velocities(opt_state, optax_state, count)
 
 
 def inside_from_outside(
@@ -1164,8 +1164,8 @@ def _scaled(opt_state, kind, source, name, source_kind, factor):
     _carry.match(_carry.velocities(opt_state, kind), velocities)
     count = _carry.taken_count(source)
     _carry.check_count_fits(opt_state, count, kind)
-    converts = {kind: source_kind}
-    return carried(source, opt_state, converts=converts, factor=factor, count=count)[0]
+    conversion = Conversion(kind, source_kind, factor)
+    return carried_velocities(source, opt_state, count, conversion)
 
 
 def _above_zero(learning_rate):

@@ -1444,3 +1444,34 @@ def test_states_that_were_stacked_are_carried():
     apart = (expected[0]._replace(count=jnp.array([3, 3, 2, 3])), expected[1])
     with pytest.raises(ValueError, match=r"have counted \[2, 3\] steps, not alike"):
         dump_optax(jax.vmap(theirs.init)(params), apart)
+
+
+def test_only_velocities_and_counts_are_carried():
+    """A learning rate that is injected in the new state stays what it is."""
+    params = {"w": jnp.ones(3)}
+
+    def outside(rate):
+        return optax.inject_hyperparams(
+            lambda learning_rate: optax.chain(
+                mj.trace(0.9), optax.scale_by_learning_rate(learning_rate)
+            )
+        )(learning_rate=rate)
+
+    def inside(rate):
+        return optax.inject_hyperparams(lambda learning_rate: mj.momentum(learning_rate, 0.9))(
+            learning_rate=rate
+        )
+
+    def theirs(rate):
+        return optax.inject_hyperparams(optax.sgd)(learning_rate=rate, momentum=0.9)
+
+    def stepped(tx):
+        return tx.update(params, tx.init(params), params)[1]
+
+    for carried in (
+        inside_from_outside(inside(0.5).init(params), stepped(outside(0.1)), learning_rate=0.5),
+        load_optax(outside(0.5).init(params), stepped(theirs(0.1))),
+        dump_optax(theirs(0.5).init(params), stepped(outside(0.1))),
+    ):
+        assert float(carried.hyperparams["learning_rate"]) == 0.5
+        assert int(carried.count) == 1

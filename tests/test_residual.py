@@ -758,6 +758,14 @@ def test_bad_calls_are_refused():
         tx.update({"w": jnp.ones(3)}, state, params)
 
 
+def test_averages_within_averages_are_float32():
+    inner = optax.contrib.schedule_free(optax.sgd(0.1, 0.9), 0.1)
+    tx = mj.keep_residual(optax.contrib.schedule_free(inner, 0.1))
+    state = tx.init({"w": jnp.ones(2, "bfloat16")})
+    for each in (state.inner_state, state.inner_state.base_optimizer_state):
+        assert each.z["w"].dtype == jnp.float32
+
+
 NARROW, WIDE = {"w": jnp.ones((2, 3), "bfloat16")}, {"w": jnp.ones((2, 3))}
 OTHER_PARAMS: dict[str, Any] = {
     "none of bfloat16": (WIDE, NARROW, r"\['w'\] is bfloat16, .* a residual, .* has none of it"),

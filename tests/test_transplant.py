@@ -6,7 +6,7 @@ What is compared is another run, which never changed: the next 20 steps, to the 
 import functools
 import itertools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -266,6 +266,20 @@ def test_a_class_is_added_to_the_head():
     assert not np.any(moved["out"][:, 3])
 
 
+def test_what_resize_does_not_read_is_dropped():
+    """To ask whether a path is there is not to read it."""
+    old = mj.MomentumState(jnp.int32(1), {"a": jnp.ones(3), "gone": jnp.ones(2)})
+    new = mj.momentum(0.1).init({"a": jnp.ones(4)})
+
+    def resize(path, old, shape):
+        assert "['gone']" in old
+        assert set(old) == {"['a']", "['gone']"}
+        return jnp.pad(old[path], (0, 1))
+
+    _, report = mj.transplant(old, new, resize=resize)
+    assert (report.resized, report.dropped) == (("['a']",), ("['gone']",))
+
+
 def test_a_unit_is_pruned_by_its_index():
     """Whose weights were 0: what is left goes on as it did."""
     tx = mj.momentum(0.02, 0.9)
@@ -414,7 +428,7 @@ def test_injected_hyperparams_go_on():
     carried, report = mj.transplant(state, tx.init(params), strict=True)
     assert_same(carried, state)
     (row,) = (row for row in report.rows if row.outcome == "noted" and "learning_rate" in row.held)
-    assert row.note == "0.001, which was to be 0.1"
+    assert (row.path, row.note) == (None, "0.001 (new state: 0.1)")
 
 
 def test_flax_nnx():
@@ -461,6 +475,246 @@ def test_a_residual_and_the_last_params_are_carried():
     }
 
 
+# What belongs to no param goes with the params that it is about. -----------------------------
+
+
+def injected(learning_rate):
+    make = optax.inject_hyperparams(mj.momentum, static_args=("nesterov", "velocity_dtype"))
+    return make(learning_rate=learning_rate)
+
+
+def rates(state):
+    """The learning rate of each param's group."""
+    found = {}
+    for name, group in state.inner_states.items():
+        inner = group.inner_state
+        if hasattr(inner, "hyperparams"):
+            for path, _ in jax.tree_util.tree_leaves_with_path(inner.inner_state.velocity):
+                found[path[0].key, name] = round(float(inner.hyperparams["learning_rate"]), 4)
+    return found
+
+
+OFF = optax.set_to_zero()
+REGROUPED: dict[str, Any] = {
+    "renamed": (
+        {"z": injected(0.1), "b": injected(0.01)},
+        {"enc": "z", "head": "b"},
+        {("enc", "z"): 0.1, ("head", "b"): 0.01},
+    ),
+    "frozen": (
+        {"b": injected(0.01), "off": OFF},
+        {"enc": "off", "head": "b"},
+        {("head", "b"): 0.01},
+    ),
+    "one param moved to the other group": (
+        {"a": injected(0.1), "b": injected(0.01)},
+        {"enc": "b", "head": "b"},
+        {("enc", "b"): 0.01, ("head", "b"): 0.01},
+    ),
+    "exchanged": (
+        {"a": injected(0.01), "b": injected(0.1)},
+        {"enc": "b", "head": "a"},
+        {("head", "a"): 0.01, ("enc", "b"): 0.1},
+    ),
+    "another one before": (
+        {"Adapter": injected(1.0), "a": injected(0.1), "b": injected(0.01)},
+        {"enc": "a", "head": "b", "new": "Adapter"},
+        {("enc", "a"): 0.1, ("head", "b"): 0.01, ("new", "Adapter"): 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", REGROUPED)
+def test_a_learning_rate_goes_with_the_params_of_its_group(name, jitted):
+    """Whatever the groups are called, and how many there are."""
+    transforms, labels, expected = REGROUPED[name]
+    params = {"enc": numbers(3), "head": numbers(4)}
+    one = optax.partition({"a": injected(0.1), "b": injected(0.01)}, {"enc": "a", "head": "b"})
+    _, state = begun(one, params)
+    new = {name: params.get(name, numbers(2)) for name in labels}
+    target = optax.partition(transforms, labels).init(new)
+    carry = lambda old, new: mj.transplant(old, new)[0]  # noqa: E731
+    assert rates((jax.jit(carry) if jitted else carry)(state, target)) == expected
+
+
+def test_counts_and_sums_go_with_the_params_of_their_group():
+    """Of groups that gather gradients over other numbers of steps."""
+    params = {"enc": numbers(3), "head": numbers(4)}
+    two, four = (optax.MultiSteps(mj.momentum(0.1), n).gradient_transformation() for n in (2, 4))
+    _, state = begun(optax.partition({"a": two, "b": four}, {"enc": "a", "head": "b"}), params, 5)
+    other = optax.partition({"z": two, "b": four}, {"enc": "z", "head": "b"})
+    carried, _ = mj.transplant(state, other.init(params), strict=True)
+    for before, after in (("a", "z"), ("b", "b")):
+        assert_same(carried.inner_states[after].inner_state, state.inner_states[before].inner_state)
+
+
+def test_a_scale_of_a_frozen_group_does_not_pass_to_another():
+    params = {"enc": numbers(3), "head": numbers(4)}
+    tx = lambda: optax.chain(mj.momentum(0.1), optax.contrib.reduce_on_plateau())  # noqa: E731
+    state = optax.partition({"a": tx(), "b": tx()}, {"enc": "a", "head": "b"}).init(params)
+    momentum, plateau = state.inner_states["a"].inner_state
+    reduced = (momentum, plateau._replace(scale=jnp.float32(0.01)))
+    state.inner_states["a"] = state.inner_states["a"]._replace(inner_state=reduced)
+    frozen = optax.partition({"b": tx(), "off": OFF}, {"enc": "off", "head": "b"})
+    carried, _ = mj.transplant(state, frozen.init(params))
+    assert float(carried.inner_states["b"].inner_state[1].scale) == 1
+    carried, report = mj.transplant(state, optax.chain(tx()).init({"enc": params["enc"]}))
+    assert float(carried[0][1].scale) == pytest.approx(0.01)
+    assert "0.01 (new state: 1)" in str(report)
+
+
+def test_an_empty_group_shifts_nothing():
+    """Of two traces of a chain, one of which is for no param any more."""
+
+    def make(mask):
+        return optax.chain(optax.masked(mj.trace(0.5), mask), mj.trace(0.9), optax.scale(-0.1))
+
+    params = {"enc": numbers(3), "head": numbers(4)}
+    _, state = begun(make({"enc": True, "head": False}), params)
+    new = make({"enc": False, "head": False}).init(params)
+    carried, report = mj.transplant(state, new)
+    assert_same(carried[1], state[1])
+    assert report.dropped == ("['enc']",)
+
+
+def test_a_count_of_adam_is_that_of_a_schedule():
+    params = params_of("enc")
+    _, state = begun(optax.adam(0.1), params)
+    carried, _ = mj.transplant(state, optax.adam(scheduled).init(params), strict=True)
+    assert [int(each.count) for each in carried] == [3, 3]
+
+
+def test_counts_of_stacked_states():
+    """One of several members, and more of them: their counts go on if they are alike."""
+    params = {"w": numbers((2, 3))}
+    tx = mj.momentum(scheduled)
+    state = jax.vmap(tx.init)(params)
+    for _ in range(3):
+        _, state = jax.vmap(tx.update)(params, state)
+    carried, _ = mj.transplant(
+        state, tx.init({"w": params["w"][0]}), resize=lambda path, old, shape: old[path][0]
+    )
+    assert (carried.count.shape, int(carried.count)) == ((), 3)
+    more = jax.vmap(tx.init)({"w": numbers((4, 3))})
+    carried, _ = mj.transplant(state, more, resize=True, strict=True)
+    assert list(map(int, carried.count)) == [3, 3, 3, 3]
+    apart = state._replace(count=jnp.array([3, 4]))
+    with pytest.raises(ValueError, match=r"MomentumState\.count +fresh +\(2,\) -> \(\)"):
+        mj.transplant(
+            apart, tx.init({"w": params["w"][0]}), resize=lambda p, old, n: old[p][0], strict=True
+        )
+
+
+def test_what_a_wrapper_remembered_is_not_dropped_silently():
+    """A scale of the learning rate, with the wrapper that had it."""
+    params = params_of("enc")
+    tx = mj.momentum(0.1)
+    state = optax.chain(tx, optax.contrib.reduce_on_plateau()).init(params)
+    _, report = mj.transplant(state, tx.init(params), strict=True)
+    assert report.dropped == ()
+    reduced = (state[0], state[1]._replace(scale=jnp.float32(0.01)))
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateauState\.scale +dropped +0\.01"):
+        mj.transplant(reduced, tx.init(params), strict=True)
+
+
+def test_arrays_beside_a_state_are_known_by_their_places():
+    tx, params = mj.momentum(0.1), params_of("enc")
+    _, state = begun(tx, params)
+    old = {"opt": state, "step": jnp.int32(7)}
+    new = {"epoch": jnp.int32(0), "opt": tx.init(params), "step": jnp.int32(0)}
+    for carry in (mj.transplant, jax.jit(lambda old, new: mj.transplant(old, new)[:1])):
+        carried = carry(old, new)[0]
+        assert (int(carried["epoch"]), int(carried["step"])) == (0, 7)
+        assert_same(carried["opt"], state)
+
+
+class Mine(NamedTuple):
+    """A state of a user's own."""
+
+    m: Any
+    count: Any
+
+
+def test_states_of_ones_own():
+    """Alone in a chain, or beside one of Optax': what they hold goes by its path."""
+
+    def init(params):
+        return Mine(jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
+
+    def update(grads, state, params=None):
+        del params
+        m = jax.tree.map(lambda m, g: 0.9 * m + g, state.m, grads)
+        return jax.tree.map(lambda m: -0.1 * m, m), Mine(m, state.count + 1)
+
+    mine = optax.GradientTransformation(init, update)
+    params = params_of("enc")
+    renamed = {"encoder": params["enc"]}
+    rename = {"['enc']": "['encoder']"}
+    for tx in (mine, optax.chain(mine)):
+        _, state = begun(tx, params)
+        for other in (mine, optax.chain(mine), optax.chain(optax.clip(1.0), mine)):
+            carried, _ = mj.transplant(state, other.init(renamed), rename, strict=True)
+            assert_same(jax.tree.leaves(carried), jax.tree.leaves(state))
+
+
+def test_a_longer_chain_is_said_to_be_ambiguous():
+    params = params_of("enc")
+    _, state = begun(optax.chain(mj.momentum(0.2)), params)
+    new = optax.chain(mj.momentum(0.1), mj.momentum(0.2)).init(params)
+    carried, report = mj.transplant(state, new)
+    assert_same(carried[0].velocity, state[0].velocity)
+    assert [row.note for row in report.rows if row.path] == 4 * ["of 1 for 2"]
+
+
+def test_what_a_place_cannot_hold_is_said():
+    """A learning rate in an integer, a key of another kind; not one is cut off."""
+    params = params_of("enc")
+    _, state = begun(injected(0.1), params)
+    carried, report = mj.transplant(state, injected(1).init(params))
+    assert int(carried.hyperparams["learning_rate"]) == 1
+    assert "float32 is now int32" in str(report)
+    make = lambda key: optax.chain(optax.add_noise(0.1, 0.5, key), optax.trace(0.9))  # noqa: E731
+    _, state = begun(make(jax.random.key(7)), params)
+    target = make(jax.random.key(1, impl="rbg")).init(params)
+    carried, report = mj.transplant(state, target)
+    assert types_of_keys(carried) == types_of_keys(target)
+    assert "AddNoiseState.rng_key  fresh" in str(report)
+    carried, _ = mj.transplant(state, make(jax.random.key(1)).init(params), strict=True)
+    before = jax.random.key_data(state[0].rng_key)
+    jax.jit(lambda state: state, donate_argnums=0)(carried)
+    np.testing.assert_array_equal(jax.random.key_data(state[0].rng_key), before)
+
+
+def types_of_keys(state):
+    return [x.dtype for x in jax.tree.leaves(state[0])]
+
+
+def test_what_depends_on_the_shape_is_not_resized():
+    """The factors of Adafactor are along other axes then."""
+    tx = optax.adafactor(0.01, min_dim_size_to_factor=8)
+    params = {"w": numbers((16, 32))}
+    _, state = begun(tx, params)
+    _, report = mj.transplant(state, tx.init({"w": numbers((64, 32))}), resize=True)
+    assert not report.resized
+    assert "which means something else" in str(report)
+
+
+def test_of_fewer_velocities_none_is_taken_for_another():
+    params = params_of("enc")
+    _, state = begun(mj.aggmo(0.1, (0.0, 0.9, 0.99)), params)
+    with pytest.raises(ValueError, match="nothing of the old state can be carried"):
+        mj.transplant(state, mj.aggmo(0.1, (0.9, 0.99)).init(params))
+
+
+def test_a_nan_does_not_hide_what_is_too_large(x64):
+    params = jnp.ones(3, jnp.float64)
+    tx = mj.momentum(0.1)
+    state = tx.init(params)._replace(velocity=jnp.array([1e300, 1.0, jnp.nan]))
+    with pytest.raises(ValueError, match="has 1 of 3 values that are too large for float32"):
+        mj.transplant(state, mj.momentum(0.1, velocity_dtype="float32").init(params))
+
+
 # Names. ----------------------------------------------------------------------------------------
 
 
@@ -501,6 +755,49 @@ def test_a_single_array_and_a_tuple_as_params():
         for tx in (mj.momentum(0.1), mj.aggmo(0.1), optax.sgd(0.1, 0.9), optax.adam(0.1)):
             _, state = begun(tx, params)
             assert_same(mj.transplant(state, tx.init(params), strict=True)[0], state)
+
+
+class Attention(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_a_field_that_is_called_value_keeps_its_name():
+    params = Attention(numbers(2), numbers(3), numbers(4))
+    for tx in (mj.momentum(0.1), optax.adam(0.1)):
+        _, state = begun(tx, params)
+        new = {"q": params.query, "k": params.key, "v": params.value}
+        names = {".query": "['q']", ".key": "['k']", ".value": "['v']"}
+        carried, report = mj.transplant(state, tx.init(new), names, strict=True)
+        assert set(report.kept) == {"['q']", "['k']", "['v']"}
+        part = optax.masked(tx, Attention(False, False, True))
+        inside, _ = mj.transplant(state, part.init(params))
+        assert_same(jax.tree.leaves(inside)[-1], jax.tree.leaves(state)[-1])
+        back = {new: old for old, new in names.items()}
+        assert_same(mj.transplant(carried, tx.init(params), back, strict=True)[0], state)
+
+
+@pytest.mark.parametrize("kind", ["adam", "lbfgs", "muon", "sgd", "keep_residual", "MultiSteps"])
+def test_a_model_becomes_a_part_of_another(kind):
+    """And comes out of it again: what belongs to no param keeps its place."""
+    tx = {
+        "lbfgs": lambda: optax.lbfgs(linesearch=None),
+        "muon": lambda: optax.contrib.muon(0.1),
+        "MultiSteps": lambda: optax.MultiSteps(
+            optax.sgd(0.1, 0.9), 2, should_skip_update_fn=optax.skip_not_finite
+        ),
+        **KINDS,
+    }[kind]()
+    for params in ({"w": numbers((4, 4))}, numbers((4, 4)), jnp.float32(2.0)):
+        if kind == "muon" and jnp.ndim(jax.tree.leaves(params)[0]) == 0:
+            continue
+        _, state = begun(tx, params)
+        nested, _ = mj.transplant(state, tx.init({"m": params}), {"": "['m']"}, strict=True)
+        leaves = [jax.tree.leaves(each) for each in (nested, state)]
+        assert_same(*leaves)
+        back, _ = mj.transplant(nested, tx.init(params), {"['m']": ""}, strict=True)
+        assert_same(back, state)
 
 
 # What is refused. ----------------------------------------------------------------------------
@@ -584,6 +881,24 @@ CASES: dict[str, Any] = {
         ),
         ValueError,
         r"velocity at \['a'\] has 3 of 3 values that are too large for float16",
+    ),
+    "a transformation": (
+        lambda: mj.transplant(mj.momentum(0.1), FRESH),
+        TypeError,
+        r"old_state at \.init is Function, not an array",
+    ),
+    "nothing": (lambda: mj.transplant(None, FRESH), TypeError, "old_state=None is no state"),
+    "shapes alone": (
+        lambda: mj.transplant(STATE, jax.eval_shape(mj.momentum(0.1).init, {"a": jnp.ones(3)})),
+        TypeError,
+        r"new_state at \.count is ShapeDtypeStruct, not an array",
+    ),
+    "a resize to no array": (
+        lambda: mj.transplant(
+            STATE, mj.momentum(0.1).init({"a": jnp.ones(5)}), resize=lambda *_: "ab"
+        ),
+        TypeError,
+        r"resize must return an array for \['a'\], or None, but returned str",
     ),
     "counts that differ": (
         lambda: mj.transplant(
@@ -669,6 +984,37 @@ def test_params_on_several_devices():
             assert x.devices() == y.devices()
 
 
+def test_the_trace_of_optax_on_several_devices():
+    """Whether it has moved is asked of all of them."""
+    params = {str(i): jax.device_put(numbers(3), jax.devices()[i]) for i in range(2)}
+    tx = optax.trace(0.9)
+    _, state = tx.update(params, tx.init(params))
+    carried, _ = mj.transplant(state, mj.trace(0.9).init(params), strict=True)
+    assert int(carried.count) == 1
+
+
+def test_a_state_that_is_bound_to_no_device_stays_so():
+    """Also if the old one is bound to one: it follows params that are on a mesh."""
+    params, tx = params_of("enc"), mj.momentum(0.1)
+    _, state = begun(tx, jax.device_put(params, jax.devices()[0]))
+    carried, _ = mj.transplant(state, tx.init(params), strict=True)
+    assert not any(x.committed for x in jax.tree.leaves(carried))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    on_mesh = jax.device_put(params, NamedSharding(mesh, P()))
+    jax.jit(tx.update)(on_mesh, carried, on_mesh)
+    with jax.default_device(jax.devices()[5]):
+        target = tx.init(params_of("enc"))
+    carried, _ = mj.transplant(state, target, strict=True)
+    assert {d for x in jax.tree.leaves(carried) for d in x.devices()} == {jax.devices()[5]}
+
+
+def test_restored_states_of_numpy_and_python():
+    params, tx = {"a": numbers(3), "b": jnp.float32(2.0)}, mj.momentum(0.1)
+    _, state = begun(tx, params)
+    restored = jax.tree.map(lambda x: np.asarray(x) if x.ndim else x.item(), state)
+    assert_same(mj.transplant(restored, tx.init(params), strict=True)[0], state)
+
+
 def test_a_model_of_many_arrays_is_one_program():
     tx = mj.momentum(0.1)
     params = {str(i): numbers((i + 1, 7)) for i in range(50)}
@@ -677,6 +1023,15 @@ def test_a_model_of_many_arrays_is_one_program():
     with count_compiles() as compiles:
         mj.transplant(state, new)
     assert compiles.count <= 1
+
+
+def test_donated_the_old_state_makes_room_for_the_result():
+    tx, params = mj.momentum(0.1, velocity_dtype="int8"), params_of("enc", "head")
+    state, target = tx.init(params), tx.init({**params, "new": numbers(3)})
+    carry = jax.jit(lambda old, new: mj.transplant(old, new)[0], donate_argnums=0)
+    memory = carry.lower(state, target).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
+    assert memory.temp_size_in_bytes <= 1024
 
 
 def test_a_state_of_zero1_stays_split():

@@ -1,0 +1,102 @@
+"""How far a step is from the edge, against what training then does."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import momentum_jax
+
+mj: Any = momentum_jax
+edge: Any = mj.diagnostics.edge
+
+
+def of(largest, smallest, *, converged=True) -> Any:
+    numbers = (jnp.asarray(x, jnp.float32) for x in (largest, smallest, 0.0, 0.0, largest))
+    return mj.diagnostics.Curvature(*numbers, jnp.asarray(converged))
+
+
+def test_it_is_what_theory_says():
+    found = edge(of(10.0, 1.0), 0.3, 0.9, noise_variance=0.01)
+    assert found.fraction == pytest.approx(3 / 3.8)
+    assert found.largest_learning_rate == pytest.approx(0.38)
+    assert found.growth == mj.theory.spectral_radius(0.3, 0.9, 10.0)
+    assert found.heavy_ball == mj.theory.heavy_ball(10.0, 1.0)
+    assert found.nesterov == mj.theory.nesterov(10.0, 1.0, tuned=True)
+    variance = mj.theory.stationary_variance(0.3, 0.9, 10.0, 0.01).params
+    assert found.scatter == pytest.approx(math.sqrt(variance))
+    ahead = edge(of(10.0, 1.0), 0.3, 0.9, nesterov=True)
+    assert ahead.fraction == pytest.approx(3 / (3.8 / 2.8))
+    assert ahead.growth > 1
+
+
+def test_without_a_curvature_above_0_there_is_no_limit():
+    found = edge(of(-1.0, -2.0), 0.3, 0.9)
+    assert (found.fraction, found.largest_learning_rate) == (0, math.inf)
+    assert found.heavy_ball is found.nesterov is found.scatter is None
+    assert found.growth > 1
+    assert "there is no limit" in str(found)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"noise_variance": 0.1}, {"nesterov": True}])
+def test_it_prints_four_lines(arguments):
+    for curvature in (of(10.0, 1.0), of(10.0, -1.0), of(10.0, 1.0, converged=False)):
+        lines = str(edge(curvature, 0.3, 0.9, **arguments)).splitlines()
+        assert len(lines) == 4
+        assert ("not converged" in lines[0]) == (not curvature.converged)
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["heavy ball", "nesterov"])
+@pytest.mark.parametrize("fraction", [0.95, 1.05])
+def test_a_network_just_below_and_above_the_edge(x64, nesterov, fraction):
+    """The distance to a minimum along the sharpest direction: a step multiplies it as predicted."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    params = {"a": jax.random.normal(keys[0], (4, 5)) / 2, "b": jax.random.normal(keys[1], (5, 2))}
+    x = jax.random.normal(keys[2], (30, 4))
+    y = jnp.sin(x[:, :2]) + 0.1 * jax.random.normal(keys[3], (30, 2))
+
+    def loss(params):
+        decay = sum(jnp.sum(w**2) for w in params.values())
+        return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2) + 0.01 * decay
+
+    def run(tx, params, steps):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (mj.apply_updates(params, updates), state), params
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=steps)
+
+    minimum = jax.jit(lambda params: run(mj.momentum(0.1, 0.95), params, 20_000))(params)[0][0]
+    assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(jax.grad(loss)(minimum))) < 1e-14
+    curvature = mj.diagnostics.curvature(loss, minimum, steps=30)
+    assert curvature.converged
+    mu = 0.9
+    limit = mj.theory.stability_limit(mu, nesterov=nesterov) / float(curvature.largest)
+    found = edge(curvature, fraction * limit, mu, nesterov=nesterov)
+    assert found.fraction == pytest.approx(fraction)
+    assert (found.growth > 1) == (fraction > 1)
+    flat, back = jax.flatten_util.ravel_pytree(minimum)
+    _, vectors = np.linalg.eigh(jax.hessian(lambda flat: loss(back(flat)))(flat))
+    tx = mj.momentum(fraction * limit, mu, nesterov=nesterov)
+    _, path = jax.jit(lambda params: run(tx, params, 200))(back(flat + 1e-9 * vectors[:, -1]))
+    path = jax.vmap(lambda params: jax.flatten_util.ravel_pytree(params)[0])(path)
+    distance = np.abs((np.asarray(path) - flat) @ vectors[:, -1])
+    # Largest in a window, as below the edge it oscillates.
+    ends = [distance[60:100].max(), distance[140:180].max()]
+    assert (ends[1] / ends[0]) ** (1 / 80) == pytest.approx(found.growth, rel=5e-3)
+
+
+def test_bad_input_is_refused(as_shipped):
+    curvature = of(10.0, 1.0)
+    with pytest.raises(ValueError, match=r"learning_rate=-1\.0 must be at least 0"):
+        edge(curvature, -1.0, 0.9)
+    with pytest.raises(ValueError, match=r"mu=1\.0 must be in \(-1, 1\)"):
+        edge(curvature, 0.1, 1.0)
+    with pytest.raises(ValueError, match=r"noise_variance=0\.1 has no effect with nesterov=True"):
+        edge(curvature, 0.1, 0.9, nesterov=True, noise_variance=0.1)
+    with pytest.raises(TypeError, match="is traced, but must be known"):
+        jax.jit(lambda curvature: edge(curvature, 0.1, 0.9).fraction)(curvature)
