@@ -95,6 +95,7 @@ def curvature(
       Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
     steps = require_whole("steps", steps, 2)
+    _velocity.check_arrays("param", params)
     key = jax.random.key(0) if key is None else key
     diagonal, off_diagonal, along_gradient = _lanczos(loss, model, steps, params, batch, key)
     return _ritz(diagonal, off_diagonal, along_gradient)
@@ -142,9 +143,9 @@ def _lanczos(loss, model, steps, params, batch, key):
     _, (diagonal, off_diagonal) = jax.lax.scan(step, (zeros, first, zero, zero), length=steps)
     ended = jnp.cumsum(off_diagonal == 0) - (off_diagonal == 0) > 0
     diagonal = jnp.where(ended, diagonal[0], diagonal)
-    square = _dot(gradient, gradient)
-    along = _dot(gradient, product(gradient)) / jnp.where(square == 0, 1, square)
-    return diagonal, off_diagonal, jnp.where(square == 0, 0, along)
+    length = _norm(gradient)
+    direction = _scaled(gradient, 1 / jnp.where(length == 0, 1, length))
+    return diagonal, off_diagonal, _dot(direction, product(direction))
 
 
 def _ritz(diagonal, off_diagonal, along_gradient):
@@ -154,8 +155,12 @@ def _ritz(diagonal, off_diagonal, along_gradient):
     dtype = diagonal.dtype
     if not traced:
         diagonal, off_diagonal = (np.asarray(x, np.float64) for x in (diagonal, off_diagonal))
-    matrix = xp.diag(diagonal) + xp.diag(off_diagonal[:-1], 1) + xp.diag(off_diagonal[:-1], -1)
+    largest = xp.max(xp.maximum(xp.abs(diagonal), off_diagonal))
+    unit = xp.where(largest > 0, largest, 1)
+    beside = off_diagonal[:-1] / unit
+    matrix = xp.diag(diagonal / unit) + xp.diag(beside, 1) + xp.diag(beside, -1)
     values, vectors = xp.linalg.eigh(matrix)
+    values = values * unit
     size = xp.maximum(xp.abs(values[0]), xp.abs(values[-1]))
     rounding = len(diagonal) * float(jnp.finfo(dtype).eps) * size
     # The residual of a Ritz vector is the last element of its small vector times what is left.
@@ -201,7 +206,6 @@ def _checked(value):
 
 def _varied(params):
     """The arrays to differentiate by, widened; how they are put together with the others."""
-    _velocity.check_arrays("param", params)
     leaves, treedef = jax.tree.flatten(params)
     leaves = [jnp.asarray(x) for x in leaves]
     moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
@@ -231,7 +235,11 @@ def _dot(xs, ys):
 
 
 def _norm(xs):
-    return jnp.sqrt(_dot(xs, xs))
+    """The root of the sum of squares, also where the squares are beyond the floats."""
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in xs])
+    scale = jnp.where(largest > 0, largest, 1)
+    parts = _scaled(xs, 1 / scale)
+    return scale * jnp.sqrt(_dot(parts, parts))
 
 
 def _scaled(xs, factor):

@@ -99,7 +99,7 @@ def whole(loss, params, *batch):
 
 def assert_is(found, hessian, gradient, rtol=1e-5):
     values = np.linalg.eigvalsh(hessian)
-    size = np.max(np.abs(values))
+    size = float(np.max(np.abs(values)))
     assert float(found.largest) == pytest.approx(values[-1], abs=rtol * size)
     assert float(found.smallest) == pytest.approx(values[0], abs=rtol * size)
     along = gradient @ hessian @ gradient / (gradient @ gradient)

@@ -1,0 +1,217 @@
+"""What momentum is doing in a step, in a few scalars: energies, alignment, gain.
+
+All is computed from the gradient and the velocity, inside jit or outside: once for their largest
+values and once for their sums, so that nothing is 0 or infinite because its square is.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from momentum_jax import _velocity
+from momentum_jax._dispatch import at_once, by_leaf, gathered, inlined_jit
+from momentum_jax._hyperparameters import check_value
+
+PyTree = Any
+
+
+class Measurement(NamedTuple):
+    """The state of motion after a step; scalars, at least float32.
+
+    With unit mass and time steps of sqrt(learning_rate), so that energies are in the unit of
+    the loss.
+
+    Attributes:
+      kinetic_energy: |v|^2 / (2 learning_rate).
+      potential_energy: the loss; None if it was not given.
+      total_energy: the sum of both; None without the loss.
+      alignment: the cosine of v and -g, from -1 to 1: whether the motion is downhill. 0 where
+        either is 0.
+      gain: |v| / (learning_rate |g|): how many plain steps this step is worth. Under a constant
+        gradient it rises to 1 / (1 - mu). 0 where g is 0.
+      speed: |v| / sqrt(learning_rate).
+      effective_learning_rate: learning_rate / (1 - mu); infinite at mu 1, but 0 at a learning
+        rate of 0.
+      friction: (1 - mu) / sqrt(learning_rate).
+
+    Example:
+      >>> from momentum_jax.diagnostics import Measurement
+      >>> Measurement._fields[:3]
+      ('kinetic_energy', 'potential_energy', 'total_energy')
+    """
+
+    kinetic_energy: jax.Array
+    potential_energy: jax.Array | None
+    total_energy: jax.Array | None
+    alignment: jax.Array
+    gain: jax.Array
+    speed: jax.Array
+    effective_learning_rate: jax.Array
+    friction: jax.Array
+
+
+def measure(
+    grads: PyTree,
+    velocity: PyTree,
+    *,
+    learning_rate: jax.typing.ArrayLike,
+    mu: jax.typing.ArrayLike,
+    loss: jax.typing.ArrayLike | None = None,
+) -> Measurement:
+    """Measures the motion of all params together.
+
+    Args:
+      grads: the gradients of the step; None, an `optax.MaskedNode` or float0 leaves a param out.
+      velocity: the velocity after the step, with the learning rate inside, such as the
+        `velocity` of the state of `momentum`; of an int8 one, give `read_velocity(state)`. For that
+        of `trace`, give its updates times -learning_rate.
+      learning_rate: that of the step, at least 0. At 0 what is divided by it is 0.
+      mu: that of the step, in (-1, 1].
+      loss: the loss, for the energies.
+
+    Returns:
+      A `Measurement`.
+
+    Raises:
+      ValueError, TypeError: as for `momentum`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, momentum_jax as mj
+      >>> tx = mj.momentum(learning_rate=0.5, mu=0.5)
+      >>> w = jnp.array([2.0])
+      >>> state = tx.init(w)
+      >>> for _ in range(2):
+      ...     loss, grads = jax.value_and_grad(lambda w: (w**2).sum() / 2)(w)
+      ...     updates, state = tx.update(grads, state)
+      ...     found = mj.diagnostics.measure(
+      ...         grads, state.velocity, learning_rate=0.5, mu=0.5, loss=loss
+      ...     )
+      ...     w = w + updates
+      >>> print(found.gain, found.alignment, found.total_energy)
+      2.0 1.0 1.5
+
+    Source:
+      Qian (1999), On the momentum term in gradient descent learning algorithms, for the ball.
+    """
+    learning_rate, mu = _check(learning_rate, mu)
+    _velocity.check_arrays("gradient", grads)
+    return _measure(grads, velocity, learning_rate, mu, loss)
+
+
+def measure_by_leaf(
+    grads: PyTree,
+    velocity: PyTree,
+    *,
+    learning_rate: jax.typing.ArrayLike,
+    mu: jax.typing.ArrayLike,
+) -> dict[str, Measurement]:
+    """Measures the motion of each param: where is the layer that diverges?
+
+    Args:
+      grads: as for `measure`.
+      velocity: as for `measure`.
+      learning_rate: as for `measure`.
+      mu: as for `measure`.
+
+    Returns:
+      A `Measurement`, without a loss, of each param that has a gradient, by its path.
+
+    Raises:
+      ValueError, TypeError: as for `momentum`.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> tx = mj.momentum(learning_rate=0.5, mu=0.5)
+      >>> grads = {"body": jnp.ones(2), "head": 100 * jnp.ones(2)}
+      >>> _, state = tx.update(grads, tx.init(grads))
+      >>> found = mj.diagnostics.measure_by_leaf(
+      ...     grads, state.velocity, learning_rate=0.5, mu=0.5
+      ... )
+      >>> max(found, key=lambda path: found[path].kinetic_energy)
+      "['head']"
+    """
+    learning_rate, mu = _check(learning_rate, mu)
+    _velocity.check_arrays("gradient", grads)
+    found, _ = _measure_by_leaf((), (grads, velocity), (learning_rate, mu))
+    leaves = jax.tree_util.tree_leaves_with_path(
+        found, is_leaf=lambda node: isinstance(node, Measurement)
+    )
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _check(learning_rate, mu):
+    learning_rate, mu = check_value("learning_rate", learning_rate), check_value("mu", mu)
+    # 1 - mu before it is rounded to the arrays' width, where mu may be 1.
+    return learning_rate, 1.0 - mu if isinstance(mu, float) else _rest(mu)
+
+
+@inlined_jit
+def _rest(mu):
+    return 1 - mu.astype(jnp.promote_types(mu.dtype, jnp.float32))
+
+
+@at_once
+def _measure(grads, velocity, learning_rate, rest, loss):
+    _, products = _products((), (grads, velocity))
+    return _of_products(*gathered([products, learning_rate, rest, loss]))
+
+
+def _sum(several):
+    return _velocity.sum_of_products(gathered(several))
+
+
+@functools.partial(by_leaf, combine=_sum)
+def _products(_, trees, __):
+    found = _velocity.products(*trees)
+    return (), _velocity.sum_of_products(jax.tree.leaves(found, is_leaf=_is_products))
+
+
+@by_leaf
+def _measure_by_leaf(_, trees, shared):
+    found = _velocity.products(*trees)
+    return jax.tree.map(
+        lambda one: _of_products(one, *shared, None), found, is_leaf=_is_products
+    ), ()
+
+
+def _is_products(node):
+    return isinstance(node, _velocity.Products)
+
+
+@inlined_jit
+def _of_products(products, learning_rate, rest, loss):
+    gg, gv, vv, g_exponent, v_exponent = products
+    learning_rate, rest = (jnp.asarray(value, vv.dtype) for value in (learning_rate, rest))
+    g, v = jnp.sqrt(gg), jnp.sqrt(vv)
+    # Powers of 2 come last, all at once: the parts of a result may be beyond the floats.
+    exponent = _velocity.exponent_of(learning_rate)
+    rate = _velocity.times_power_of_2(learning_rate, -exponent)
+    kinetic = _velocity.times_power_of_2(_ratio(vv, 2 * rate), 2 * v_exponent - exponent)
+    gain = _ratio(_ratio(v, rate), g)
+    if loss is not None:
+        loss = jnp.asarray(loss)
+        kinetic, loss = (
+            x.astype(jnp.promote_types(kinetic.dtype, loss.dtype)) for x in (kinetic, loss)
+        )
+    return Measurement(
+        kinetic_energy=kinetic,
+        potential_energy=loss,
+        total_energy=None if loss is None else kinetic + loss,
+        alignment=jnp.clip(_ratio(_ratio(-gv, g), v), -1, 1),
+        gain=_velocity.times_power_of_2(gain, v_exponent - g_exponent - exponent),
+        speed=_velocity.times_power_of_2(_ratio(v, jnp.sqrt(learning_rate)), v_exponent),
+        effective_learning_rate=jnp.where(
+            learning_rate == 0, jnp.zeros_like(rest), learning_rate / rest
+        ),
+        friction=_ratio(rest, jnp.sqrt(learning_rate)),
+    )
+
+
+def _ratio(over, under):
+    """0 where it would be a division by 0; with gradients that are finite there, too."""
+    zero = under == 0
+    return jnp.where(
+        zero, jnp.zeros_like(over), over / jnp.where(zero, jnp.ones_like(under), under)
+    )

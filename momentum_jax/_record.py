@@ -1,0 +1,189 @@
+"""A wrapper that keeps the last measurement, and now and then the curvature, in its state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import export
+
+from momentum_jax._curvature import Curvature, curvature
+from momentum_jax._hyperparameters import (
+    Hyperparameter,
+    by_value,
+    check,
+    check_flag,
+    check_inner,
+    require_whole,
+    resolve,
+)
+from momentum_jax._measure import Measurement, measure
+from momentum_jax._recurrence import incremented
+from momentum_jax._storage import compute_dtype
+
+PyTree = Any
+
+
+class RecordState(NamedTuple):
+    """What `record` carries from step to step.
+
+    Attributes:
+      count: the number of steps taken, an int32 scalar.
+      measurement: the `Measurement` of the last step; NaN before the first, and its energies where
+        no loss was given.
+      curvature: the `Curvature` that was last measured, NaN before; None without `every`.
+      fraction: the share of the stability limit that was in use then; None without `every`.
+      inner_state: the state of the transformation around which it is.
+
+    Example:
+      >>> import jax.numpy as jnp, momentum_jax as mj
+      >>> tx = mj.diagnostics.record(mj.momentum(0.1), learning_rate=0.1)
+      >>> print(tx.init(jnp.ones(2)).measurement.gain)
+      nan
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple has one too)
+    measurement: Any
+    curvature: Any
+    fraction: Any
+    inner_state: Any
+
+
+export.register_namedtuple_serialization(
+    RecordState, serialized_name="momentum_jax.diagnostics.RecordState"
+)
+export.register_namedtuple_serialization(
+    Measurement, serialized_name="momentum_jax.diagnostics.Measurement"
+)
+export.register_namedtuple_serialization(
+    Curvature, serialized_name="momentum_jax.diagnostics.Curvature"
+)
+
+
+def record(
+    inner: optax.GradientTransformation,
+    learning_rate: Hyperparameter,
+    mu: Hyperparameter = 0.9,
+    *,
+    every: int | None = None,
+    nesterov: bool = False,
+    steps: int = 24,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the last measurement in the state, so that a training loop need only log it.
+
+    The movement that is measured is the update that `inner` returns, which is to be applied as it
+    is: this wrapper goes outermost. `optax.tree.get(state, "measurement")` finds it.
+
+    Args:
+      inner: any Optax transformation.
+      learning_rate: that of `inner`: a float, a scalar array or a schedule, counted from 0. It is
+        for the measurement alone, and so is mu. `update` takes both as overriding keywords, which
+        go to `inner` too.
+      mu: that of `inner`, given in the same ways.
+      every: after how many steps the curvature is measured, first in the first step; None for
+        never. `update` then needs the params and `value_fn`, a function of the params that returns
+        the loss. In between the steps cost what they cost without. Under jit alone it is compiled
+        once; and under vmap every step pays for the curvature.
+      nesterov: whether `inner` looks one step ahead, for the stability limit.
+      steps: as for `curvature`.
+
+    Returns:
+      An Optax transformation whose state is a `RecordState`. `update` takes `value`, the loss, for
+      the energies, and `value_fn`; both go to `inner` too.
+
+    Raises:
+      ValueError: no params or no `value_fn` where the curvature is to be measured; a value out of
+        range.
+      TypeError: as for `curvature` and `momentum`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, momentum_jax as mj, optax
+      >>> def loss(w):
+      ...     return jnp.sum(jnp.array([10.0, 1.0]) * w**2) / 2
+      >>> tx = mj.diagnostics.record(mj.momentum(0.2, 0.9), 0.2, 0.9, every=10)
+      >>> @jax.jit
+      ... def step(w, state):
+      ...     value, grads = jax.value_and_grad(loss)(w)
+      ...     updates, state = tx.update(grads, state, w, value=value, value_fn=loss)
+      ...     return mj.apply_updates(w, updates), state
+      >>> w, state = step(jnp.ones(2), tx.init(jnp.ones(2)))
+      >>> print(f"{state.fraction:.3f} {optax.tree.get(state, 'measurement').gain:.1f}")
+      0.526 1.0
+    """
+    check_inner(inner)
+    learning_rate, mu = check("learning_rate", learning_rate), check("mu", mu)
+    every = None if every is None else require_whole("every", every, 1)
+    nesterov, steps = check_flag("nesterov", nesterov), require_whole("steps", steps, 2)
+    given, inner = inner, optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> RecordState:
+        leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+        kinds = [compute_dtype(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+        width = jnp.finfo(jnp.result_type(jnp.float32, *kinds)).dtype
+        unknown = jnp.full((), jnp.nan, width)
+        bent = Curvature(unknown, unknown, unknown, unknown, unknown, jnp.zeros((), bool))
+        return RecordState(
+            jnp.zeros([], jnp.int32),
+            Measurement(*[unknown] * len(Measurement._fields)),
+            None if every is None else bent,
+            None if every is None else unknown,
+            inner.init(params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RecordState]:
+        if not isinstance(state, RecordState):
+            raise TypeError(
+                f"the state is {type(state).__name__}, but must be the RecordState that init or "
+                "the last update returned."
+            )
+        rate, momentum = (
+            resolve(name, value, extra_args.get(name), state.count)
+            for name, value in (("learning_rate", learning_rate), ("mu", mu))
+        )
+        moved, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        found = measure(
+            updates, moved, learning_rate=rate, mu=momentum, loss=extra_args.get("value")
+        )
+        unknown = jnp.full((), jnp.nan, state.measurement.gain.dtype)
+        found = Measurement(*(unknown if x is None else x.astype(unknown.dtype) for x in found))
+        bent, fraction = state.curvature, state.fraction
+        if every is not None:
+            bent, fraction = _now_and_then(
+                state, params, extra_args.get("value_fn"), rate, momentum
+            )
+        return moved, RecordState(incremented(state.count), found, bent, fraction, inner_state)
+
+    def _now_and_then(state, params, loss, rate, momentum):
+        if params is None or loss is None:
+            raise ValueError(
+                f"every={every} needs the params and the loss: update(grads, state, params, "
+                "value_fn=loss), a function of the params."
+            )
+
+        def measured(params):
+            bent = curvature(loss, params, steps=steps)
+            limit = _limit(momentum, nesterov)
+            fraction = jnp.maximum(rate * bent.largest / limit, 0)
+            return jax.tree.map(
+                lambda x, held: x.astype(held.dtype), (bent, fraction), (state[2], state[3])
+            )
+
+        return jax.lax.cond(
+            state.count % every == 0, measured, lambda params: (state[2], state[3]), params
+        )
+
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return by_value(tx, "record", given, learning_rate, mu, every, nesterov, steps)
+
+
+def _limit(mu, nesterov):
+    """As `theory.stability_limit`, of a mu that may be traced."""
+    mu = jnp.asarray(mu, jnp.float32)
+    if not nesterov:
+        return 2 * (1 + mu)
+    return jnp.where(mu < -1 / 3, 1 - 1 / jnp.where(mu < 0, mu, -1), 2 * (1 + mu) / (1 + 2 * mu))

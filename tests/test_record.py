@@ -1,0 +1,178 @@
+"""The last measurement in the state of an optimizer: what measuring by hand finds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiles import count_compiles
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import momentum_jax
+
+mj: Any = momentum_jax
+record, measure = mj.diagnostics.record, mj.diagnostics.measure
+SCALE = {"a": jnp.linspace(1, 10, 6).reshape(2, 3), "b": jnp.array([0.5, 2.0])}
+PARAMS = jax.tree.map(jnp.ones_like, SCALE)
+
+
+def loss(params):
+    return sum(jnp.sum(s * w**2) for s, w in zip(SCALE.values(), params.values(), strict=True)) / 2
+
+
+def stepper(tx):
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params, value=value, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+INNER: dict[str, Any] = {
+    "momentum": mj.momentum(0.1, 0.9),
+    "nesterov": mj.momentum(0.1, 0.9, nesterov=True),
+    "trace": optax.chain(mj.trace(0.9), optax.scale_by_learning_rate(0.1)),
+    "sgd": optax.sgd(0.1, 0.9),
+    "adam": optax.adam(0.1),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_it_holds_what_is_measured_by_hand(name):
+    """And changes nothing of the steps."""
+    alone, tx = INNER[name], record(INNER[name], 0.1, 0.9)
+    step = jax.jit(stepper(tx))
+    params, state = PARAMS, tx.init(PARAMS)
+    expected, held = PARAMS, alone.init(PARAMS)
+    for _ in range(5):
+        value, grads = jax.value_and_grad(loss)(expected)
+        updates, held = alone.update(grads, held, expected)
+        params, state = step(params, state)
+        found = measure(grads, updates, learning_rate=0.1, mu=0.9, loss=value)
+        expected = optax.apply_updates(expected, updates)
+        np.testing.assert_allclose(state.measurement, found, rtol=1e-4)
+        np.testing.assert_allclose(params["a"], expected["a"], rtol=1e-5, atol=1e-6)
+    assert optax.tree.get(state, "measurement") is state.measurement
+    assert int(state.count) == 5
+
+
+def test_the_curvature_is_measured_every_so_many_steps():
+    """In the first, and then again: the fraction is that of the learning rate of that step."""
+    schedule = lambda count: 0.1 / (1 + count)  # noqa: E731
+    tx = record(mj.momentum(schedule, 0.9), schedule, 0.9, every=3)
+    step = jax.jit(stepper(tx))
+    params, state = PARAMS, tx.init(PARAMS)
+    assert np.isnan(state.fraction)
+    seen = []
+    for _ in range(7):
+        params, state = step(params, state)
+        seen.append(float(state.fraction))
+    expected = [schedule(count) * 10 / (2 * 1.9) for count in (0, 0, 0, 3, 3, 3, 6)]
+    np.testing.assert_allclose(seen, expected, rtol=1e-4)
+    assert float(state.curvature.largest) == pytest.approx(10, rel=1e-4)
+    assert float(state.curvature.smallest) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mu", [-0.5, 0.0, 0.9])
+def test_the_fraction_is_that_of_edge(nesterov, mu):
+    tx = record(mj.momentum(0.1, mu), 0.1, mu, every=1, nesterov=nesterov)
+    _, state = jax.jit(stepper(tx))(PARAMS, tx.init(PARAMS))
+    found = mj.diagnostics.edge(state.curvature, 0.1, mu, nesterov=nesterov)
+    assert float(state.fraction) == pytest.approx(found.fraction, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("every", [None, 2])
+def test_c2_the_state_is_stable(every, dtype):
+    """In a loop, with and without a loss, in 16 bits too."""
+    params = jax.tree.map(lambda w: w.astype(dtype), PARAMS)
+    tx = record(mj.momentum(0.1), 0.1, every=every)
+    step, state = stepper(tx), tx.init(params)
+    (_, after), _ = jax.lax.scan(lambda carry, _: (step(*carry), None), (params, state), length=4)
+    before = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)]
+    assert [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(after)] == before
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_without_a_loss_the_energies_are_not_known():
+    tx = record(mj.momentum(0.1), 0.1)
+    _, state = tx.update(PARAMS, tx.init(PARAMS))
+    assert np.isnan(state.measurement.total_energy)
+    assert np.isfinite(state.measurement.gain)
+
+
+def test_between_two_curvatures_a_step_costs_what_it_costs_without():
+    """The products with the Hessian are in a branch, which is not taken."""
+    tx = record(mj.momentum(0.1), 0.1, every=100)
+    lowered = jax.jit(stepper(tx)).lower(PARAMS, tx.init(PARAMS)).as_text()
+    assert lowered.count("stablehlo.case") + lowered.count("stablehlo.if") == 1
+    step = jax.jit(stepper(tx))
+    params, state = step(PARAMS, tx.init(PARAMS))
+    with count_compiles() as compiles:
+        for _ in range(3):
+            params, state = step(params, state)
+    assert compiles.count == 0
+
+
+def test_overrides_reach_the_measurement_and_the_optimizer():
+    tx = record(mj.momentum(0.1, 0.9), 0.1, 0.9)
+    updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, learning_rate=0.5, mu=0.0)
+    np.testing.assert_array_equal(updates["b"], -0.5)
+    assert float(state.measurement.effective_learning_rate) == 0.5
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh(axis_type):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(axis_type,))
+    sharding = NamedSharding(mesh, P("d"))
+    tx = record(mj.momentum(0.1), 0.1, every=2)
+    scale = jax.device_put(SCALE["a"], sharding)
+
+    def sharded_loss(w):
+        return jnp.sum(scale * w**2) / 2
+
+    @jax.jit
+    def step(w, state):
+        value, grads = jax.value_and_grad(sharded_loss)(w)
+        updates, state = tx.update(grads, state, w, value=value, value_fn=sharded_loss)
+        return mj.apply_updates(w, updates), state
+
+    w = jax.device_put(PARAMS["a"], sharding)
+    w, state = step(w, tx.init(w))
+    assert float(state.curvature.largest) == pytest.approx(10, rel=1e-4)
+    assert state.inner_state.velocity.sharding.is_equivalent_to(sharding, 2)
+
+
+def test_exports_and_back():
+    tx = record(mj.momentum(0.1), 0.1, every=2)
+    step = jax.jit(stepper(tx))
+    exported = export.export(step)(PARAMS, tx.init(PARAMS))
+    back = export.deserialize(exported.serialize())
+    found, expected = back.call(PARAMS, tx.init(PARAMS)), step(PARAMS, tx.init(PARAMS))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+
+def test_bad_calls_are_refused(as_shipped):
+    tx = record(mj.momentum(0.1), 0.1, every=2)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="every=2 needs the params and the loss"):
+        tx.update(PARAMS, state, PARAMS)
+    with pytest.raises(ValueError, match="every=2 needs the params and the loss"):
+        tx.update(PARAMS, state, value_fn=loss)
+    with pytest.raises(TypeError, match="must be the RecordState"):
+        tx.update(PARAMS, mj.momentum(0.1).init(PARAMS), PARAMS)
+    for call, message in {
+        lambda: record(mj.momentum(0.1), -1.0): r"learning_rate=-1\.0 must be finite and not",
+        lambda: record(mj.momentum(0.1), 0.1, every=0): "every=0 must be a whole number",
+        lambda: record(mj.momentum(0.1), 0.1, steps=1): "steps=1 must be a whole number",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="must be an Optax transformation"):
+        record(0.1, 0.1)
