@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import run_for_tpu
 
 import momentum_jax
 
@@ -203,6 +204,44 @@ def test_sharded_params_are_never_whole_on_a_device(axis_type):
     found, expected = measure(*arguments), measure(params, scale)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_its_memory_is_a_few_copies_of_the_params():
+    scale = jnp.linspace(1, 2, 1 << 16)
+    measure = jax.jit(lambda w, scale: curvature(lambda w, s: jnp.sum(s * w**4), w, scale)[:2])
+    memory = measure.lower(scale, scale).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 6.5 * scale.nbytes
+
+
+TPU_PROGRAM = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+import momentum_jax as mj
+from benchmarks.compiled import topology
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+mesh = Mesh(np.array(topology("tpu").devices), ("d",), axis_types=(AxisType.Auto,))
+
+
+def array(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+
+
+def loss(params, x):
+    return jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+
+
+params = {"a": array((1024, 2048), None, "d"), "b": array((2048, 1024), "d")}
+program = jax.jit(lambda params, x: mj.diagnostics.curvature(loss, params, x)[:2])
+text = program.lower(params, array((64, 1024))).compile().as_text()
+print("all-gather" in text, len(re.findall(r"f32\\[1024,2048\\]|f32\\[2048,1024\\]", text)))
+"""
+
+
+def test_compiled_for_tpus_no_param_is_gathered(tmp_path):
+    """Without one: the program of a network whose layers are split over four."""
+    (tmp_path / "program.py").write_text(TPU_PROGRAM)
+    assert run_for_tpu(tmp_path / "program.py").split() == ["False", "0"]
 
 
 def test_its_cost_is_that_of_its_products():

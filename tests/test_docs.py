@@ -37,6 +37,7 @@ def test_the_programs_of_each_page_are_run():
     """Here, in test_readme.py (docs/devices.md), test_recipes.py and test_works_with.py."""
     pages = {path.stem for path in DOCS.glob("*.md") if programs(path.name)}
     here = {"index", "conventions", "from_others", "fewer_bits", "changed_models"}
+    here |= {"edge_of_stability"}
     assert pages == here | {"devices", "recipes", "works_with"}
 
 
@@ -65,6 +66,19 @@ def test_the_page_on_changed_models_prints_what_its_comments_say(capsys):
     run(program)
     assert capsys.readouterr().out.splitlines() == said(program)
     assert len(said(program)) == 9
+
+
+def test_the_page_on_the_edge_says_what_its_programs_and_the_notebook_find(capsys):
+    program = "\n".join(programs("edge_of_stability.md"))
+    run(program)
+    assert capsys.readouterr().out.splitlines() == said(program)
+    assert len(said(program)) == 7
+    notebook = (ROOT / "notebooks" / "09_the_edge_of_stability.ipynb").read_text()
+    page = (DOCS / "edge_of_stability.md").read_text()
+    rows = re.findall(r"^\| (.*mu.*) \| (\S+ \+- \S+) \|$", page, re.MULTILINE)
+    assert len(rows) == 3
+    for name, value in rows:
+        assert f"{name:16s} {value}\\n" in notebook
 
 
 def test_the_picture_of_the_readme_shows_what_is_found_today():
