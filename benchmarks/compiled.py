@@ -128,6 +128,11 @@ def trace_scaled() -> optax.GradientTransformation:
     return optax.chain(mj.trace(MU), optax.scale_by_learning_rate(LEARNING_RATE))
 
 
+def recorded() -> optax.GradientTransformation:
+    """Momentum with the measurement of each step in its state."""
+    return mj.diagnostics.record(momentum(), LEARNING_RATE, MU)
+
+
 # With the usual settings.
 momentum = functools.partial(mj.momentum, LEARNING_RATE, MU)
 sgd = functools.partial(optax.sgd, LEARNING_RATE, MU)
@@ -156,6 +161,8 @@ ROWS = (
     Row("aggmo", functools.partial(mj.aggmo, LEARNING_RATE)),
     # Whether to restart depends on all gradients and params, both of which are read again after.
     Row("adaptive_restart", lambda: mj.adaptive_restart(momentum()), read_twice=8),
+    # Between two measurements of the curvature; the gradients and the updates are summed beside.
+    Row("record", recorded),
     Row("velocity bfloat16", bfloat16),
     Row("velocity float16", functools.partial(momentum, velocity_dtype="float16")),
     Row("velocity int8", int8),
@@ -175,6 +182,7 @@ ROWS = (
             "momentum": momentum,
             "velocity bfloat16": bfloat16,
             "velocity int8": int8,
+            "record": recorded,
         }.items()
     ),
     *(

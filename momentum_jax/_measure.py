@@ -152,9 +152,46 @@ def _rest(mu):
     return 1 - mu.astype(jnp.promote_types(mu.dtype, jnp.float32))
 
 
+def measure_near(
+    exponents: tuple[jax.Array, jax.Array],
+    grads: PyTree,
+    velocity: PyTree,
+    *,
+    learning_rate: jax.typing.ArrayLike,
+    mu: jax.typing.ArrayLike,
+    loss: jax.typing.ArrayLike | None,
+) -> tuple[Measurement, tuple[jax.Array, jax.Array]]:
+    """As `measure`, near the exponents that the last call returned: arrays are read once.
+
+    Right up to the rounding if what is largest has not changed by more than 1e12.
+    """
+    learning_rate, mu = _check(learning_rate, mu)
+    found = _measure(grads, velocity, learning_rate, mu, loss, exponents)
+    return found, _exponents((), (grads, velocity))[1]
+
+
+def _largest(several):
+    return tuple(
+        functools.reduce(jnp.maximum, each) for each in zip(*gathered(several), strict=True)
+    )
+
+
+@functools.partial(by_leaf, combine=_largest)
+def _exponents(_, trees, __):
+    def of(tree):
+        leaves = jax.tree.leaves(tree)
+        parts = [part for x in leaves for part in (jnp.real(x), jnp.imag(x)) if x.size]
+        sizes = [jnp.max(jnp.abs(part)).astype(jnp.float32) for part in parts]
+        largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), jnp.float32))
+        usual = jnp.isfinite(largest) & (largest > 0)
+        return jnp.where(usual, _velocity.exponent_of(largest), 0)
+
+    return (), tuple(map(of, trees))
+
+
 @at_once
-def _measure(grads, velocity, learning_rate, rest, loss):
-    _, products = _products((), (grads, velocity))
+def _measure(grads, velocity, learning_rate, rest, loss, exponents=None):
+    _, products = _products((), (grads, velocity), exponents)
     return _of_products(*gathered([products, learning_rate, rest, loss]))
 
 
@@ -163,8 +200,8 @@ def _sum(several):
 
 
 @functools.partial(by_leaf, combine=_sum)
-def _products(_, trees, __):
-    found = _velocity.products(*trees)
+def _products(_, trees, exponents):
+    found = _velocity.products(trees[0], trees[1], exponents)
     return (), _velocity.sum_of_products(jax.tree.leaves(found, is_leaf=_is_products))
 
 

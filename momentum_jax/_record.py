@@ -17,7 +17,7 @@ from momentum_jax._hyperparameters import (
     require_whole,
     resolve,
 )
-from momentum_jax._measure import Measurement, measure
+from momentum_jax._measure import Measurement, measure_near
 from momentum_jax._recurrence import incremented
 from momentum_jax._storage import compute_dtype
 
@@ -33,6 +33,8 @@ class RecordState(NamedTuple):
         no loss was given.
       curvature: the `Curvature` that was last measured, NaN before; None without `every`.
       fraction: the share of the stability limit that was in use then; None without `every`.
+      exponents: of the largest gradient and the largest update, as powers of 2, so that the next
+        step needs to read them only once.
       inner_state: the state of the transformation around which it is.
 
     Example:
@@ -46,6 +48,7 @@ class RecordState(NamedTuple):
     measurement: Any
     curvature: Any
     fraction: Any
+    exponents: Any
     inner_state: Any
 
 
@@ -70,6 +73,10 @@ def record(
     steps: int = 24,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the last measurement in the state, so that a training loop need only log it.
+
+    Each step reads the gradients and the updates once. Their squares are right if the largest of
+    them did not change by more than 1e12 since the last step; in the first step, if they are
+    between 1e-12 and 1e12.
 
     The movement that is measured is the update that `inner` returns, which is to be applied as it
     is: this wrapper goes outermost. `optax.tree.get(state, "measurement")` finds it.
@@ -127,6 +134,7 @@ def record(
             Measurement(*[unknown] * len(Measurement._fields)),
             None if every is None else bent,
             None if every is None else unknown,
+            (jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)),
             inner.init(params),
         )
 
@@ -146,8 +154,13 @@ def record(
             for name, value in (("learning_rate", learning_rate), ("mu", mu))
         )
         moved, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        found = measure(
-            updates, moved, learning_rate=rate, mu=momentum, loss=extra_args.get("value")
+        found, exponents = measure_near(
+            state.exponents,
+            updates,
+            moved,
+            learning_rate=rate,
+            mu=momentum,
+            loss=extra_args.get("value"),
         )
         unknown = jnp.full((), jnp.nan, state.measurement.gain.dtype)
         found = Measurement(*(unknown if x is None else x.astype(unknown.dtype) for x in found))
@@ -156,7 +169,8 @@ def record(
             bent, fraction = _now_and_then(
                 state, params, extra_args.get("value_fn"), rate, momentum
             )
-        return moved, RecordState(incremented(state.count), found, bent, fraction, inner_state)
+        count = incremented(state.count)
+        return moved, RecordState(count, found, bent, fraction, exponents, inner_state)
 
     def _now_and_then(state, params, loss, rate, momentum):
         if params is None or loss is None:

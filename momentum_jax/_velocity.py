@@ -293,14 +293,20 @@ class Products(NamedTuple):
     h_exponent: jax.Array
 
 
-def products(grads: PyTree, held: PyTree) -> PyTree:
-    """The `Products` of each leaf that has a gradient, in a tree like the gradients."""
+def products(
+    grads: PyTree, held: PyTree, exponents: tuple[jax.Array, jax.Array] | None = None
+) -> PyTree:
+    """The `Products` of each leaf that has a gradient, in a tree like the gradients.
+
+    With exponents, of the gradients and of what is held, these are used: the arrays are read once.
+    """
     treedef, found = zip_leaves("gradients", grads, "velocity", held)
 
     def leaf(path, grad, one):
         if is_absent(grad):
             return None
-        return _products(*map(_real_parts, _wide("velocity", path, grad, one)))
+        grad, one = _wide("velocity", path, grad, one)
+        return _products(_real_parts(grad), _real_parts(one), exponents or (None, None))
 
     return treedef.unflatten(leaf(*each) for each in found)
 
@@ -350,13 +356,14 @@ def _sum_of_two(first, second):
     return Products(gg, gh, hh, g, h)
 
 
-def _products(grad_parts, held_parts):
-    def scaled(parts):
-        largest = [jnp.max(jnp.abs(x), initial=0) for x in parts]
-        exponent = exponent_of(functools.reduce(jnp.maximum, largest))
+def _products(grad_parts, held_parts, exponents):
+    def scaled(parts, exponent):
+        if exponent is None:
+            largest = [jnp.max(jnp.abs(x), initial=0) for x in parts]
+            exponent = exponent_of(functools.reduce(jnp.maximum, largest))
         return [times_power_of_2(x, -exponent) for x in parts], exponent
 
-    (g, g_exponent), (h, h_exponent) = scaled(grad_parts), scaled(held_parts)
+    (g, g_exponent), (h, h_exponent) = map(scaled, (grad_parts, held_parts), exponents)
     gg, gh, hh = (
         functools.reduce(jnp.add, [jnp.sum(a * b) for a, b in zip(*pair, strict=True)])
         for pair in ((g, g), (g, h), (h, h))

@@ -61,6 +61,27 @@ def test_it_holds_what_is_measured_by_hand(name):
     assert int(state.count) == 5
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_gradients_whose_squares_are_beyond_the_floats(size):
+    """From the second step on, whose size is known from the first."""
+    tx = record(mj.momentum(1.0, 0.0), 1.0, 0.0)
+    params = {"w": jnp.zeros(3)}
+    state = tx.init(params)
+    for step in range(3):
+        grads = {"w": jnp.float32(size) * jnp.array([3.0, -1.0, 2.0])}
+        updates, state = tx.update(grads, state, params)
+        found = measure(grads, updates, learning_rate=1.0, mu=0.0)
+        if step:
+            np.testing.assert_allclose(state.measurement.speed, found.speed, rtol=1e-6)
+            np.testing.assert_allclose(state.measurement.gain, 1, rtol=1e-6)
+            np.testing.assert_allclose(state.measurement.alignment, 1, rtol=1e-6)
+        grown = {"w": grads["w"] * (1e6 if size < 1 else 1e-6)}
+        updates, state = tx.update(grown, state, params)
+        found = measure(grown, updates, learning_rate=1.0, mu=0.0)
+        if step:
+            np.testing.assert_allclose(state.measurement.speed, found.speed, rtol=1e-6)
+
+
 def test_the_curvature_is_measured_every_so_many_steps():
     """In the first, and then again: the fraction is that of the learning rate of that step."""
     schedule = lambda count: 0.1 / (1 + count)  # noqa: E731
