@@ -58,7 +58,7 @@ def curvature(
     of the gradient along it. The vectors are trees like the params, in their shardings; nothing is
     flattened or gathered.
 
-    Cost: the gradient, and `steps` + 1 products, each about two to three gradients. Memory: six
+    Cost: the gradient, and `steps` + 1 products, each about two to three gradients. Memory: seven
     copies of the params in float32, beside what a gradient of a gradient takes.
 
     Args:

@@ -210,7 +210,7 @@ def test_its_memory_is_a_few_copies_of_the_params():
     scale = jnp.linspace(1, 2, 1 << 16)
     measure = jax.jit(lambda w, scale: curvature(lambda w, s: jnp.sum(s * w**4), w, scale)[:2])
     memory = measure.lower(scale, scale).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 6.5 * scale.nbytes
+    assert memory.temp_size_in_bytes < 7.5 * scale.nbytes
 
 
 TPU_PROGRAM = """
