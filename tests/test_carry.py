@@ -1368,9 +1368,10 @@ def test_states_that_are_sharded_over_several_processes(axis_type, tmp_path):
 
 def test_last_params_of_adaptive_restart_go_on():
     """Or the first step would be decided by a movement that was none."""
-    params = {"w": jnp.ones(3)}
-    outside = mj.adaptive_restart(optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(0.25)))
-    inside = mj.adaptive_restart(mj.momentum(0.25, 0.5))
+    params: Any = {"w": jnp.ones(3)}
+    scale = optax.scale_by_learning_rate(0.25)
+    outside: Any = mj.adaptive_restart(optax.chain(mj.trace(0.5), scale))
+    inside: Any = mj.adaptive_restart(mj.momentum(0.25, 0.5))
     state = outside.init(params)
     for _ in range(2):
         updates, state = outside.update({"w": jnp.array([1.0, -2.0, 0.5])}, state, params)
@@ -1405,7 +1406,7 @@ def test_a_complex_velocity_does_not_go_into_a_real_one():
         "state": {i: {"momentum_buffer": buffer} for i, buffer in enumerate(buffers.values())},
         "param_groups": [group],
     }
-    named = dict(names=list(buffers), to_params=lambda weights: weights)
+    named: Any = dict(names=list(buffers), to_params=lambda weights: weights)
     with pytest.raises(TypeError, match=r"velocity \['w'\] is float32, .* is complex128: a real"):
         load_torch(trace.init({"w": jnp.ones(2), "v": jnp.ones(1)}), state_dict, **named)
     params = {"w": jnp.ones(2, "complex64"), "v": jnp.ones(1)}
@@ -1427,7 +1428,7 @@ def test_states_that_were_stacked_are_carried():
     theirs = optax.sgd(lambda count: 0.1, 0.9)
     grads = jnp.arange(12.0).reshape(4, 3)
 
-    def stepped(tx):
+    def stepped(tx) -> Any:
         state = jax.vmap(tx.init)(params)
         for _ in range(3):
             _, state = jax.vmap(tx.update)(grads, state)

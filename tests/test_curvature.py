@@ -198,7 +198,7 @@ def test_sharded_params_are_never_whole_on_a_device(axis_type):
     sharding = NamedSharding(mesh, P("d"))
     measure = jax.jit(lambda params, scale: curvature(loss, params, scale, steps=24))
     arguments = jax.device_put(params, sharding), jax.device_put(scale, sharding)
-    compiled = measure.lower(*arguments).compile().as_text()
+    compiled: Any = measure.lower(*arguments).compile().as_text()
     assert "all-gather" not in compiled
     assert not re.search(r"f32\[512,64\]|f32\[32768\]", compiled)
     found, expected = measure(*arguments), measure(params, scale)
@@ -209,7 +209,7 @@ def test_sharded_params_are_never_whole_on_a_device(axis_type):
 def test_its_memory_is_a_few_copies_of_the_params():
     scale = jnp.linspace(1, 2, 1 << 16)
     measure = jax.jit(lambda w, scale: curvature(lambda w, s: jnp.sum(s * w**4), w, scale)[:2])
-    memory = measure.lower(scale, scale).compile().memory_analysis()
+    memory: Any = measure.lower(scale, scale).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 7.5 * scale.nbytes
 
 
@@ -254,7 +254,8 @@ def test_its_cost_is_that_of_its_products():
         return jnp.mean(x**2)
 
     def operations(function, *arguments):
-        return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+        costs: Any = jax.jit(function).lower(*arguments).compile().cost_analysis()
+        return costs["flops"]
 
     gradient = operations(jax.grad(loss), layers, batch)
     first, last = (

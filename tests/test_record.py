@@ -43,12 +43,13 @@ INNER: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_it_holds_what_is_measured_by_hand(name):
+def test_it_holds_what_is_measured_by_hand(name: str):
     """And changes nothing of the steps."""
     alone, tx = INNER[name], record(INNER[name], 0.1, 0.9)
     step = jax.jit(stepper(tx))
     params, state = PARAMS, tx.init(PARAMS)
-    expected, held = PARAMS, alone.init(PARAMS)
+    expected: Any = PARAMS
+    held = alone.init(PARAMS)
     for _ in range(5):
         value, grads = jax.value_and_grad(loss)(expected)
         updates, held = alone.update(grads, held, expected)

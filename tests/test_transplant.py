@@ -314,7 +314,7 @@ def test_layers_are_stacked_for_a_scan_and_back(name):
         return jnp.stack([old[f"['layer_{i}']{rest}"] for i in range(3)])
 
     def unstack(path, old, shape):
-        number, rest = re.fullmatch(r"\['layer_(\d)'\](.*)", path).groups()
+        ((number, rest),) = re.findall(r"^\['layer_(\d)'\](.*)$", path)
         return old[f"['layers']{rest}"][int(number)]
 
     carried, report = mj.transplant(state, tx.init(stacked), resize=stack, strict=True)
@@ -552,11 +552,12 @@ def test_counts_and_sums_go_with_the_params_of_their_group():
 def test_a_scale_of_a_frozen_group_does_not_pass_to_another():
     params = {"enc": numbers(3), "head": numbers(4)}
     tx = lambda: optax.chain(mj.momentum(0.1), optax.contrib.reduce_on_plateau())  # noqa: E731
-    state = optax.partition({"a": tx(), "b": tx()}, {"enc": "a", "head": "b"}).init(params)
+    both: Any = optax.partition({"a": tx(), "b": tx()}, {"enc": "a", "head": "b"})
+    state = both.init(params)
     momentum, plateau = state.inner_states["a"].inner_state
     reduced = (momentum, plateau._replace(scale=jnp.float32(0.01)))
     state.inner_states["a"] = state.inner_states["a"]._replace(inner_state=reduced)
-    frozen = optax.partition({"b": tx(), "off": OFF}, {"enc": "off", "head": "b"})
+    frozen: Any = optax.partition({"b": tx(), "off": OFF}, {"enc": "off", "head": "b"})
     carried, _ = mj.transplant(state, frozen.init(params))
     assert float(carried.inner_states["b"].inner_state[1].scale) == 1
     carried, report = mj.transplant(state, optax.chain(tx()).init({"enc": params["enc"]}))
@@ -610,7 +611,7 @@ def test_what_a_wrapper_remembered_is_not_dropped_silently():
     """A scale of the learning rate, with the wrapper that had it."""
     params = params_of("enc")
     tx = mj.momentum(0.1)
-    state = optax.chain(tx, optax.contrib.reduce_on_plateau()).init(params)
+    state: Any = optax.chain(tx, optax.contrib.reduce_on_plateau()).init(params)
     _, report = mj.transplant(state, tx.init(params), strict=True)
     assert report.dropped == ()
     reduced = (state[0], state[1]._replace(scale=jnp.float32(0.01)))
@@ -642,9 +643,9 @@ def test_states_of_ones_own():
     def init(params):
         return Mine(jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
 
-    def update(grads, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
-        m = jax.tree.map(lambda m, g: 0.9 * m + g, state.m, grads)
+        m = jax.tree.map(lambda m, g: 0.9 * m + g, state.m, updates)
         return jax.tree.map(lambda m: -0.1 * m, m), Mine(m, state.count + 1)
 
     mine = optax.GradientTransformation(init, update)
@@ -1029,7 +1030,7 @@ def test_donated_the_old_state_makes_room_for_the_result():
     tx, params = mj.momentum(0.1, velocity_dtype="int8"), params_of("enc", "head")
     state, target = tx.init(params), tx.init({**params, "new": numbers(3)})
     carry = jax.jit(lambda old, new: mj.transplant(old, new)[0], donate_argnums=0)
-    memory = carry.lower(state, target).compile().memory_analysis()
+    memory: Any = carry.lower(state, target).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
     assert memory.temp_size_in_bytes <= 1024
 
