@@ -16,7 +16,7 @@ import numpy as np
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
-from momentum_jax._moving import like, placed_like, to_host
+from momentum_jax._moving import decode, has_any, like, placed_like, to_host
 from momentum_jax._recurrence import STATE_TYPES, has_velocity
 from momentum_jax._residual import ResidualState
 from momentum_jax._states import (
@@ -66,23 +66,13 @@ def velocities(state: PyTree, kind: type) -> dict[str, Any]:
                     f"the state holds two velocities of the param {name or 'at the root'}, so that "
                     "it is not clear which is meant. Carry over the parts of the chain one by one."
                 )
-            found[name] = stored.values if stored.scales is None else _decode(stored)
+            found[name] = stored.values if stored.scales is None else decode(stored)
     return found
-
-
-# Outside jit nothing new can be made on an Explicit mesh, as decoding 8 bits does.
-_decode = inlined_jit(_velocity.decode)
-_any = inlined_jit(jnp.any)
 
 
 @inlined_jit
 def _count_not_finite(x):
     return jnp.sum(~jnp.isfinite(x))
-
-
-def has_moved(values: Mapping[str, Any]) -> bool:
-    """Whether a velocity is not 0."""
-    return any(bool(_any(leaf)) for leaf in values.values())
 
 
 def fill(state: PyTree, values: Mapping[str, np.ndarray], count: int | None, kind: type) -> PyTree:
@@ -141,7 +131,7 @@ def check_whole(state: PyTree, name: str) -> None:
     for part in find(state):
         if isinstance(part, ResidualState):
             of_part = [held for held in held_by(part) if held.field == "residual"]
-            short = [held.path for held in of_part if _any(held.stored.values)]
+            short = [held.path for held in of_part if has_any(held.stored.values)]
             if short:
                 raise ValueError(
                     f"in {name}, momentum_jax.keep_residual has updates of {listed(short)} that "

@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.core import Tracer
 # A number, in any type that holds one.
 Number: TypeAlias = jax.typing.ArrayLike | np.generic
 Hyperparameter: TypeAlias = Number | optax.Schedule
+_State = TypeVar("_State")
 
 
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
@@ -182,6 +183,16 @@ def check_inner(inner: Any) -> None:
             f"inner={inner!r} must be an Optax transformation, for example "
             "momentum_jax.momentum(0.1)."
         )
+
+
+def check_state(state: Any, state_type: type[_State]) -> _State:
+    """The state of what goes around a transformation; raises a TypeError if it is another."""
+    if not isinstance(state, state_type):
+        raise TypeError(
+            f"the state is {type(state).__name__}, but must be the {state_type.__name__} that init "
+            "or the last update returned."
+        )
+    return state
 
 
 def is_known(value: Any) -> bool:

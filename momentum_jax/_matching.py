@@ -10,9 +10,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from momentum_jax import _velocity
-from momentum_jax._dispatch import inlined_jit
 from momentum_jax._momentum import TraceState
+from momentum_jax._moving import decode
 from momentum_jax._recurrence import has_velocity, velocities_in
 from momentum_jax._states import Held, find_within, held_by, is_count, optax_name
 
@@ -31,14 +30,8 @@ _NOT_OF_PARAMS = {
 _OF_ONE_PARAM = (
     *("ApplyEvery", "EmaState", "MultiStepsState", "ScaleByAdaDeltaState", "ScaleByAdamState"),
     *("ScaleByAdanState", "ScaleByAmsgradState", "ScaleByBeliefState", "ScaleByLBFGSState"),
-    *(
-        "ScaleByLionState",
-        "ScaleByRStdDevState",
-        "ScaleByRmsState",
-        "ScaleByRpropState",
-        "ScaleByRssState",
-    ),
-    "TraceState",
+    *("ScaleByLionState", "ScaleByRStdDevState", "ScaleByRmsState", "ScaleByRpropState"),
+    *("ScaleByRssState", "TraceState"),
 )
 # Those whose count, which no schedule follows, is the number of steps too.
 _COUNT_STEPS = (
@@ -104,10 +97,7 @@ class Place:
     def decoded(self) -> jax.Array:
         """The array as floats."""
         stored = jax.tree.map(jnp.asarray, self.held.stored)
-        return _decode(stored) if self.is_velocity else stored.values
-
-
-_decode = inlined_jit(_velocity.decode)
+        return decode(stored) if self.is_velocity else stored.values
 
 
 def kind_of(node: Any) -> type:
@@ -293,16 +283,10 @@ def counts_in(several: list[Place]) -> list[Place]:
     ]
 
 
-def has_moved(several: list[Place]) -> Any:
-    """Whether a velocity is not 0."""
-    velocities = [place.held.stored.values for place in several if _is_velocity(place)]
-    if any(isinstance(x, Tracer) for x in velocities):
-        return jnp.any(jnp.stack([jnp.any(x != 0) for x in velocities]))
-    return any(bool(_any(x)) for x in velocities)
-
-
-_any = inlined_jit(jnp.any)
-
-
-def _is_velocity(place):
-    return place.of_param and (place.is_velocity or kind_of(place.node) is TraceState)
+def velocities_of(several: list[Place]) -> list[Any]:
+    """The velocities, as they are stored."""
+    return [
+        place.held.stored.values
+        for place in several
+        if place.is_velocity or (place.of_param and kind_of(place.node) is TraceState)
+    ]

@@ -1,7 +1,7 @@
 """Arrays of one state into the places of another: their dtypes, shapes, shardings, devices."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,21 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 
 from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf, group_of, replicated
+from momentum_jax._dispatch import by_leaf, group_of, inlined_jit, replicated
 from momentum_jax._placement import hold_like, in_memory_of, on_device, set_apart, take_in, whole
 from momentum_jax._storage import Stored, codec_of, compute_dtype
+
+# Outside jit nothing new can be made on an Explicit mesh, as decoding 8 bits does.
+decode = inlined_jit(_velocity.decode)
+has_any = inlined_jit(jnp.any)
+
+
+def has_moved(velocities: Iterable[Any]) -> Any:
+    """Whether a velocity is not 0; traced if one of them is."""
+    velocities = list(velocities)
+    if any(isinstance(x, Tracer) for x in velocities):
+        return jnp.any(jnp.stack([jnp.any(x != 0) for x in velocities]))
+    return any(bool(has_any(x)) for x in velocities)
 
 
 class Move(NamedTuple):

@@ -14,6 +14,7 @@ from momentum_jax._hyperparameters import (
     check,
     check_flag,
     check_inner,
+    check_state,
     require_whole,
     resolve,
 )
@@ -144,11 +145,7 @@ def record(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RecordState]:
-        if not isinstance(state, RecordState):
-            raise TypeError(
-                f"the state is {type(state).__name__}, but must be the RecordState that init or "
-                "the last update returned."
-            )
+        state = check_state(state, RecordState)
         rate, momentum = (
             resolve(name, value, extra_args.get(name), state.count)
             for name, value in (("learning_rate", learning_rate), ("mu", mu))

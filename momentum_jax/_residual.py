@@ -10,7 +10,7 @@ from jax import export, lax
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf, inlined_jit
-from momentum_jax._hyperparameters import by_value, check_inner
+from momentum_jax._hyperparameters import by_value, check_inner, check_state
 from momentum_jax._placement import in_memory_of, on_device
 from momentum_jax._states import replace
 
@@ -129,11 +129,7 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ResidualState]:
-        if not isinstance(state, ResidualState):
-            raise TypeError(
-                f"the state is {type(state).__name__}, but must be the ResidualState that init or "
-                "the last update returned."
-            )
+        state = check_state(state, ResidualState)
         if params is None:
             raise ValueError(
                 "params=None, but what rounding takes depends on the params. Call "

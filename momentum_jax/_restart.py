@@ -12,7 +12,7 @@ from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import at_once, by_leaf, gathered, one_level
-from momentum_jax._hyperparameters import by_value, check_inner, check_value
+from momentum_jax._hyperparameters import by_value, check_inner, check_state, check_value
 from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import velocities
 from momentum_jax._recurrence import has_velocity, velocities_in, with_velocities
@@ -137,11 +137,7 @@ def adaptive_restart(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AdaptiveRestartState]:
-        if not isinstance(state, AdaptiveRestartState):
-            raise TypeError(
-                f"the state is {type(state).__name__}, but must be the AdaptiveRestartState that "
-                "init or the last update returned."
-            )
+        state = check_state(state, AdaptiveRestartState)
         if params is None:
             raise ValueError(
                 "params=None, but whether to restart depends on how the params moved. Call "

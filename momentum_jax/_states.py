@@ -19,7 +19,7 @@ PyTree = Any
 _OF_PARAMS = ("LookaheadParams", "MaskedNode", "SplitRealAndImaginaryArrays")
 
 # The field in which each of Optax' states counts the steps that a schedule follows.
-COUNTERS = {
+_COUNTERS = {
     "ScaleByScheduleState": "count",
     "WrappedScheduleState": "count",
     "InjectHyperparamsState": "count",
@@ -176,12 +176,12 @@ def clock_of(node: Any) -> str | None:
     # Without states of its own, what is injected are constants.
     if name.startswith("Inject") and not getattr(node, "hyperparams_states", True):
         return None
-    return COUNTERS.get(name)
+    return _COUNTERS.get(name)
 
 
 def is_count(node: Any, held: Held) -> bool:
     """Whether an array that a state holds is the number of steps taken."""
-    return held.field == ("count" if has_velocity(node) else COUNTERS.get(optax_name(node)))
+    return held.field == ("count" if has_velocity(node) else _COUNTERS.get(optax_name(node)))
 
 
 def named_leaves(tree: PyTree) -> tuple[list[tuple[str, Any]], Any]:

@@ -18,14 +18,14 @@ from momentum_jax._matching import (
     by_key,
     can_be_read,
     counts_in,
-    has_moved,
     kind_of,
     matched,
     matched_without_params,
     places,
+    velocities_of,
 )
 from momentum_jax._momentum import MomentumState, TraceState
-from momentum_jax._moving import Move, like, moved
+from momentum_jax._moving import Move, has_moved, like, moved
 from momentum_jax._recurrence import STATE_TYPES, has_velocity
 from momentum_jax._report import (
     DROPPED,
@@ -244,7 +244,7 @@ def _check_lost(entries, lost):
 
 def _check_state(name, state):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+        if not isinstance(leaf, _velocity.ARRAYS):
             raise TypeError(
                 f"{name} {_velocity.at(path)} is {type(leaf).__name__}, not an array. Give a state "
                 "that init or update returned."
@@ -432,7 +432,7 @@ def _is_complex(dtype):
 def _check_made(place, made):
     where, shape = place.path or "the root", np.shape(place.held.stored.values)
     wanted = _dtype_of(place)
-    if not isinstance(made, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+    if not isinstance(made, _velocity.ARRAYS):
         raise TypeError(
             f"resize must return an array for {where}, or None, but returned {type(made).__name__}."
         )
@@ -478,7 +478,7 @@ def _of_no_param(old, new):
             value, note = _as_scalar(place, value)
             row, note = row._replace(outcome=NOTED), note or "of the old state's other counts"
         elif place.is_count and has_velocity(place.node):
-            value, row = has_moved(old), row._replace(outcome=NOTED)
+            value, row = has_moved(velocities_of(old)), row._replace(outcome=NOTED)
             note = "1 if a velocity is not 0: the old state does not count its steps"
         elif place.is_count:
             value, note = None, "the old state does not count its steps"

@@ -37,7 +37,7 @@ PyTree = Any
 # (velocity, gradient, **hyperparameters) -> (velocity, update): arrays of one dtype.
 Recurrence = Callable[..., tuple[Any, Any]]
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 _LEAVE_OUT = (
     "To leave the param out, give None as its gradient or update, or give it "
@@ -79,10 +79,10 @@ def check_dtype(velocity_dtype: Any) -> np.dtype | None:
 
 def check_arrays(name: str, tree: PyTree) -> None:
     """Raises a TypeError that names the first leaf that is no array."""
-    if all(isinstance(leaf, _ARRAYS) for leaf in jax.tree.leaves(tree)):
+    if all(isinstance(leaf, ARRAYS) for leaf in jax.tree.leaves(tree)):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not isinstance(leaf, _ARRAYS):
+        if not isinstance(leaf, ARRAYS):
             remedy = (
                 "Call it: what counts is the array that it returns"
                 if name == "gradient" and callable(leaf)
@@ -505,7 +505,7 @@ def _checked(recurrence, is_tuple, held, result):
             f"{name} must return {len(held)} new velocities, but returned {_kind(velocities)}."
         )
     for what, found in [*(("new velocity", each) for each in velocities), ("update", update)]:
-        if not isinstance(found, _ARRAYS):
+        if not isinstance(found, ARRAYS):
             raise RecurrenceError(f"{name} must return arrays, but its {what} is {_kind(found)}.")
         shape, dtype = np.shape(found), jnp.result_type(found)
         if shape != held[0].shape or dtype != held[0].dtype:
@@ -525,7 +525,7 @@ def name_of(function: Callable[..., Any]) -> str:
 def _kind(value):
     if isinstance(value, (tuple, list)):
         return f"{len(value)} values"
-    return "one array" if isinstance(value, _ARRAYS) else repr(value)
+    return "one array" if isinstance(value, ARRAYS) else repr(value)
 
 
 @inlined_jit

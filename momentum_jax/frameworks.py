@@ -98,6 +98,7 @@ from momentum_jax._hyperparameters import (
     resolve,
 )
 from momentum_jax._momentum import MomentumState, TraceState, momentum, trace
+from momentum_jax._moving import has_moved, to_host
 from momentum_jax._placement import in_memory_of, on_device
 from momentum_jax._recurrence import incremented
 from momentum_jax._transplant import Conversion, carried_velocities
@@ -691,7 +692,7 @@ def load_optax(
     theirs = _departing(optax_state, "optax_state", optax.TraceState)
     _carry.match(_carry.velocities(opt_state, TraceState), theirs)
     known = _carry.scheduled_count(optax_state) if count is None else None
-    moved = _carry.has_moved(theirs)
+    moved = has_moved(theirs.values())
     count = _steps(count, known, opt_state, moved, "how often update was called")
     _carry.check_count_fits(opt_state, count, TraceState)
     return carried_velocities(optax_state, opt_state, count)
@@ -1044,7 +1045,7 @@ class _KerasJob(_Job):
             if path.endswith(":0"):
                 raise ValueError(_of_keras_2(path))
         self.variables = {
-            path: _carry.to_host(getattr(variable, "value", variable))
+            path: to_host(getattr(variable, "value", variable))
             for path, variable in variables.items()
         }
         # Keras calls the momentum of "dense/kernel" "sgd/dense_kernel_momentum".
@@ -1147,7 +1148,7 @@ def _leaving(opt_state, kind, job, to_params):
     ours = _departing(opt_state, "opt_state", kind)
     routes = _carry.Routes(job.shapes(), to_params)
     _carry.match(ours, {path: p for path, p in routes.places.items() if path in ours})
-    return routes.backward({path: _carry.to_host(leaf) for path, leaf in ours.items()})
+    return routes.backward({path: to_host(leaf) for path, leaf in ours.items()})
 
 
 def _departing(state, name, kind):

@@ -115,6 +115,7 @@ def zero1(
     check_inner(inner)
     strict = check_flag("strict", strict)
     given, inner = inner, optax.with_extra_args_support(inner)
+    devices = set(mesh.devices.flat)
     # Compiled programs belong to this function, and go when it goes.
     start = inlined_jit(
         functools.partial(_init, inner.init, mesh, axis),
@@ -159,7 +160,7 @@ def zero1(
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             owner = _owner(path, whole)
             if owner is not None:
-                _check_on_mesh(path, leaf, mesh)
+                _check_on_mesh(path, leaf, mesh, devices)
             if owner is not None and np.shape(leaf) == np.shape(whole[owner]):
                 held.setdefault(owner, leaf)
         # The gradient may be made in parts from the start (reduce-scatter), also within a loop over
@@ -273,13 +274,13 @@ def _own(path, param, mesh) -> Entries:
     return (*spec, *[None] * (dimensions - len(spec)))
 
 
-def _check_on_mesh(path, held, mesh):
+def _check_on_mesh(path, held, mesh, devices):
     """Of an array of the state; of a traced one it is known on Explicit axes alone."""
     if isinstance(held, Tracer):
         on_mesh = not is_explicit(mesh) or jax.typeof(held).sharding.mesh == mesh.abstract_mesh
     else:
         sharding = getattr(held, "sharding", None)
-        on_mesh = sharding is not None and sharding.device_set == set(mesh.devices.flat)
+        on_mesh = sharding is not None and sharding.device_set == devices
     if not on_mesh:
         raise ValueError(
             f"the state {_velocity.at(path)} is not on the mesh {mesh}, so that it would not stay "

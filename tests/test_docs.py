@@ -36,9 +36,7 @@ def said(program):
 def test_the_programs_of_each_page_are_run():
     """Here, in test_readme.py (docs/devices.md), test_recipes.py and test_works_with.py."""
     pages = {path.stem for path in DOCS.glob("*.md") if programs(path.name)}
-    here = {"index", "conventions", "from_others", "fewer_bits", "changed_models"}
-    here |= {"edge_of_stability"}
-    assert pages == here | {"devices", "recipes", "works_with"}
+    assert pages == {"index", "from_others", *PRINTED} | {"devices", "recipes", "works_with"}
 
 
 def test_the_first_program(capsys):
@@ -47,32 +45,18 @@ def test_the_first_program(capsys):
     assert capsys.readouterr().out.splitlines() == said(program) == ["True"]
 
 
-def test_the_page_on_conventions_prints_what_its_comments_say(capsys):
-    program = "\n".join(programs("conventions.md"))
+PRINTED = {"conventions": 3, "fewer_bits": 12, "changed_models": 9, "edge_of_stability": 7}
+
+
+@pytest.mark.parametrize("page", PRINTED)
+def test_a_page_prints_what_its_comments_say(page, capsys):
+    program = "\n".join(programs(f"{page}.md"))
     run(program)
     assert capsys.readouterr().out.splitlines() == said(program)
-    assert len(said(program)) == 3
+    assert len(said(program)) == PRINTED[page]
 
 
-def test_the_page_on_fewer_bits_prints_what_its_comments_say(capsys):
-    program = "\n".join(programs("fewer_bits.md"))
-    run(program)
-    assert capsys.readouterr().out.splitlines() == said(program)
-    assert len(said(program)) == 12
-
-
-def test_the_page_on_changed_models_prints_what_its_comments_say(capsys):
-    program = "\n".join(programs("changed_models.md"))
-    run(program)
-    assert capsys.readouterr().out.splitlines() == said(program)
-    assert len(said(program)) == 9
-
-
-def test_the_page_on_the_edge_says_what_its_programs_and_the_notebook_find(capsys):
-    program = "\n".join(programs("edge_of_stability.md"))
-    run(program)
-    assert capsys.readouterr().out.splitlines() == said(program)
-    assert len(said(program)) == 7
+def test_the_page_on_the_edge_says_what_the_notebook_found():
     notebook = (ROOT / "notebooks" / "09_the_edge_of_stability.ipynb").read_text()
     page = (DOCS / "edge_of_stability.md").read_text()
     rows = re.findall(r"^\| (.*mu.*) \| (\S+ \+- \S+) \|$", page, re.MULTILINE)
