@@ -90,7 +90,7 @@ def record(
       mu: that of `inner`, given in the same ways.
       every: after how many steps the curvature is measured, first in the first step; None for
         never. `update` then needs the params and `value_fn`, a function of the params that returns
-        the loss. In between the steps cost what they cost without. Under jit alone it is compiled
+        the loss. In between only the measurement is paid for. Under jit alone it is compiled
         once; and under vmap every step pays for the curvature.
       nesterov: whether `inner` looks one step ahead, for the stability limit.
       steps: as for `curvature`.

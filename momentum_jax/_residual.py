@@ -96,7 +96,8 @@ def keep_residual(inner: optax.GradientTransformation) -> optax.GradientTransfor
       params, and those without an update, pass.
 
     Raises:
-      ValueError: no params; trees or shapes that do not match; a state of params of other dtypes.
+      ValueError: no params; trees or shapes that do not match; a state of params of which others
+        have 16 bits.
       TypeError: a param with an update that is not an array. Without one it may be anything, such
         as the activation functions of an Equinox model whose arrays alone `init` was given.
 

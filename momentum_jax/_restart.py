@@ -183,7 +183,8 @@ def reset_velocity(
       where: None for all; a tree of booleans that is a prefix of the params, whose leaves may
         be boolean arrays of the param's shape, for single values; or a function of the path of
         a param, as `jax.tree_util` gives it, that says whether. Where a param has several
-        velocities, as with `aggmo`, it holds for each.
+        velocities, as with `aggmo`, it holds for each. In the state of an `nnx.Optimizer` give a
+        function: a tree of booleans has other variables than the state.
       scale: a finite number, or a scalar array, traced or not.
 
     Returns:

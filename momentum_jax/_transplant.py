@@ -63,7 +63,16 @@ def transplant(
     the sums of `MultiSteps` and `last_params` of `adaptive_restart`. It is found in chains, groups
     of `optax.partition`, under wrappers, and in an `nnx.Optimizer`'s `opt_state`, wherever it is in
     either state. Counts and schedules go on, and so do hyperparameters that
-    `optax.inject_hyperparams` holds.
+    `optax.inject_hyperparams` holds, with these limits, which no row of the report shows:
+
+    - Groups that become one: counts, scales and hyperparameters may be those of one of them, or as
+      `init` made them.
+    - A group that has no param in common with an old one may take its hyperparameters or counts.
+    - A schedule that moves into or out of `optax.MultiSteps` takes gradients for steps.
+    - Several equal transformations in a chain that becomes longer may be exchanged.
+    - Under jit, counts and hyperparameters that vmap stacked begin as `init` made them if their
+      shape changes.
+    - A state of a type of your own is found in a chain, but not directly within a wrapper or group.
 
     Args:
       old_state: the state of the job so far.
