@@ -100,7 +100,7 @@ def check_count_fits(state: PyTree, count: int | None, kind: type) -> None:
     if not count:
         return
     depths = set()
-    for node, around, _ in find_within(state):
+    for node, around, *_ in find_within(state):
         for held in held_by(node):
             if not is_count(node, held):
                 continue

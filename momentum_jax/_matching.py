@@ -1,7 +1,7 @@
 """Which array of one state goes into which place of another: by what it is, and by its param."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -51,8 +51,13 @@ class Place:
       held: the array, with the field and the path.
       of_param: whether it belongs to a param, and is not a count, a scale or a key.
       path: if so the path of the param, renamed.
-      around: the paths of the params that the state holds arrays of, or else one around it does.
       position: where the state is.
+      labels: the keys of the dicts on the way to it.
+      in_group: whether it is in a part that is for some of the params only.
+      depth: how many of `optax.MultiSteps` it is within; what counts there counts steps, and what
+        counts outside counts gradients.
+      about: of what belongs to no param, the paths of those that the state holds arrays of, or
+        else one around it does, within its group; empty if there are none.
       used: whether it went into a place of another state.
     """
 
@@ -61,7 +66,10 @@ class Place:
     of_param: bool
     path: str
     position: str
-    around: frozenset[str] = frozenset()
+    labels: tuple[Any, ...]
+    in_group: bool
+    depth: int
+    about: frozenset[str] = frozenset()
     used: bool = False
 
     @property
@@ -90,9 +98,16 @@ class Place:
         return f"{type(self.node).__name__}.{field}" if field else "the state"
 
     @property
-    def is_count(self) -> bool:
-        """Whether it is the number of steps taken."""
+    def is_clock(self) -> bool:
+        """Whether it is the number of steps that a schedule, or a velocity, has taken."""
         return is_count(self.node, self.held)
+
+    @property
+    def counts_steps(self) -> bool:
+        """The same, or that of a method, as Adam's for its averages."""
+        return self.is_clock or (
+            self.held.field == "count" and optax_name(self.node) in _COUNT_STEPS
+        )
 
     def decoded(self) -> jax.Array:
         """The array as floats."""
@@ -107,25 +122,44 @@ def kind_of(node: Any) -> type:
 
 def places(state: PyTree, renamed: Callable[[str], str] = lambda path: path) -> list[Place]:
     """All arrays of a state, in the order of `find` and `held_by`."""
-    found = find_within(state)
-    each = [(found_, held) for found_ in found for held in held_by(found_.node)]
+    each = [(found, held) for found in find_within(state) for held in held_by(found.node)]
     # A tree of params, unless all that may belong to a param is one array.
-    in_trees = any(held.path and not _is_excluded(node, held) for (node, *_), held in each)
-    result, inside = [], {}
-    for (node, around, position), held in each:
-        of_param = _of_param(node, held, in_trees)
-        path = renamed(held.path) if of_param else ""
-        result.append(Place(node, held, of_param, path, position))
-        if of_param:
-            for outer in (*around, node):
-                inside.setdefault(id(outer), set()).add(path)
+    in_trees = any(held.path and not _is_excluded(found.node, held) for found, held in each)
+    result: list[Place] = []
+    inside: dict[int, set[str]] = {}
+    for found, held in each:
+        of_param = _of_param(found.node, held, in_trees)
+        nodes = [optax_name(node) for node in (*found.around, found.node)]
+        place = Place(
+            node=found.node,
+            held=held,
+            of_param=of_param,
+            path=renamed(held.path) if of_param else "",
+            position=found.position,
+            labels=found.labels,
+            in_group="MaskedState" in nodes,
+            depth=nodes.count("MultiStepsState"),
+        )
+        result.append(place)
+        for node in (*found.around, found.node) if of_param else ():
+            inside.setdefault(id(node), set()).add(place.path)
     whole = frozenset().union(*inside.values())
-    outer_of = {id(node): around for node, around, _ in found}
-    for place in result:
-        chain = (*outer_of[id(place.node)], place.node)
-        near = next((inside[id(each)] for each in reversed(chain) if id(each) in inside), whole)
-        place.around = frozenset(near)
+    about: dict[str, frozenset[str]] = {}
+    for place, (found, _) in zip(result, each, strict=True):
+        if not place.of_param:
+            if place.position not in about:
+                about[place.position] = _about(found, inside, whole)
+            place.about = about[place.position]
     return result
+
+
+def _about(found, inside, whole):
+    for node in (found.node, *reversed(found.around)):
+        if id(node) in inside:
+            return frozenset(inside[id(node)])
+        if optax_name(node) == "MaskedState":
+            return frozenset()
+    return whole
 
 
 def _is_excluded(node, held):
@@ -143,11 +177,25 @@ def _of_param(node, held, in_trees):
     if jnp.issubdtype(values.dtype, jax.dtypes.extended):
         return False
     if in_trees:
-        return bool(held.path)
+        return bool(held.path) and _is_like_the_others(node, held)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         return False
     name = optax_name(node)
     return np.shape(values) != () or not name or name in _OF_ONE_PARAM
+
+
+def _is_like_the_others(node, held):
+    """Whether a user's own state holds more of the same path, if it is not the most that it holds.
+
+    So that a few numbers by their names are not taken for params.
+    """
+    if type(node).__module__.split(".")[0] in ("optax", "momentum_jax"):
+        return True
+    fields: dict[str, list[Held]] = {}
+    for each in held_by(node):
+        fields.setdefault(each.field, []).append(each)
+    most = max(fields.values(), key=lambda of_one: sum(np.size(x.stored.values) for x in of_one))
+    return held.path in {each.path for each in most}
 
 
 class Arrays(Mapping[str, jax.Array]):
@@ -184,45 +232,117 @@ def by_key(several: list[Place], key_of: Callable[[Place], Any]) -> dict[Any, By
     return found
 
 
-def matched(there: dict[Any, ByPath], here: dict[Any, ByPath]) -> dict[Place, Place]:
-    """For each new place the old one of its kind and path, if there is one.
-
-    Of several, such as in a chain of two, those in one position belong together, or those in the
-    same order.
-    """
+def matched(
+    there: dict[Any, ByPath], here: dict[Any, ByPath], same_parts: bool
+) -> dict[Place, Place]:
+    """For each new place the old one of its kind and path, if there is one."""
     return {
         place: one
         for key, of_kind in here.items()
         for path, wanting in of_kind.items()
-        for place, one in _paired(wanting, there.get(key, {}).get(path, []))
+        for place, one in _paired(wanting, there.get(key, {}).get(path, []), same_parts)
     }
 
 
-def _paired(wanting, having):
-    if len(wanting) != len(having):
+def has_same_parts(old: PyTree, new: PyTree) -> bool:
+    """Whether both states are made of states of the same types in the same places."""
+    parts = [
+        [(found.position, kind_of(found.node)) for found in find_within(state)]
+        for state in (old, new)
+    ]
+    return parts[0] == parts[1]
+
+
+def _paired(wanting, having, same_parts):
+    """Of several of a kind those under the same labels, or else those in the same order."""
+    theirs, ours = _by_labels(having), _by_labels(wanting)
+    pairs = [
+        pair
+        for labels in ours.keys() & theirs.keys()
+        for pair in _in_order(ours[labels], theirs[labels], same_parts)
+    ]
+    gone = {id(place) for pair in pairs for place in pair}
+    wanting, having = (
+        [each for each in several if id(each) not in gone] for several in (wanting, having)
+    )
+    return pairs + _in_order(wanting, having, same_parts)
+
+
+def _by_labels(several):
+    found: dict[Any, list[Place]] = {}
+    for place in several:
+        found.setdefault(place.labels, []).append(place)
+    return found
+
+
+def _in_order(wanting, having, same_parts):
+    """Where one is gone from parts that are as they were, those in the same position are left."""
+    pairs = []
+    if same_parts and len(wanting) != len(having):
         by_position = {place.position: place for place in having}
-        for place in wanting:
-            if place.position in by_position:
-                yield place, by_position[place.position]
-        used = {place.position for place in wanting}
-        having = [place for place in having if place.position not in used]
-        wanting = [place for place in wanting if place.position not in by_position]
-    yield from zip(wanting, having, strict=False)
+        pairs = [
+            (place, by_position[place.position])
+            for place in wanting
+            if place.position in by_position
+        ]
+        gone = {place.position for place, _ in pairs}
+        having = [place for place in having if place.position not in gone]
+        wanting = [place for place in wanting if place.position not in gone]
+    return pairs + list(zip(wanting, having, strict=False))
 
 
-def matched_without_params(old: list[Place], new: list[Place]) -> dict[Place, list[Place]]:
-    """For each new place that belongs to no param the old ones that it may go on with.
+def matched_without_params(
+    old: list[Place], new: list[Place], made_of: Mapping[str, Iterable[str]], same_parts: bool
+) -> dict[Place, list[Place]]:
+    """For each new place that belongs to no param the old ones of its kind that it goes on with.
 
-    It goes with the params that it is about, as those of a group: with the old place of its kind
-    and position if that is about one of them, or else with the one that is about the most. Without
-    such, a count may be any of its kind.
+    For each param that it is about that is the one that an array of the param would come from.
+    Where it is known of one of them only, or of none, which params it is about, it is the one under
+    the same labels, or one that is not of a group; but no method's count, which is that of its
+    averages. `made_of` are the old paths of what was carried
+    from others than the param's own.
     """
     there, here = _by_kind(old), _by_kind(new)
-    return {
-        place: list(having)
-        for key, wanting in here.items()
-        for place, having in _going_on(wanting, there.get(key, []))
+    depths = _depths(old), _depths(new)
+
+    def fits(place, one, of_old, of_new):
+        return (
+            not place.counts_steps
+            or place.depth == one.depth
+            or not depths[0].get(of_old, 0)
+            or not depths[1].get(of_new, 0)
+        )
+
+    def pairs(wanting, having, of_old=None, of_new=None):
+        for depth in dict.fromkeys(place.depth for place in wanting):
+            alike = [place for place in wanting if place.depth == depth]
+            fitting = [one for one in having if fits(alike[0], one, of_old, of_new)]
+            yield from _paired(alike, fitting, same_parts)
+
+    result: dict[Place, dict[Place, None]] = {
+        place: {} for several in here.values() for place in several
     }
+    for key, wanting in here.items():
+        having = there.get(key, [])
+        theirs, ours = _by_path(having), _by_path(wanting)
+        for path, about_it in ours.items():
+            for of_old in made_of.get(path, (path,)):
+                for place, one in pairs(about_it, theirs.get(of_old, []), of_old, path):
+                    result[place][one] = None
+        lost = [
+            place
+            for place in wanting
+            if not result[place] and (place.is_clock or not (place.about and place.counts_steps))
+        ]
+        for about_some in (True, False):
+            rest = [place for place in lost if bool(place.about) == about_some]
+            candidates = having if not about_some else [one for one in having if not one.about]
+            for several in _by_group(rest).values():
+                for of_one in _by_group(candidates).values():
+                    if _may_be_of_one(several[0], of_one[0]):
+                        for place, one in pairs(several, of_one):
+                            result[place][one] = None
+    return {place: list(found) for place, found in result.items()}
 
 
 def _by_kind(several):
@@ -233,37 +353,60 @@ def _by_kind(several):
     return found
 
 
-def _going_on(wanting, having):
-    turn: dict[Any, int] = {}
-    for place in wanting:
-        # Of two of a kind in a chain, one after the other.
-        index = turn[place.around] = turn.get(place.around, -1) + 1
-        shares = [len(place.around & each.around) for each in having]
-        here = [
-            each
-            for each, share in zip(having, shares, strict=True)
-            if each.position == place.position and (share or not place.around)
-        ]
-        most = max(shares, default=0)
-        best = [each for each, share in zip(having, shares, strict=True) if share == most]
-        if here:
-            yield place, here
-        elif most or not place.around:
-            about = {each.around for each in best}
-            yield place, best[min(index, len(best) - 1) :][:1] if len(about) == 1 else []
-        elif place.is_count or len(wanting) == len(having) == 1:
-            yield place, having
-        else:
-            yield place, []
+def _by_path(several):
+    found: dict[str, list[Place]] = {}
+    for place in several:
+        for path in sorted(place.about):  # In one order in all processes.
+            found.setdefault(path, []).append(place)
+    return found
 
 
-def alike(several: list[Place]) -> Any:
-    """The value of all of them, or None if they differ; of traced ones the first."""
+def _by_group(several):
+    found: dict[Any, list[Place]] = {}
+    for place in several:
+        found.setdefault((place.in_group, place.in_group and place.labels), []).append(place)
+    return found
+
+
+def _may_be_of_one(place, one):
+    return not place.in_group or not one.in_group or place.labels == one.labels
+
+
+def _depths(several):
+    """How deep what belongs to each param is within `optax.MultiSteps`; at None the deepest."""
+    found: dict[str | None, int] = {}
+    for place in several:
+        for path in (place.path if place.of_param else None, None):
+            found[path] = max(found.get(path, 0), place.depth)
+    return found
+
+
+def agreed(several: list[Place], target: Any, otherwise: Any) -> Any:
+    """The value of all of them, in the shape of the target if it has to be another.
+
+    Where they differ None; or if they are traced, `otherwise` then.
+    """
     values = [place.held.stored.values for place in several]
-    if len(values) > 1 and all(map(can_be_read, values)):
-        known = np.concatenate([np.ravel(value) for value in values])
-        return values[0] if np.all(known == known[0]) else None
-    return values[0]
+    first, shape = values[0], np.shape(target)
+    if len(values) == 1 and np.shape(first) in ((), shape):
+        return first
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in values):
+        return first if _are_equal_keys(values) else None
+    if any(np.shape(x) != shape for x in values):
+        if any(np.size(x) == 0 for x in values):
+            return None
+        first = first.ravel()[0]
+    same = [x == first for x in values]
+    if all(map(can_be_read, values)):
+        return first if all(map(np.all, same)) else None
+    return jnp.where(jnp.stack([jnp.all(x) for x in same]).all(), first, otherwise)
+
+
+def _are_equal_keys(values):
+    if not all(map(can_be_read, values)) or len({(x.dtype, x.shape) for x in values}) > 1:
+        return False
+    data = [np.asarray(jax.random.key_data(x)) for x in values]
+    return all(np.array_equal(x, data[0]) for x in data)
 
 
 def can_be_read(x: Any) -> bool:
@@ -273,13 +416,10 @@ def can_be_read(x: Any) -> bool:
     return getattr(x, "is_fully_addressable", True) or x.is_fully_replicated
 
 
-def counts_in(several: list[Place]) -> list[Place]:
+def clocks_in(several: list[Place]) -> list[Place]:
     """The counts of steps; if there are none that schedules follow, those of Optax' methods."""
-    found = [place for place in several if place.is_count]
-    return found or [
-        place
-        for place in several
-        if place.held.field == "count" and optax_name(place.node) in _COUNT_STEPS
+    return [place for place in several if place.is_clock] or [
+        place for place in several if place.counts_steps
     ]
 
 

@@ -268,9 +268,16 @@ def _spread(where, tree):
     if jax.tree_util.treedef_is_leaf(treedef):
         return jax.tree.map(lambda _: where, tree)
     others, other_treedef = one_level(tree)
-    if treedef != other_treedef:
+    # A state may have the params' arrays in nodes of its own types, as of Flax NNX.
+    if treedef != other_treedef and _keys(where) != _keys(tree):
         raise ValueError(f"{treedef} and {other_treedef}")
-    return treedef.unflatten(map(_spread, parts, others))
+    return other_treedef.unflatten(map(_spread, parts, others))
+
+
+def _keys(tree):
+    """Of each part of a tree."""
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: node is not tree)
+    return [path for path, _ in paths]
 
 
 def _check_mask(path, leaf, mask, name):

@@ -113,11 +113,13 @@ class Found(NamedTuple):
       node: the state.
       around: those around it, outermost first.
       position: where it is, as `jax.tree_util.keystr` writes it.
+      labels: the keys of the dicts on the way to it, such as the names of groups.
     """
 
     node: Any
     around: tuple[Any, ...]
     position: str
+    labels: tuple[Any, ...]
 
 
 def find(state: PyTree) -> list[Any]:
@@ -129,11 +131,12 @@ def find_within(state: PyTree) -> list[Found]:
     """The same, each with where it is."""
     all_found = []
 
-    def note(*found):
-        all_found.append(Found(*found))
-        return found[0]
+    def note(node, around, path):
+        labels = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        all_found.append(Found(node, around, jax.tree_util.keystr(path), labels))
+        return node
 
-    _walk(state, note, (), "")
+    _walk(state, note, (), ())
     return all_found
 
 
@@ -142,7 +145,7 @@ def replace(state: PyTree, function: Callable[[Any], Any]) -> PyTree:
 
     The function leaves the states within each as they are.
     """
-    return _walk(state, lambda node, *_: function(node), (), "")
+    return _walk(state, lambda node, *_: function(node), (), ())
 
 
 def held_by(node: PyTree) -> list[Held]:
@@ -156,12 +159,12 @@ def with_held(node: PyTree, stored: Iterable[Stored]) -> PyTree:
     parts = [rebuild([next(stored) for _ in leaves]) for _, leaves, rebuild in _fields(node)]
     if has_velocity(node):
         return with_velocities(node, parts[0], parts[1:])
-    names, children, treedef = _children(node)
-    if names is None:
+    children, treedef = _children(node)
+    if not _has_fields(node):
         return parts[0]
     parts = iter(parts)
     return treedef.unflatten(
-        child if _contains_states(child) else next(parts) for _, child in children
+        child if _holds_states(key, child) else next(parts) for key, child in children
     )
 
 
@@ -207,36 +210,50 @@ def _is_box(node):
     )
 
 
-def _walk(state, function, around, position):
-    names, children, treedef = _children(state)
-    if names is None and not any(_is_state(child) for _, child in children):
-        return function(state, around, position)
-    if names is not None:
-        state = function(state, around, position)
-        _, children, treedef = _children(state)
+def _walk(state, function, around, path):
+    children, treedef = _children(state)
+    is_state = _has_fields(state)
+    if not is_state and not any(_is_state(child) for _, child in children):
+        return function(state, around, path)
+    if is_state:
+        state = function(state, around, path)
+        children, treedef = _children(state)
         around = (*around, state)
     return treedef.unflatten(
-        _walk(child, function, around, position + name)
-        if names is None or _contains_states(child)
+        _walk(child, function, around, (*path, key))
+        if not is_state or _holds_states(key, child)
         else child
-        for name, child in children
+        for key, child in children
     )
+
+
+def _children(node) -> tuple[list[tuple[Any, Any]], Any]:
+    """What it is made of, each part with its key, and how; a leaf is made of nothing."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    return [(path[-1] if path else None, child) for path, child in found], treedef
+
+
+def _has_fields(node):
+    """Whether it is made of named fields, and is not what stands for a param."""
+    if hasattr(node, "_fields"):
+        return optax_name(node) not in _OF_PARAMS
+    keys = [key for key, _ in _children(node)[0]]
+    named = [isinstance(key, jax.tree_util.GetAttrKey) for key in keys]
+    return bool(named) and all(named) and not _is_box(node)
 
 
 def _is_state(node):
     """Where states are expected, as in a chain: what has fields is one."""
-    return hasattr(node, "_fields") or _contains_states(node)
+    return _has_fields(node) or _contains_states(node)
 
 
-def _children(node):
-    """The names of its fields, if it is a state; what it is made of, with its keys; and how."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    keys = [path[-1] for path, _ in found if path]
-    is_state = hasattr(node, "_fields") or (
-        len(keys) > 0 and all(isinstance(key, jax.tree_util.GetAttrKey) for key in keys)
+def _holds_states(key, child):
+    """Whether a field of a state holds states: those that are known, or by its name others."""
+    if _contains_states(child):
+        return True
+    return key.name.endswith(("state", "states")) and (
+        _has_fields(child) or any(_has_fields(each) for _, each in _children(child)[0])
     )
-    names = [key.name for key in keys] if is_state else None
-    return names, [(jax.tree_util.keystr(path), child) for path, child in found], treedef
 
 
 def _is_known(node):
@@ -266,13 +283,12 @@ def _fields(node) -> Iterator[tuple[str, list[tuple[str, Stored]], Callable[[lis
             named = list(zip(names, [one for _, one in leaves], strict=True))
             yield f"{name}[{i}]" if has_several(node) else name, named, rebuild
         return
-    names, children, _ = _children(node)
-    if names is None:
+    if not _has_fields(node):
         yield "", *_plain(node)
         return
-    for name, (_, child) in zip(names, children, strict=True):
-        if not _contains_states(child):
-            yield name, *_plain(child)
+    for key, child in _children(node)[0]:
+        if not _holds_states(key, child):
+            yield key.name, *_plain(child)
 
 
 def _plain(tree):

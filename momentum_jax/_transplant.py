@@ -14,10 +14,11 @@ from momentum_jax._matching import (
     BY_SHAPE,
     Arrays,
     Place,
-    alike,
+    agreed,
     by_key,
     can_be_read,
-    counts_in,
+    clocks_in,
+    has_same_parts,
     kind_of,
     matched,
     matched_without_params,
@@ -62,17 +63,23 @@ def transplant(
     path: velocities, and all else that a state of Optax holds of it, such as the moments of Adam,
     the sums of `MultiSteps` and `last_params` of `adaptive_restart`. It is found in chains, groups
     of `optax.partition`, under wrappers, and in an `nnx.Optimizer`'s `opt_state`, wherever it is in
-    either state. Counts and schedules go on, and so do hyperparameters that
-    `optax.inject_hyperparams` holds, with these limits, which no row of the report shows:
+    either state.
 
-    - Groups that become one: counts, scales and hyperparameters may be those of one of them, or as
-      `init` made them.
-    - A group that has no param in common with an old one may take its hyperparameters or counts.
-    - A schedule that moves into or out of `optax.MultiSteps` takes gradients for steps.
-    - Several equal transformations in a chain that becomes longer may be exchanged.
-    - Under jit, counts and hyperparameters that vmap stacked begin as `init` made them if their
-      shape changes.
-    - A state of a type of your own is found in a chain, but not directly within a wrapper or group.
+    Counts, schedules, scales and the hyperparameters that `optax.inject_hyperparams` holds go on with
+    the params that they are about, as a learning rate with the params of its group:
+
+    - Of groups that become one, a group that keeps its label gives what it has. Else they must agree:
+      counts that differ are an error, and where other values differ those of `new_state` stay.
+    - A group none of whose params was in an old one begins as `init` made it. Only counts of
+      schedules and velocities are then those of the job.
+    - Where no array shows of which params a group is, as of `optax.sgd` without momentum, its label
+      counts.
+    - `optax.MultiSteps` counts steps within and gradients around it: a schedule that moves into it
+      goes on with its steps; one that moves out begins anew, as the gradients are not known.
+    - Equal transformations in a chain go by their order.
+
+    A state of a type of your own is found in chains and groups, and in fields of wrappers whose names
+    end in "state" or "states".
 
     Args:
       old_state: the state of the job so far.
@@ -87,15 +94,16 @@ def transplant(
         no old array of this path and shape; `old` are all old arrays of the same kind by their
         renamed paths, as floats, and those that it reads count as carried. So it can select by an
         index, split, stack.
-      strict: whether it is an error if anything is fresh or dropped, also the count of a schedule.
+      strict: whether it is an error if anything is fresh or dropped, also a count, a scale or a
+        hyperparameter that has its like in the old state.
 
     Returns:
       The state, and a `TransplantReport` that says of each array what became of it. Under jit
       return the state alone: the report is not an array. What keeps its dtype and shape keeps its
-      bits; 8 bits that are resized are rounded once more. What belongs to no param goes with the
-      params that it is about, as the learning rate of a group does. A count that the old state does
-      not have is that of its other counts, or if it has none 1, unless every velocity is 0. Of
-      counts that could be of several parts the first is taken under jit, where they are not known.
+      bits; 8 bits that are resized are rounded once more. A count that the old state does not have
+      is that of its other counts, or if it has none 1, unless every velocity is 0. Under jit, where
+      values are not known, the first of several counts is taken, and where other values differ
+      those of `new_state`.
 
     Raises:
       ValueError: nothing can be carried; velocities none of which means the same in the new state,
@@ -161,6 +169,8 @@ class _Entry(NamedTuple):
     # None where the place stays as it is.
     source: Stored | None = None
     was_velocity: bool = False
+    # The paths of what it was made of, if it is not its own.
+    made_of: tuple[str, ...] = ()
 
 
 def carried_velocities(
@@ -182,9 +192,10 @@ def carried_velocities(
 
     old, new = places(jax.tree.map(_as_array, old_state)), places(new_state)
     there = by_key([place for place in old if goes(place)], lambda place: place.key)
-    pairs = matched(there, by_key([place for place in new if goes(place)], key_in_old))
+    here = by_key([place for place in new if goes(place)], key_in_old)
+    pairs = matched(there, here, has_same_parts(old_state, new_state))
     entries = [_kept(place, one) for place, one in pairs.items() if _fits(place, one)]
-    counts = {} if count is None else {place: count for place in new if place.is_count}
+    counts = {} if count is None else {place: count for place in new if place.is_clock}
     return _with(new_state, new, entries, counts, conversion)
 
 
@@ -199,14 +210,15 @@ def carried(
     renamed.check(old)
     _check_kinds(old, new)
     there, here = (by_key(each, lambda place: place.key) for each in (old, new))
-    pairs = matched(there, here)
+    same_parts = has_same_parts(old_state, new_state)
+    pairs = matched(there, here, same_parts)
     entries = [
         _entry(place, pairs.get(place), there.get(key, {}), i, len(wanting), resize)
         for key, of_kind in here.items()
         for wanting in of_kind.values()
         for i, place in enumerate(wanting)
     ]
-    values, rows = _of_no_param(old, new)
+    values, rows = _of_no_param(old, new, _made_of(entries), same_parts)
     state = _with(new_state, new, [entry for entry in entries if entry.source], values)
     rows |= {entry.place: entry.row for entry in entries}
     dropped = [row for place in old if not place.used for row in _dropped(place)]
@@ -397,8 +409,17 @@ def _made(place, array, read):
     for each in read:
         each.used = True
     paths = ", ".join(dict.fromkeys(each.held.path for each in read)) or "nothing"
-    note = f"resize made {array.shape} of {paths}"
-    return _Entry(place, TransplantRow(place.path, place.label, RESIZED, note), Stored(array))
+    row = TransplantRow(place.path, place.label, RESIZED, f"resize made {array.shape} of {paths}")
+    return _Entry(place, row, Stored(array), made_of=tuple(each.path for each in read))
+
+
+def _made_of(entries):
+    """The old paths of what `resize` made of others, by the new path."""
+    found: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        if entry.made_of:
+            found.setdefault(entry.place.path, {}).update(dict.fromkeys(entry.made_of))
+    return found
 
 
 def _dropped(place):
@@ -466,63 +487,100 @@ def _at(path):
 # What belongs to no param: counts, scales, keys. -------------------------------------------
 
 
-def _of_no_param(old, new):
+def _of_no_param(old, new, made_of, same_parts):
     """The values, and the rows of what is to be known, by place."""
     values: dict[Place, Any] = {}
     rows: dict[Place, TransplantRow] = {}
-    counts = counts_in(old)
-    for place, having in matched_without_params(old, new).items():
-        row = TransplantRow(None, place.label, FRESH)
-        for each in having:
-            each.used = True
+    kinds = {place.key for place in old if not place.of_param}
+    for place, having in matched_without_params(old, new, made_of, same_parts).items():
+        for one in having:
+            one.used = True
+        outcome = FRESH
         if having:
-            value = alike(having)
-            if value is None:
-                raise _counts_differ(place, having)
-            value, note = _as_scalar(place, value)
-        elif place.is_count and counts:
-            value = alike(counts)
-            if value is None:
-                raise _counts_differ(place, counts)
-            value, note = _as_scalar(place, value)
-            row, note = row._replace(outcome=NOTED), note or "of the old state's other counts"
-        elif place.is_count and has_velocity(place.node):
-            value, row = has_moved(velocities_of(old)), row._replace(outcome=NOTED)
-            note = "1 if a velocity is not 0: the old state does not count its steps"
-        elif place.is_count:
-            value, note = None, "the old state does not count its steps"
-        elif place.held.field:
-            continue
-        else:
+            value, note = _value_of(place, having)
+            if value is not None and note:
+                outcome = NOTED
+        elif place.is_clock:
+            value, note = _clock(place, old)
+            if value is not None:
+                outcome = NOTED
+        elif place.key in kinds:
+            value, note = None, "there is none of these params"
+        elif not place.held.field:
             value, note = None, "known by its place alone, where there was none"
+        else:
+            continue
         if value is not None:
             values[place] = value
-        if having and not note and _differs(place, value):
-            row, note = row._replace(outcome=NOTED), _difference(place, value)
         if note:
-            rows[place] = row._replace(note=note)
+            rows[place] = TransplantRow(None, place.label, outcome, note)
     return values, rows
 
 
-def _as_scalar(place, value):
-    """The value as the place can hold it, or None and why not."""
+def _value_of(place, having):
+    """That of the old places, and what to know of it; None if there is no one value."""
     target = place.held.stored.values
-    shape, wanted = np.shape(value), np.shape(target)
-    if shape != wanted and shape != ():
-        if not can_be_read(value) or np.ptp(np.asarray(value)) != 0:
-            return None, f"{shape} -> {wanted}"
-        value = np.ravel(np.asarray(value))[0]
-    before, after = value.dtype, jnp.asarray(target).dtype
-    if jnp.issubdtype(before, jax.dtypes.extended) or jnp.issubdtype(after, jax.dtypes.extended):
-        return (value, "") if before == after else (None, f"{before} is now {after}")
-    if jnp.issubdtype(before, jnp.inexact) and not jnp.issubdtype(after, jnp.inexact):
-        return None, f"{before} is now {after}"
+    # Of groups that become one the one that goes on under its labels.
+    same = [one for one in having if place.in_group and one.labels == place.labels]
+    chosen = same if same and len(having) > 1 else having
+    first = chosen[0].held.stored.values
+    value = agreed(chosen, target, first if place.counts_steps and len(chosen) > 1 else target)
+    if value is None and place.counts_steps and len(having) > 1:
+        raise _counts_differ(place, having)
+    if value is None:
+        return None, _shown(having, target)
+    note = _of_another_type(value, target)
+    if note:
+        return None, note
+    if np.shape(first) not in ((), np.shape(target)) and not can_be_read(value):
+        return value, f"{np.shape(first)} -> {np.shape(target)}, if all are alike"
+    if chosen is not having and agreed(having, target, target) is None:
+        return value, f"of {_shown(having, target)}"
+    if _differs(value, target):
+        return value, f"{float(value):.7g} (new state: {float(target):.7g})"
     return value, ""
 
 
-def _differs(place, value):
+def _shown(several, target):
+    """What the old places have."""
+    values = [place.held.stored.values for place in several]
+    if len(values) == 1 or not all(can_be_read(x) and np.shape(x) == () for x in values):
+        return f"{' and '.join(dict.fromkeys(str(np.shape(x)) for x in values))} -> {target.shape}"
+    return " and ".join(dict.fromkeys(f"{x.item():.7g}" for x in values))
+
+
+def _clock(place, old):
+    """The count that is not in the old state, from its other counts, and what to know of it."""
+    # What is within MultiSteps counts steps, what is not counts gradients.
+    deep = max((one.depth for one in old), default=0)
+    counts = clocks_in([one for one in old if not deep or one.depth == place.depth])
+    if not counts and deep and clocks_in(old):
+        units = ("gradients", "steps")
+        has, lacks = units if place.depth else units[::-1]
+        return None, f"the old state counts {has} there, not {lacks}"
+    if counts:
+        value = agreed(counts, place.held.stored.values, counts[0].held.stored.values)
+        if value is None:
+            raise _counts_differ(place, counts)
+        return value, "of the old state's other counts"
+    if has_velocity(place.node):
+        moved = has_moved(velocities_of(old))
+        return moved, "1 if a velocity is not 0: the old state does not count its steps"
+    return None, "the old state does not count its steps"
+
+
+def _of_another_type(value, target):
+    """Why a place cannot hold a value, or an empty text."""
+    before, after = jnp.asarray(value).dtype, jnp.asarray(target).dtype
+    if jnp.issubdtype(before, jax.dtypes.extended) or jnp.issubdtype(after, jax.dtypes.extended):
+        fits = before == after
+    else:
+        fits = jnp.issubdtype(after, jnp.inexact) or not jnp.issubdtype(before, jnp.inexact)
+    return "" if fits else f"{before} is now {after}"
+
+
+def _differs(value, target):
     """Whether a value that is no count is not that of the new state."""
-    target = place.held.stored.values
     return (
         all(can_be_read(x) and np.shape(x) == () for x in (value, target))
         and all(jnp.issubdtype(x.dtype, jnp.floating) for x in (value, target))
@@ -530,13 +588,10 @@ def _differs(place, value):
     )
 
 
-def _difference(place, value):
-    return f"{float(value):.7g} (new state: {float(place.held.stored.values):.7g})"
-
-
 def _counts_differ(place, several):
     found = sorted({int(x) for each in several for x in np.ravel(each.held.stored.values)})
     return ValueError(
         f"the parts of the old state have counted {found}, not alike, so that it is not clear "
-        f"which is meant for {place.label}. Carry over the parts one by one."
+        f"which is meant for {place.label}. Keep the parts apart; or give them one count first, as "
+        "optax.tree.set(old_state, count=...) does."
     )

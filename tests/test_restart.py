@@ -12,6 +12,7 @@ import optax
 import optax.contrib
 import pytest
 from compiles import count_compiles
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tables import rows
@@ -626,3 +627,24 @@ def test_what_is_no_transformation_is_refused(as_shipped, wrap, inner):
     """When it is made, and not when its init is missed."""
     with pytest.raises(TypeError, match="must be an Optax transformation, for example"):
         wrap(inner)
+
+
+@pytest.mark.parametrize("velocity_dtype", [None, "int8"])
+def test_where_is_like_the_params_of_an_nnx_module(velocity_dtype):
+    """Whose state has them in variables of another type; as a State, a dict, a prefix, by path."""
+    model = nnx.Sequential(
+        nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.Linear(128, 3, rngs=nnx.Rngs(1))
+    )
+    tx = mj.momentum(0.1, velocity_dtype=velocity_dtype)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((2, 64)))))(model))
+    params = nnx.state(model, nnx.Param)
+    where: Any = jax.tree_util.tree_map_with_path(lambda path, _: path[1].key == 1, params)
+    prefix = {"layers": {0: False, 1: True}}
+    for each in (where, nnx.to_pure_dict(where), prefix, lambda path: path[1].key == 1):
+        state: Any = mj.reset_velocity(optimizer.opt_state, each)
+        assert jax.tree.structure(state) == jax.tree.structure(optimizer.opt_state)
+        for path, velocity in jax.tree_util.tree_leaves_with_path(mj.read_velocity(state)):
+            assert np.any(velocity) == (path[1].key == 0)
+    with pytest.raises(ValueError, match="where must be a prefix of the velocity"):
+        mj.reset_velocity(optimizer.opt_state, {"layers": {0: False, 2: True}})

@@ -20,65 +20,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jobs import (
+    STEPS,
+    WIDE,
+    assert_same,
+    begun,
+    grads_like,
+    numbers,
+    one_step,
+    params_of,
+    scheduled,
+    train,
+    types,
+)
 from processes import run_job
 
 import momentum_jax
 
 mj: Any = momentum_jax  # Optax types a state as any tree of arrays.
 
-STEPS = 20
-WIDE, NARROW = (64, 128), (3,)  # int8 has blocks for the first, and keeps the second wide.
-
-
-def numbers(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def params_of(*names, seed=0):
-    """A dict of dicts with two arrays each."""
-    return {
-        name: {"w": numbers(WIDE, seed + 2 * i), "b": numbers(NARROW, seed + 2 * i + 1)}
-        for i, name in enumerate(names)
-    }
-
-
-def grads_like(params, step):
-    """Gradients of each param by its shape and the step alone, whatever else there is."""
-    return jax.tree.map(lambda w: numbers(w.shape, 1000 + step + w.size).astype(w.dtype), params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def one_step(tx, params, state, grads):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-
-def train(tx, params, state, steps, start=0):
-    for step in range(start, start + steps):
-        params, state = one_step(tx, params, state, grads_like(params, step))
-    return params, state
-
-
-def begun(tx, params, steps=3):
-    return train(tx, params, tx.init(params), steps)
-
-
-def types(tree):
-    return [(x.shape, x.dtype, x.weak_type) for x in map(jnp.asarray, jax.tree.leaves(tree))]
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-        assert a.dtype == b.dtype
-
-
 # Each kind of state: ours, Optax's, and wrappers around them. -------------------------------
-
-
-def scheduled(count):
-    return 0.1 / (1 + count)
 
 
 KINDS: dict[str, Any] = {
@@ -473,239 +434,6 @@ def test_a_residual_and_the_last_params_are_carried():
         "AdaptiveRestartState.last_params",
         "MomentumState.velocity",
     }
-
-
-# What belongs to no param goes with the params that it is about. -----------------------------
-
-
-def injected(learning_rate):
-    make = optax.inject_hyperparams(mj.momentum, static_args=("nesterov", "velocity_dtype"))
-    return make(learning_rate=learning_rate)
-
-
-def rates(state):
-    """The learning rate of each param's group."""
-    found = {}
-    for name, group in state.inner_states.items():
-        inner = group.inner_state
-        if hasattr(inner, "hyperparams"):
-            for path, _ in jax.tree_util.tree_leaves_with_path(inner.inner_state.velocity):
-                found[path[0].key, name] = round(float(inner.hyperparams["learning_rate"]), 4)
-    return found
-
-
-OFF = optax.set_to_zero()
-REGROUPED: dict[str, Any] = {
-    "renamed": (
-        {"z": injected(0.1), "b": injected(0.01)},
-        {"enc": "z", "head": "b"},
-        {("enc", "z"): 0.1, ("head", "b"): 0.01},
-    ),
-    "frozen": (
-        {"b": injected(0.01), "off": OFF},
-        {"enc": "off", "head": "b"},
-        {("head", "b"): 0.01},
-    ),
-    "one param moved to the other group": (
-        {"a": injected(0.1), "b": injected(0.01)},
-        {"enc": "b", "head": "b"},
-        {("enc", "b"): 0.01, ("head", "b"): 0.01},
-    ),
-    "exchanged": (
-        {"a": injected(0.01), "b": injected(0.1)},
-        {"enc": "b", "head": "a"},
-        {("head", "a"): 0.01, ("enc", "b"): 0.1},
-    ),
-    "another one before": (
-        {"Adapter": injected(1.0), "a": injected(0.1), "b": injected(0.01)},
-        {"enc": "a", "head": "b", "new": "Adapter"},
-        {("enc", "a"): 0.1, ("head", "b"): 0.01, ("new", "Adapter"): 1.0},
-    ),
-}
-
-
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", REGROUPED)
-def test_a_learning_rate_goes_with_the_params_of_its_group(name, jitted):
-    """Whatever the groups are called, and how many there are."""
-    transforms, labels, expected = REGROUPED[name]
-    params = {"enc": numbers(3), "head": numbers(4)}
-    one = optax.partition({"a": injected(0.1), "b": injected(0.01)}, {"enc": "a", "head": "b"})
-    _, state = begun(one, params)
-    new = {name: params.get(name, numbers(2)) for name in labels}
-    target = optax.partition(transforms, labels).init(new)
-    carry = lambda old, new: mj.transplant(old, new)[0]  # noqa: E731
-    assert rates((jax.jit(carry) if jitted else carry)(state, target)) == expected
-
-
-def test_counts_and_sums_go_with_the_params_of_their_group():
-    """Of groups that gather gradients over other numbers of steps."""
-    params = {"enc": numbers(3), "head": numbers(4)}
-    two, four = (optax.MultiSteps(mj.momentum(0.1), n).gradient_transformation() for n in (2, 4))
-    _, state = begun(optax.partition({"a": two, "b": four}, {"enc": "a", "head": "b"}), params, 5)
-    other = optax.partition({"z": two, "b": four}, {"enc": "z", "head": "b"})
-    carried, _ = mj.transplant(state, other.init(params), strict=True)
-    for before, after in (("a", "z"), ("b", "b")):
-        assert_same(carried.inner_states[after].inner_state, state.inner_states[before].inner_state)
-
-
-def test_a_scale_of_a_frozen_group_does_not_pass_to_another():
-    params = {"enc": numbers(3), "head": numbers(4)}
-    tx = lambda: optax.chain(mj.momentum(0.1), optax.contrib.reduce_on_plateau())  # noqa: E731
-    both: Any = optax.partition({"a": tx(), "b": tx()}, {"enc": "a", "head": "b"})
-    state = both.init(params)
-    momentum, plateau = state.inner_states["a"].inner_state
-    reduced = (momentum, plateau._replace(scale=jnp.float32(0.01)))
-    state.inner_states["a"] = state.inner_states["a"]._replace(inner_state=reduced)
-    frozen: Any = optax.partition({"b": tx(), "off": OFF}, {"enc": "off", "head": "b"})
-    carried, _ = mj.transplant(state, frozen.init(params))
-    assert float(carried.inner_states["b"].inner_state[1].scale) == 1
-    carried, report = mj.transplant(state, optax.chain(tx()).init({"enc": params["enc"]}))
-    assert float(carried[0][1].scale) == pytest.approx(0.01)
-    assert "0.01 (new state: 1)" in str(report)
-
-
-def test_an_empty_group_shifts_nothing():
-    """Of two traces of a chain, one of which is for no param any more."""
-
-    def make(mask):
-        return optax.chain(optax.masked(mj.trace(0.5), mask), mj.trace(0.9), optax.scale(-0.1))
-
-    params = {"enc": numbers(3), "head": numbers(4)}
-    _, state = begun(make({"enc": True, "head": False}), params)
-    new = make({"enc": False, "head": False}).init(params)
-    carried, report = mj.transplant(state, new)
-    assert_same(carried[1], state[1])
-    assert report.dropped == ("['enc']",)
-
-
-def test_a_count_of_adam_is_that_of_a_schedule():
-    params = params_of("enc")
-    _, state = begun(optax.adam(0.1), params)
-    carried, _ = mj.transplant(state, optax.adam(scheduled).init(params), strict=True)
-    assert [int(each.count) for each in carried] == [3, 3]
-
-
-def test_counts_of_stacked_states():
-    """One of several members, and more of them: their counts go on if they are alike."""
-    params = {"w": numbers((2, 3))}
-    tx = mj.momentum(scheduled)
-    state = jax.vmap(tx.init)(params)
-    for _ in range(3):
-        _, state = jax.vmap(tx.update)(params, state)
-    carried, _ = mj.transplant(
-        state, tx.init({"w": params["w"][0]}), resize=lambda path, old, shape: old[path][0]
-    )
-    assert (carried.count.shape, int(carried.count)) == ((), 3)
-    more = jax.vmap(tx.init)({"w": numbers((4, 3))})
-    carried, _ = mj.transplant(state, more, resize=True, strict=True)
-    assert list(map(int, carried.count)) == [3, 3, 3, 3]
-    apart = state._replace(count=jnp.array([3, 4]))
-    with pytest.raises(ValueError, match=r"MomentumState\.count +fresh +\(2,\) -> \(\)"):
-        mj.transplant(
-            apart, tx.init({"w": params["w"][0]}), resize=lambda p, old, n: old[p][0], strict=True
-        )
-
-
-def test_what_a_wrapper_remembered_is_not_dropped_silently():
-    """A scale of the learning rate, with the wrapper that had it."""
-    params = params_of("enc")
-    tx = mj.momentum(0.1)
-    state: Any = optax.chain(tx, optax.contrib.reduce_on_plateau()).init(params)
-    _, report = mj.transplant(state, tx.init(params), strict=True)
-    assert report.dropped == ()
-    reduced = (state[0], state[1]._replace(scale=jnp.float32(0.01)))
-    with pytest.raises(ValueError, match=r"ReduceLROnPlateauState\.scale +dropped +0\.01"):
-        mj.transplant(reduced, tx.init(params), strict=True)
-
-
-def test_arrays_beside_a_state_are_known_by_their_places():
-    tx, params = mj.momentum(0.1), params_of("enc")
-    _, state = begun(tx, params)
-    old = {"opt": state, "step": jnp.int32(7)}
-    new = {"epoch": jnp.int32(0), "opt": tx.init(params), "step": jnp.int32(0)}
-    for carry in (mj.transplant, jax.jit(lambda old, new: mj.transplant(old, new)[:1])):
-        carried = carry(old, new)[0]
-        assert (int(carried["epoch"]), int(carried["step"])) == (0, 7)
-        assert_same(carried["opt"], state)
-
-
-class Mine(NamedTuple):
-    """A state of a user's own."""
-
-    m: Any
-    count: Any
-
-
-def test_states_of_ones_own():
-    """Alone in a chain, or beside one of Optax': what they hold goes by its path."""
-
-    def init(params):
-        return Mine(jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        del params
-        m = jax.tree.map(lambda m, g: 0.9 * m + g, state.m, updates)
-        return jax.tree.map(lambda m: -0.1 * m, m), Mine(m, state.count + 1)
-
-    mine = optax.GradientTransformation(init, update)
-    params = params_of("enc")
-    renamed = {"encoder": params["enc"]}
-    rename = {"['enc']": "['encoder']"}
-    for tx in (mine, optax.chain(mine)):
-        _, state = begun(tx, params)
-        for other in (mine, optax.chain(mine), optax.chain(optax.clip(1.0), mine)):
-            carried, _ = mj.transplant(state, other.init(renamed), rename, strict=True)
-            assert_same(jax.tree.leaves(carried), jax.tree.leaves(state))
-
-
-def test_a_longer_chain_is_said_to_be_ambiguous():
-    params = params_of("enc")
-    _, state = begun(optax.chain(mj.momentum(0.2)), params)
-    new = optax.chain(mj.momentum(0.1), mj.momentum(0.2)).init(params)
-    carried, report = mj.transplant(state, new)
-    assert_same(carried[0].velocity, state[0].velocity)
-    assert [row.note for row in report.rows if row.path] == 4 * ["of 1 for 2"]
-
-
-def test_what_a_place_cannot_hold_is_said():
-    """A learning rate in an integer, a key of another kind; not one is cut off."""
-    params = params_of("enc")
-    _, state = begun(injected(0.1), params)
-    carried, report = mj.transplant(state, injected(1).init(params))
-    assert int(carried.hyperparams["learning_rate"]) == 1
-    assert "float32 is now int32" in str(report)
-    make = lambda key: optax.chain(optax.add_noise(0.1, 0.5, key), optax.trace(0.9))  # noqa: E731
-    _, state = begun(make(jax.random.key(7)), params)
-    target = make(jax.random.key(1, impl="rbg")).init(params)
-    carried, report = mj.transplant(state, target)
-    assert types_of_keys(carried) == types_of_keys(target)
-    assert "AddNoiseState.rng_key  fresh" in str(report)
-    carried, _ = mj.transplant(state, make(jax.random.key(1)).init(params), strict=True)
-    before = jax.random.key_data(state[0].rng_key)
-    jax.jit(lambda state: state, donate_argnums=0)(carried)
-    np.testing.assert_array_equal(jax.random.key_data(state[0].rng_key), before)
-
-
-def types_of_keys(state):
-    return [x.dtype for x in jax.tree.leaves(state[0])]
-
-
-def test_what_depends_on_the_shape_is_not_resized():
-    """The factors of Adafactor are along other axes then."""
-    tx = optax.adafactor(0.01, min_dim_size_to_factor=8)
-    params = {"w": numbers((16, 32))}
-    _, state = begun(tx, params)
-    _, report = mj.transplant(state, tx.init({"w": numbers((64, 32))}), resize=True)
-    assert not report.resized
-    assert "which means something else" in str(report)
-
-
-def test_of_fewer_velocities_none_is_taken_for_another():
-    params = params_of("enc")
-    _, state = begun(mj.aggmo(0.1, (0.0, 0.9, 0.99)), params)
-    with pytest.raises(ValueError, match="nothing of the old state can be carried"):
-        mj.transplant(state, mj.aggmo(0.1, (0.9, 0.99)).init(params))
 
 
 def test_a_nan_does_not_hide_what_is_too_large(x64):
