@@ -267,7 +267,7 @@ def test_its_cost_is_that_of_its_products():
 
 def unrolled(loss, params, batch, products):
     """As many products, one after the other: a loop's operations are counted once."""
-    from momentum_jax import _curvature
+    from momentum_jax.diagnostics import _curvature
 
     gradient, product = _curvature._hessian(lambda w, x: loss(w[0], x), [params], (batch,))
     for _ in range(products):

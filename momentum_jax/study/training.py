@@ -13,6 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import momentum_jax as mj
+from momentum_jax.diagnostics import curvature
 from momentum_jax.study.arms import Arm
 from momentum_jax.study.problem import Problem
 
@@ -21,7 +22,7 @@ RECORDABLE = ("gradient_norm", "sharpness", "final_params")
 
 # Sharpness and gradient norm are those of the loss over the first rows of the training data.
 MEASURED_ROWS = 512
-POWER_ITERATIONS = 30
+LANCZOS_STEPS = 32
 
 # Working memory that a compiled program may take on one device.
 MEMORY = 2**31
@@ -199,8 +200,6 @@ def _one_run(problem, arm, static, times, record):
     state of each restart.
     """
     stretches = times.evaluations // arm.restarts
-    examples_in_all = problem.examples
-    epoch = examples_in_all // arm.batch_size
     few_params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(_starts(problem)))) <= 2
 
     def evaluated(params, state, update, examples, settings):
@@ -228,23 +227,11 @@ def _one_run(problem, arm, static, times, record):
         params, state = start
         params = problem.scale(params, init_scale)
         tx = optax.with_extra_args_support(arm.make_transform(**settings, **static))
-        order = jnp.arange(examples_in_all)
+        order = jnp.arange(problem.examples)
 
         def step(carry, count):
             params, state, _, tx_state, order = carry
-            batch = None
-            if data is not None:
-                # The count is the same for all runs, so that they branch together.
-                order = jax.lax.cond(
-                    count % epoch == 0,
-                    lambda key, order: jax.random.permutation(key, examples_in_all),
-                    lambda key, order: order,
-                    jax.random.fold_in(order_key, count // epoch),
-                    order,
-                )
-                first = count % epoch * arm.batch_size
-                rows = jax.lax.dynamic_slice_in_dim(order, first, arm.batch_size)
-                batch = jax.tree.map(lambda x: jnp.asarray(x)[rows], data)
+            batch, order = next_batch(data, arm.batch_size, order, order_key, count)
             (value, state), grads = jax.value_and_grad(problem.value_and_state, has_aux=True)(
                 params, state, batch
             )
@@ -287,30 +274,42 @@ def _one_run(problem, arm, static, times, record):
     return train
 
 
+def next_batch(data: Any, size: int, order: jax.Array, key: jax.Array, count: Any):
+    """The rows of a step, None without data; and the order of all rows, a new one each epoch.
+
+    Example:
+      >>> batch, _ = next_batch(np.arange(6), 2, jnp.arange(6), jax.random.key(0), 0)
+      >>> batch.shape
+      (2,)
+    """
+    if data is None:
+        return None, order
+    epoch = len(order) // size
+    # The count is the same for all runs, so that they branch together.
+    order = jax.lax.cond(
+        count % epoch == 0,
+        lambda key, order: jax.random.permutation(key, len(order)),
+        lambda key, order: order,
+        jax.random.fold_in(key, count // epoch),
+        order,
+    )
+    rows = jax.lax.dynamic_slice_in_dim(order, count % epoch * size, size)
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows], data), order
+
+
 def sharpness(loss: Any, params: Any) -> jax.Array:
-    """The Hessian eigenvalue of largest magnitude, by power iteration on Hessian-vector products.
+    """The largest eigenvalue of the Hessian, as `momentum_jax.diagnostics.curvature` finds it.
 
     Args:
       loss: `loss(params) -> scalar`.
       params: where.
 
     Returns:
-      The Rayleigh quotient after 30 iterations from a fixed random direction: a lower bound of
-      the magnitude.
+      The eigenvalue, with its sign.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> print(sharpness(lambda w: 2 * w[0] ** 2 + w[1] ** 2, jnp.ones(2)))
-      4.0
+      >>> print(f"{sharpness(lambda w: 2 * w[0] ** 2 - 9 * w[1] ** 2, jnp.ones(2)):.3f}")
+      4.000
     """
-
-    def product(v):
-        return jax.jvp(jax.grad(loss), (params,), (v,))[1]
-
-    def unit(v):
-        norm = optax.tree.norm(v)
-        return optax.tree.scale(1 / jnp.where(norm > 0, norm, 1), v)
-
-    start = unit(optax.tree.random_like(jax.random.key(0), params))
-    v = jax.lax.fori_loop(0, POWER_ITERATIONS, lambda _, v: unit(product(v)), start)
-    return jnp.asarray(optax.tree.vdot(v, product(v)))
+    return curvature(loss, params, steps=LANCZOS_STEPS).largest

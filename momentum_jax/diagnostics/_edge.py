@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from momentum_jax import theory
-from momentum_jax._curvature import Curvature
+from momentum_jax.diagnostics._curvature import Curvature
 from momentum_jax._hyperparameters import Number, check_flag, require
 
 

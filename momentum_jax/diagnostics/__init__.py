@@ -11,12 +11,12 @@ All but `edge` works inside jit or outside. In a chain of Optax's, `optax.monito
 behind `momentum` too: its updates are the velocity, the gradient is an extra argument.
 """
 
-from momentum_jax._curvature import Curvature as Curvature
-from momentum_jax._curvature import curvature as curvature
-from momentum_jax._edge import Edge as Edge
-from momentum_jax._edge import edge as edge
-from momentum_jax._measure import Measurement as Measurement
-from momentum_jax._measure import measure as measure
-from momentum_jax._measure import measure_by_leaf as measure_by_leaf
-from momentum_jax._record import RecordState as RecordState
-from momentum_jax._record import record as record
+from momentum_jax.diagnostics._curvature import Curvature as Curvature
+from momentum_jax.diagnostics._curvature import curvature as curvature
+from momentum_jax.diagnostics._edge import Edge as Edge
+from momentum_jax.diagnostics._edge import edge as edge
+from momentum_jax.diagnostics._measure import Measurement as Measurement
+from momentum_jax.diagnostics._measure import measure as measure
+from momentum_jax.diagnostics._measure import measure_by_leaf as measure_by_leaf
+from momentum_jax.diagnostics._record import RecordState as RecordState
+from momentum_jax.diagnostics._record import record as record
