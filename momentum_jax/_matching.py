@@ -33,11 +33,8 @@ _OF_ONE_PARAM = (
     *("ScaleByLionState", "ScaleByRStdDevState", "ScaleByRmsState", "ScaleByRpropState"),
     *("ScaleByRssState", "TraceState"),
 )
-# Those whose count, which no schedule follows, is the number of steps too.
-_COUNT_STEPS = (
-    *("EmaState", "ScaleByAdamState", "ScaleByAmsgradState", "ScaleByBeliefState"),
-    *("ScaleByLionState", "ScaleByNovogradState"),
-)
+# Those in which whole numbers say nothing about other arrays of theirs.
+_OF_NO_STEPS = ("ApplyIfFiniteState", "ReduceLROnPlateauState")
 # Those in which an array says something else if its param has another shape.
 BY_SHAPE = ("FactoredState", "GaLoreState")
 
@@ -53,11 +50,13 @@ class Place:
       path: if so the path of the param, renamed.
       position: where the state is.
       labels: the keys of the dicts on the way to it.
-      in_group: whether it is in a part that is for some of the params only.
+      group: those that are labels of `optax.partition`; None if it is in no part that is for some
+        of the params only.
       depth: how many of `optax.MultiSteps` it is within; what counts there counts steps, and what
         counts outside counts gradients.
       about: of what belongs to no param, the paths of those that the state holds arrays of, or
         else one around it does, within its group; empty if there are none.
+      is_beside_arrays: whether the state itself holds those arrays.
       used: whether it went into a place of another state.
     """
 
@@ -67,9 +66,10 @@ class Place:
     path: str
     position: str
     labels: tuple[Any, ...]
-    in_group: bool
+    group: tuple[Any, ...] | None
     depth: int
     about: frozenset[str] = frozenset()
+    is_beside_arrays: bool = False
     used: bool = False
 
     @property
@@ -81,10 +81,10 @@ class Place:
     def key(self) -> tuple[Any, ...]:
         """What the array is, whichever param it belongs to."""
         kind = kind_of(self.node)
-        if not self.held.field:  # It is in no state: known by its place alone.
-            return self.position, self.held.path
         if not self.of_param:
-            return kind, self.held.field, self.held.path
+            # What is in no state is known by its place alone.
+            where = self.held.path if self.held.field else self.position
+            return kind, self.held.field, where
         if kind is TraceState or has_velocity(self.node):
             # Of several velocities the same ones, of as many.
             number = self.held.field.partition("[")[1:]
@@ -104,9 +104,13 @@ class Place:
 
     @property
     def counts_steps(self) -> bool:
-        """The same, or that of a method, as Adam's for its averages."""
+        """The same, or another count, as Adam's for its averages."""
+        dtype = jnp.asarray(self.held.stored.values).dtype
         return self.is_clock or (
-            self.held.field == "count" and optax_name(self.node) in _COUNT_STEPS
+            not self.of_param
+            and bool(self.held.field)
+            and jnp.issubdtype(dtype, jnp.integer)
+            and optax_name(self.node) not in _OF_NO_STEPS
         )
 
     def decoded(self) -> jax.Array:
@@ -137,11 +141,11 @@ def places(state: PyTree, renamed: Callable[[str], str] = lambda path: path) -> 
             path=renamed(held.path) if of_param else "",
             position=found.position,
             labels=found.labels,
-            in_group="MaskedState" in nodes,
+            group=found.group if "MaskedState" in nodes else None,
             depth=nodes.count("MultiStepsState"),
         )
         result.append(place)
-        for node in (*found.around, found.node) if of_param else ():
+        for node in (*found.around, found.node) if of_param and _is_sure(found.node, held) else ():
             inside.setdefault(id(node), set()).add(place.path)
     whole = frozenset().union(*inside.values())
     about: dict[str, frozenset[str]] = {}
@@ -150,6 +154,7 @@ def places(state: PyTree, renamed: Callable[[str], str] = lambda path: path) -> 
             if place.position not in about:
                 about[place.position] = _about(found, inside, whole)
             place.about = about[place.position]
+            place.is_beside_arrays = id(place.node) in inside
     return result
 
 
@@ -176,26 +181,36 @@ def _of_param(node, held, in_trees):
     values = held.stored.values
     if jnp.issubdtype(values.dtype, jax.dtypes.extended):
         return False
-    if in_trees:
-        return bool(held.path) and _is_like_the_others(node, held)
+    if in_trees and (held.path or not _is_most(node, held)):
+        return bool(held.path)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         return False
     name = optax_name(node)
     return np.shape(values) != () or not name or name in _OF_ONE_PARAM
 
 
-def _is_like_the_others(node, held):
-    """Whether a user's own state holds more of the same path, if it is not the most that it holds.
+def _is_sure(node, held):
+    """Whether what a path leads to is surely a param: of numbers by their names it is not.
 
-    So that a few numbers by their names are not taken for params.
+    In a user's own state it is what has the paths of the field that holds the most.
     """
-    if type(node).__module__.split(".")[0] in ("optax", "momentum_jax"):
-        return True
+    return _is_known(node) or held.path in {each.path for each in _most(node)}
+
+
+def _is_most(node, held):
+    return not _is_known(node) and np.shape(held.stored.values) != () and held in _most(node)
+
+
+def _is_known(node):
+    return type(node).__module__.split(".")[0] in ("optax", "momentum_jax")
+
+
+def _most(node):
+    """What the field of a state holds that holds the most."""
     fields: dict[str, list[Held]] = {}
     for each in held_by(node):
         fields.setdefault(each.field, []).append(each)
-    most = max(fields.values(), key=lambda of_one: sum(np.size(x.stored.values) for x in of_one))
-    return held.path in {each.path for each in most}
+    return max(fields.values(), key=lambda of_one: sum(np.size(x.stored.values) for x in of_one))
 
 
 class Arrays(Mapping[str, jax.Array]):
@@ -255,23 +270,22 @@ def has_same_parts(old: PyTree, new: PyTree) -> bool:
 
 def _paired(wanting, having, same_parts):
     """Of several of a kind those under the same labels, or else those in the same order."""
-    theirs, ours = _by_labels(having), _by_labels(wanting)
-    pairs = [
-        pair
-        for labels in ours.keys() & theirs.keys()
-        for pair in _in_order(ours[labels], theirs[labels], same_parts)
-    ]
-    gone = {id(place) for pair in pairs for place in pair}
-    wanting, having = (
-        [each for each in several if id(each) not in gone] for several in (wanting, having)
-    )
+    pairs = []
+    for key_of in (lambda place: place.labels, lambda place: place.group):
+        theirs, ours = _grouped(having, key_of), _grouped(wanting, key_of)
+        for key in ours.keys() & theirs.keys():
+            pairs += _in_order(ours[key], theirs[key], same_parts)
+        gone = {id(place) for pair in pairs for place in pair}
+        wanting, having = (
+            [each for each in several if id(each) not in gone] for several in (wanting, having)
+        )
     return pairs + _in_order(wanting, having, same_parts)
 
 
-def _by_labels(several):
+def _grouped(several, key_of):
     found: dict[Any, list[Place]] = {}
     for place in several:
-        found.setdefault(place.labels, []).append(place)
+        found.setdefault(key_of(place), []).append(place)
     return found
 
 
@@ -297,17 +311,16 @@ def matched_without_params(
     """For each new place that belongs to no param the old ones of its kind that it goes on with.
 
     For each param that it is about that is the one that an array of the param would come from.
-    Where it is known of one of them only, or of none, which params it is about, it is the one under
-    the same labels, or one that is not of a group; but no method's count, which is that of its
-    averages. `made_of` are the old paths of what was carried
-    from others than the param's own.
+    Where it is not known of both which params they are about, it is the one of the same group; or
+    where one is in a group and one is not, one that went to no other place. `made_of` are the old
+    paths of what was carried from others than the param's own.
     """
-    there, here = _by_kind(old), _by_kind(new)
+    there, here = (_grouped(_of_no_param(each), lambda place: place.key) for each in (old, new))
     depths = _depths(old), _depths(new)
 
     def fits(place, one, of_old, of_new):
         return (
-            not place.counts_steps
+            not place.is_clock
             or place.depth == one.depth
             or not depths[0].get(of_old, 0)
             or not depths[1].get(of_new, 0)
@@ -319,9 +332,7 @@ def matched_without_params(
             fitting = [one for one in having if fits(alike[0], one, of_old, of_new)]
             yield from _paired(alike, fitting, same_parts)
 
-    result: dict[Place, dict[Place, None]] = {
-        place: {} for several in here.values() for place in several
-    }
+    result: dict[Place, dict[Place, None]] = {place: {} for place in _of_no_param(new)}
     for key, wanting in here.items():
         having = there.get(key, [])
         theirs, ours = _by_path(having), _by_path(wanting)
@@ -329,28 +340,34 @@ def matched_without_params(
             for of_old in made_of.get(path, (path,)):
                 for place, one in pairs(about_it, theirs.get(of_old, []), of_old, path):
                     result[place][one] = None
-        lost = [
-            place
-            for place in wanting
-            if not result[place] and (place.is_clock or not (place.about and place.counts_steps))
-        ]
-        for about_some in (True, False):
-            rest = [place for place in lost if bool(place.about) == about_some]
-            candidates = having if not about_some else [one for one in having if not one.about]
-            for several in _by_group(rest).values():
-                for of_one in _by_group(candidates).values():
-                    if _may_be_of_one(several[0], of_one[0]):
+        for is_of_one in (_are_of_one_group, _is_one_in_a_group):
+            taken = {one for place in wanting for one in result[place]}
+            rest = [one for one in having if one not in taken]
+            # A state beside whose arrays there are none of these params is another one.
+            lost = [
+                place
+                for place in wanting
+                if not result[place] and not (place.about and place.is_beside_arrays)
+            ]
+            for several in _grouped(lost, lambda x: (x.group, not x.about)).values():
+                for of_one in _grouped(rest, lambda x: (x.group, not x.about)).values():
+                    if is_of_one(several[0], of_one[0]):
                         for place, one in pairs(several, of_one):
                             result[place][one] = None
     return {place: list(found) for place, found in result.items()}
 
 
-def _by_kind(several):
-    found: dict[Any, list[Place]] = {}
-    for place in several:
-        if not place.of_param:
-            found.setdefault(place.key, []).append(place)
-    return found
+def _are_of_one_group(place, one):
+    return place.group == one.group and not (place.about and one.about)
+
+
+def _is_one_in_a_group(place, one):
+    in_groups = [each.group is not None for each in (place, one)]
+    return in_groups[0] != in_groups[1] and not (place.about and one.about)
+
+
+def _of_no_param(several):
+    return [place for place in several if not place.of_param]
 
 
 def _by_path(several):
@@ -359,17 +376,6 @@ def _by_path(several):
         for path in sorted(place.about):  # In one order in all processes.
             found.setdefault(path, []).append(place)
     return found
-
-
-def _by_group(several):
-    found: dict[Any, list[Place]] = {}
-    for place in several:
-        found.setdefault((place.in_group, place.in_group and place.labels), []).append(place)
-    return found
-
-
-def _may_be_of_one(place, one):
-    return not place.in_group or not one.in_group or place.labels == one.labels
 
 
 def _depths(several):
@@ -419,7 +425,9 @@ def can_be_read(x: Any) -> bool:
 def clocks_in(several: list[Place]) -> list[Place]:
     """The counts of steps; if there are none that schedules follow, those of Optax' methods."""
     return [place for place in several if place.is_clock] or [
-        place for place in several if place.counts_steps
+        place
+        for place in several
+        if place.held.field == "count" and place.counts_steps and place.is_beside_arrays
     ]
 
 

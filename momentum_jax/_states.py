@@ -4,6 +4,7 @@ A state of Optax is a tree of states: of a chain, of the groups of `optax.partit
 wrapper is around. Each holds counts and the like, and trees of one array a param.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -113,13 +114,15 @@ class Found(NamedTuple):
       node: the state.
       around: those around it, outermost first.
       position: where it is, as `jax.tree_util.keystr` writes it.
-      labels: the keys of the dicts on the way to it, such as the names of groups.
+      labels: the keys of the dicts on the way to it.
+      group: those of them that are labels of groups of `optax.partition`.
     """
 
     node: Any
     around: tuple[Any, ...]
     position: str
     labels: tuple[Any, ...]
+    group: tuple[Any, ...]
 
 
 def find(state: PyTree) -> list[Any]:
@@ -132,8 +135,11 @@ def find_within(state: PyTree) -> list[Found]:
     all_found = []
 
     def note(node, around, path):
-        labels = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        all_found.append(Found(node, around, jax.tree_util.keystr(path), labels))
+        pairs: Iterable[Any] = itertools.pairwise(("", *path))
+        steps = [(before, key) for before, key in pairs if _is_key(key)]
+        labels = tuple(key.key for _, key in steps)
+        group = tuple(key.key for before, key in steps if _name(before) == "inner_states")
+        all_found.append(Found(node, around, jax.tree_util.keystr(path), labels, group))
         return node
 
     _walk(state, note, (), ())
@@ -210,6 +216,14 @@ def _is_box(node):
     )
 
 
+def _is_key(key):
+    return isinstance(key, jax.tree_util.DictKey)
+
+
+def _name(key):
+    return getattr(key, "name", "")
+
+
 def _walk(state, function, around, path):
     children, treedef = _children(state)
     is_state = _has_fields(state)
@@ -243,17 +257,16 @@ def _has_fields(node):
 
 
 def _is_state(node):
-    """Where states are expected, as in a chain: what has fields is one."""
-    return _has_fields(node) or _contains_states(node)
+    """Where states are expected, as in a chain: what has fields is one, also within a chain."""
+    if _has_fields(node) or _contains_states(node):
+        return True
+    plain = isinstance(node, (tuple, list, dict)) and not hasattr(node, "_fields")
+    return plain and any(_is_state(child) for _, child in _children(node)[0])
 
 
 def _holds_states(key, child):
     """Whether a field of a state holds states: those that are known, or by its name others."""
-    if _contains_states(child):
-        return True
-    return key.name.endswith(("state", "states")) and (
-        _has_fields(child) or any(_has_fields(each) for _, each in _children(child)[0])
-    )
+    return _contains_states(child) or (key.name.endswith(("state", "states")) and _is_state(child))
 
 
 def _is_known(node):

@@ -65,21 +65,24 @@ def transplant(
     of `optax.partition`, under wrappers, and in an `nnx.Optimizer`'s `opt_state`, wherever it is in
     either state.
 
-    Counts, schedules, scales and the hyperparameters that `optax.inject_hyperparams` holds go on with
-    the params that they are about, as a learning rate with the params of its group:
+    Counts, schedules, scales and the hyperparameters that `optax.inject_hyperparams` holds go on
+    with the params that they are about, as a learning rate with the params of its group:
 
-    - Of groups that become one, a group that keeps its label gives what it has. Else they must agree:
-      counts that differ are an error, and where other values differ those of `new_state` stay.
+    - Of groups that become one, a group that keeps its label gives what it has. Else they must
+      agree: counts that differ are an error, and where others differ those of `new_state` stay.
     - A group none of whose params was in an old one begins as `init` made it. Only counts of
       schedules and velocities are then those of the job.
     - Where no array shows of which params a group is, as of `optax.sgd` without momentum, its label
       counts.
     - `optax.MultiSteps` counts steps within and gradients around it: a schedule that moves into it
       goes on with its steps; one that moves out begins anew, as the gradients are not known.
-    - Equal transformations in a chain go by their order.
+    - Parts of a chain that look alike in the state go by their order. So do optimizers of params
+      with the same paths, if the keys of their states change.
+    - What a wrapper counts for itself begins as `init` made it where the wrapper is new.
 
-    A state of a type of your own is found in chains and groups, and in fields of wrappers whose names
-    end in "state" or "states".
+    A state of a type of your own is found if it has named fields (a NamedTuple, a registered
+    dataclass): in chains and groups, and in fields of wrappers whose names end in "state" or
+    "states".
 
     Args:
       old_state: the state of the job so far.
@@ -135,7 +138,7 @@ def transplant(
     state, rows = carried(old_state, new_state, rename, resize)
     report = TransplantReport(rows)
     outcomes = {row.outcome for row in rows}
-    if {FRESH, DROPPED} <= outcomes and not outcomes & {KEPT, RESIZED}:
+    if not outcomes & {KEPT, RESIZED} and _is_missed(rows):
         raise ValueError(
             "nothing of the old state can be carried: no array has its kind, path and shape in the "
             "new one. Give rename or resize; or if nothing is to be carried, go on with "
@@ -145,6 +148,15 @@ def transplant(
         lost = TransplantReport(tuple(row for row in rows if row.outcome in (FRESH, DROPPED)))
         raise ValueError(f"strict=True, but not everything was carried:\n{lost}")
     return state, report
+
+
+def _is_missed(rows):
+    """Whether arrays of the same kind are on both sides, but of other params."""
+    fresh, dropped = (
+        {row.held for row in rows if row.path is not None and row.outcome == outcome}
+        for outcome in (FRESH, DROPPED)
+    )
+    return bool(fresh & dropped)
 
 
 class Conversion(NamedTuple):
@@ -206,6 +218,7 @@ def carried(
     _check_state("old_state", old_state)
     _check_state("new_state", new_state)
     renamed = _Renaming(rename)
+    new_state = jax.tree.map(_as_array, new_state)
     old, new = places(jax.tree.map(_as_array, old_state), renamed), places(new_state)
     renamed.check(old)
     _check_kinds(old, new)
@@ -218,10 +231,12 @@ def carried(
         for wanting in of_kind.values()
         for i, place in enumerate(wanting)
     ]
-    values, rows = _of_no_param(old, new, _made_of(entries), same_parts)
+    made_of = _made_of(entries)
+    pairs = matched_without_params(old, new, made_of, same_parts)
+    values, rows = _of_no_param(pairs, old, made_of)
     state = _with(new_state, new, [entry for entry in entries if entry.source], values)
     rows |= {entry.place: entry.row for entry in entries}
-    dropped = [row for place in old if not place.used for row in _dropped(place)]
+    dropped = [row for place in old for row in _dropped(place, new, pairs)]
     return state, tuple([rows[place] for place in new if place in rows] + dropped)
 
 
@@ -310,12 +325,12 @@ class _Renaming:
                 f"rename has {', '.join(map(repr, self.unused))}, with which no path of a param in "
                 f"the old state begins. There are: {', '.join(paths) or 'none'}."
             )
-        seen: dict[Any, Place] = {}
-        for place in old:
+        seen: dict[str, Place] = {}
+        for place in old if self.rename is not None else ():
             if not place.of_param:
                 continue
-            other = seen.setdefault((id(place.node), place.held.field, place.path), place)
-            if other is not place:
+            other = seen.setdefault(place.path, place)
+            if other.held.path != place.held.path:
                 raise ValueError(
                     f"rename gives two arrays the path {place.path}: {other.held.path} and "
                     f"{place.held.path} of {place.label}. Give each a path of its own."
@@ -422,18 +437,29 @@ def _made_of(entries):
     return found
 
 
-def _dropped(place):
+def _dropped(place, new, pairs):
     """A row for what is lost with an old array: all that belongs to a param, and what matters."""
     if place.of_param:
-        yield TransplantRow(place.held.path, place.label, DROPPED)
+        if not place.used:
+            yield TransplantRow(place.held.path, place.label, DROPPED)
         return
-    remembered = REMEMBERED.get(optax_name(place.node))
     values = place.held.stored.values
-    if remembered is None or remembered[0] != place.held.field or not can_be_read(values):
+    field, start, *_ = REMEMBERED.get(optax_name(place.node), ("hyperparams", None))
+    takers = [one for one, having in pairs.items() if place in having]
+    if field != place.held.field or not can_be_read(values):
         return
-    others = [float(x) for x in np.ravel(values) if x != remembered[1]]
-    if others:
-        yield TransplantRow(None, place.label, DROPPED, f"{others[0]:.7g}")
+    others = [float(x) for x in np.ravel(values) if x != start]
+    if not others:
+        return
+    value = f"{others[0]:.7g}"
+    if not takers:
+        # Of a hyperparameter nobody knows what the new optimizer was made with.
+        yield TransplantRow(None, place.label, NOTED if start is None else DROPPED, value)
+        return
+    there = {one.path for one in new if one.of_param}
+    rest = place.about & there - frozenset().union(*(one.about for one in takers))
+    if rest and start is not None and all(one.about for one in takers):
+        yield TransplantRow(None, place.label, DROPPED, f"{value} of {', '.join(sorted(rest))}")
 
 
 def _fits(place, one):
@@ -487,21 +513,19 @@ def _at(path):
 # What belongs to no param: counts, scales, keys. -------------------------------------------
 
 
-def _of_no_param(old, new, made_of, same_parts):
+def _of_no_param(pairs, old, made_of):
     """The values, and the rows of what is to be known, by place."""
     values: dict[Place, Any] = {}
     rows: dict[Place, TransplantRow] = {}
     kinds = {place.key for place in old if not place.of_param}
-    for place, having in matched_without_params(old, new, made_of, same_parts).items():
-        for one in having:
-            one.used = True
+    for place, having in pairs.items():
         outcome = FRESH
         if having:
             value, note = _value_of(place, having)
             if value is not None and note:
                 outcome = NOTED
         elif place.is_clock:
-            value, note = _clock(place, old)
+            value, note = _clock(place, old, made_of)
             if value is not None:
                 outcome = NOTED
         elif place.key in kinds:
@@ -521,17 +545,17 @@ def _value_of(place, having):
     """That of the old places, and what to know of it; None if there is no one value."""
     target = place.held.stored.values
     # Of groups that become one the one that goes on under its labels.
-    same = [one for one in having if place.in_group and one.labels == place.labels]
+    same = [one for one in having if place.group is not None and one.group == place.group]
     chosen = same if same and len(having) > 1 else having
     first = chosen[0].held.stored.values
+    note = _of_another_type(first, target)
+    if note:
+        return None, note
     value = agreed(chosen, target, first if place.counts_steps and len(chosen) > 1 else target)
     if value is None and place.counts_steps and len(having) > 1:
         raise _counts_differ(place, having)
     if value is None:
         return None, _shown(having, target)
-    note = _of_another_type(value, target)
-    if note:
-        return None, note
     if np.shape(first) not in ((), np.shape(target)) and not can_be_read(value):
         return value, f"{np.shape(first)} -> {np.shape(target)}, if all are alike"
     if chosen is not having and agreed(having, target, target) is None:
@@ -549,8 +573,12 @@ def _shown(several, target):
     return " and ".join(dict.fromkeys(f"{x.item():.7g}" for x in values))
 
 
-def _clock(place, old):
+def _clock(place, old, made_of):
     """The count that is not in the old state, from its other counts, and what to know of it."""
+    paths = {old for path in place.about for old in made_of.get(path, (path,))}
+    of_these = [one for one in old if one.about & paths]
+    if clocks_in(of_these):
+        old = of_these
     # What is within MultiSteps counts steps, what is not counts gradients.
     deep = max((one.depth for one in old), default=0)
     counts = clocks_in([one for one in old if not deep or one.depth == place.depth])
@@ -593,5 +621,5 @@ def _counts_differ(place, several):
     return ValueError(
         f"the parts of the old state have counted {found}, not alike, so that it is not clear "
         f"which is meant for {place.label}. Keep the parts apart; or give them one count first, as "
-        "optax.tree.set(old_state, count=...) does."
+        f"optax.tree.set(old_state, {place.held.field}=...) does."
     )

@@ -229,7 +229,11 @@ def test_imports_point_one_way():
             r"^from momentum_jax(\.[\w.]+)? import (\w.+)$", code, re.MULTILINE
         ):
             parts = package.strip(".").split(".") if package else []
-            if parts in ([], ["study"], ["diagnostics"]):  # modules, or what the package's __init__ offers
+            if parts in (
+                [],
+                ["study"],
+                ["diagnostics"],
+            ):  # modules, or what the package's __init__ offers
                 words = [word.split(" as ")[0].strip() for word in names.split(",")]
                 imported |= {"/".join([*parts, word]) for word in words}
             else:

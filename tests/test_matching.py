@@ -575,6 +575,37 @@ def test_states_of_ones_own_in_groups():
     assert_same(carried.inner_states["b"].inner_state, state.inner_states["b"].inner_state)
 
 
+class Factors(NamedTuple):
+    """A state with a momentum, and two factors a param, which are larger or smaller."""
+
+    m: Any
+    factors: Any
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (40, 2)])
+def test_factors_of_ones_own_are_carried_beside_the_momentum(shape):
+    def init(params):
+        square = lambda w: {"l": jnp.eye(len(w)), "r": jnp.zeros((w.shape[1],))}  # noqa: E731
+        return Factors(jax.tree.map(jnp.zeros_like, params), jax.tree.map(square, params))
+
+    old = init({"enc": jnp.ones(shape)})._replace(m={"enc": jnp.full(shape, 7.0)})
+    new = init({"encoder": jnp.ones(shape)})
+    carried: Any = mj.transplant(old, new, {"['enc']": "['encoder']"}, strict=True)[0]
+    assert_same(jax.tree.leaves(carried), jax.tree.leaves(old))
+    wider = init({"enc": jnp.ones((shape[0] + 1, shape[1]))})
+    carried = mj.transplant(old, wider, resize=True)[0]
+    np.testing.assert_array_equal(carried.m["enc"][:-1], 7.0)
+    np.testing.assert_array_equal(carried.m["enc"][-1], 0.0)
+
+
+def test_one_array_as_params_beside_numbers_by_their_names():
+    old = WithStats(jnp.full((3, 2), 7.0), {"loss": jnp.float32(2)})
+    new = WithStats({"w": jnp.zeros((3, 2))}, {"loss": jnp.float32(0)})
+    carried: Any = mj.transplant(old, new, {"": "['w']", "['loss']": "['loss']"}, strict=True)[0]
+    np.testing.assert_array_equal(carried.m["w"], 7.0)
+    assert carried.stats["loss"] == 2
+
+
 class WithStats(NamedTuple):
     """A state with numbers by their names, beside what it holds of the params."""
 
@@ -598,4 +629,198 @@ def test_numbers_by_their_names_are_no_params():
     carried, report = mj.transplant(state, other.init(ENC_HEAD), strict=True)
     assert_same(carried.inner_states["z"].inner_state, state.inner_states["a"].inner_state)
     assert_same(carried.inner_states["b"].inner_state, state.inner_states["b"].inner_state)
-    assert report.kept == ("['head']", "['enc']")
+    assert set(report.kept) == {"['head']", "['enc']", "['loss']"}
+
+
+# Parts beside groups, and what is lost. ---------------------------------------------------------
+
+
+def steps_of(state):
+    return [float(x) for _, x in optax.tree.get_all_with_path(state, "step_size")]
+
+
+MASK = {"enc": True, "head": False}
+PARTS: dict[str, Any] = {
+    "masked": lambda a, b: optax.chain(
+        mj.momentum(0.1), inject_scale(a), optax.masked(inject_scale(b), MASK)
+    ),
+    "group": lambda a, b: optax.chain(
+        inject_scale(a),
+        optax.partition({"a": inject_scale(b), "off": OFF}, {"enc": "a", "head": "off"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_part_of_all_params_and_one_of_some_are_two(kind, jitted):
+    make = PARTS[kind]
+    carry = lambda old, new: mj.transplant(old, new, strict=True)[0]  # noqa: E731
+    carried = (jax.jit(carry) if jitted else carry)(
+        make(0.5, 2.0).init(ENC_HEAD), make(1.0, 1.0).init(ENC_HEAD)
+    )
+    assert sorted(steps_of(carried)) == [0.5, 2.0]
+
+
+def test_what_is_of_all_params_does_not_go_to_a_new_group_too():
+    """Whose params would have it twice."""
+    old: Any = optax.chain(mj.momentum(0.1), inject_scale(0.5))
+    group = optax.partition({"z": inject_scale(1.0), "off": OFF}, {"enc": "z", "head": "off"})
+    new: Any = optax.chain(mj.momentum(0.1), inject_scale(1.0), group)
+    carried, _ = mj.transplant(old.init(ENC_HEAD), new.init(ENC_HEAD))
+    assert steps_of(carried) == [0.5, 1.0]
+    # And one that was of all is that of each group, if there is none of all any more.
+    every = optax.partition({"a": inject_scale(1.0), "b": inject_scale(1.0)}, BOTH)
+    carried, _ = mj.transplant(inject_scale(0.5).init(ENC_HEAD), every.init(ENC_HEAD), strict=True)
+    assert steps_of(carried) == [0.5, 0.5]
+
+
+COUNTING: dict[str, Any] = {
+    "rms": lambda: optax.scale_by_rms(bias_correction=True),
+    "adan": lambda: optax.adan(0.1),
+    "own": mine,
+}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_every_count_is_as_that_of_adam(kind):
+    """Refused where they differ, and not that of an empty group."""
+    tx = COUNTING[kind]
+    two: Any = optax.partition({"a": tx(), "b": tx()}, BOTH)
+    _, state = begun(two, ENC_HEAD)
+    state.inner_states["b"] = begun(two, ENC_HEAD, steps=7)[1].inner_states["b"]
+    with pytest.raises(ValueError, match=r"counted \[3, 7\]"):
+        mj.transplant(state, optax.partition({"z": tx()}, ONE).init(ENC_HEAD))
+    empty: Any = optax.partition({"a": tx(), "b": tx()}, {"enc": "a", "head": "a"})
+    _, state = begun(empty, ENC_HEAD)
+    filled: Any = optax.partition(
+        {"a": tx(), "b": tx()}, {"enc": "a", "head": "a", "new": "b"}
+    ).init({**ENC_HEAD, "new": numbers(2)})
+    carried: Any = mj.transplant(state, filled)[0]
+    assert_same(carried.inner_states["b"], filled.inner_states["b"])
+
+
+def test_gathered_gradients_of_other_numbers_are_refused():
+    two: Any = optax.partition(dict.fromkeys("ab", multi_steps(mj.momentum(0.1), 4)), BOTH)
+    _, state = begun(two, ENC_HEAD, steps=5)
+    state.inner_states["b"] = begun(two, ENC_HEAD, steps=6)[1].inner_states["b"]
+    one = optax.partition({"z": multi_steps(mj.momentum(0.1), 4)}, ONE).init(ENC_HEAD)
+    with pytest.raises(
+        ValueError, match=r"counted \[1, 2\].*MultiStepsState\.mini_step.*mini_step="
+    ):
+        mj.transplant(state, one)
+
+
+def test_a_scale_that_some_params_lose_is_said():
+    def reduced(state):
+        return (state[0], state[1]._replace(scale=jnp.float32(0.01)))
+
+    state = reduced(plateau().init(ENC_HEAD))
+    some = optax.partition({"a": plateau(), "b": mj.momentum(0.1)}, BOTH).init(ENC_HEAD)
+    _, report = mj.transplant(state, some)
+    assert "ReduceLROnPlateauState.scale  dropped  0.01 of ['head']" in str(report)
+    _, report = mj.transplant(state, plateau().init({"enc": ENC_HEAD["enc"]}))
+    assert "['head']" in report.dropped
+    assert "of ['head']" not in str(report)  # Which is no param any more.
+
+
+def test_a_rate_that_is_lost_is_said():
+    state: Any = injected(0.001).init(ENC_HEAD)
+    _, report = mj.transplant(state, mj.momentum(0.1).init(ENC_HEAD), strict=True)
+    rows = [row for row in report.rows if row.outcome == "noted"]
+    assert [row.note for row in rows if "learning_rate" in row.held] == ["0.001"]
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_a_new_count_is_that_of_its_params(jitted):
+    two: Any = optax.partition(dict.fromkeys("ab", mj.momentum(0.1)), BOTH)
+    _, state = begun(two, ENC_HEAD)
+    state.inner_states["b"] = begun(two, ENC_HEAD, steps=7)[1].inner_states["b"]
+    after: dict[Any, Any] = {"a": mj.momentum(0.1), "b": optax.chain(mj.momentum(0.1), SCHEDULE)}
+    carry = lambda old, new: mj.transplant(old, new)[0]  # noqa: E731
+    carry = jax.jit(carry) if jitted else carry
+    carried = carry(state, optax.partition(after, BOTH).init(ENC_HEAD))
+    assert counts_of(carried) == [3, 7, 7]
+    after["b"] = multi_steps(mj.momentum(0.1), 2)
+    carried = carry(state, optax.partition(after, BOTH).init(ENC_HEAD))
+    assert carried.inner_states["b"].inner_state.gradient_step == 7
+
+
+def test_a_count_of_moments_goes_with_them_into_multi_steps():
+    outside = optax.chain(multi_steps(mj.trace(0.9), 2), optax.scale_by_adam())
+    inside = multi_steps(optax.chain(mj.trace(0.9), optax.scale_by_adam()), 2)
+    _, state = begun(outside, ENC_HEAD, steps=6)
+    carried: Any = mj.transplant(state, inside.init(ENC_HEAD))[0]
+    assert_same(carried.inner_opt_state[1], state[1])
+
+
+def test_states_that_are_bare_trees_go_by_their_order():
+    def bare(decay):
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            return updates, jax.tree.map(lambda v, g: decay * v + g, state, updates)
+
+        return optax.GradientTransformation(
+            lambda params: jax.tree.map(jnp.zeros_like, params), update
+        )
+
+    _, state = begun(optax.chain(mj.trace(0.9), bare(0.0), bare(1.0)), ENC_HEAD)
+    longer = optax.chain(mj.trace(0.9), optax.clip(1.0), bare(0.0), bare(1.0))
+    carried, _ = mj.transplant(state, longer.init(ENC_HEAD), strict=True)
+    assert_same((carried[0], *carried[2:]), state)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: optax.chain(optax.chain(mine())),
+        lambda: optax.chain(optax.named_chain(("a", mine()))),
+        lambda: multi_steps(optax.chain(optax.chain(mine())), 1),
+    ],
+)
+def test_a_state_of_ones_own_deep_in_chains(wrap):
+    _, state = begun(wrap(), {"enc": ENC_HEAD["enc"]})
+    new = wrap().init({"encoder": ENC_HEAD["enc"]})
+    carried, _ = mj.transplant(state, new, {"['enc']": "['encoder']"}, strict=True)
+    assert_same(jax.tree.leaves(carried), jax.tree.leaves(state))
+
+
+def test_labels_are_those_of_groups_whatever_is_around_them():
+    sgd = optax.inject_hyperparams(optax.sgd)
+    old = optax.partition({"a": sgd(0.1), "b": sgd(0.01)}, BOTH).init(ENC_HEAD)
+    new = optax.partition({"a": sgd(0.5), "b": sgd(0.5)}, BOTH)
+    carried, _ = mj.transplant(old, optax.named_chain(("opt", new)).init(ENC_HEAD), strict=True)
+    found = [float(x) for _, x in optax.tree.get_all_with_path(carried, "learning_rate")]
+    np.testing.assert_allclose(found, [0.1, 0.01])
+
+
+def test_numbers_of_python_in_the_new_state():
+    """As a person sets them."""
+    old, new = injected(0.1).init(ENC_HEAD), injected(0.2).init(ENC_HEAD)
+    new.hyperparams["learning_rate"] = 0.3  # pyright: ignore[reportAttributeAccessIssue]
+    carried: Any = mj.transplant(old, new)[0]
+    assert carried.hyperparams["learning_rate"] == np.float32(0.1)
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_keys_of_two_kinds_do_not_mix(jitted):
+    state = lambda key: WithKey({"w": jnp.ones(2)}, key)  # noqa: E731
+    carry = lambda old, new: mj.transplant(old, new)[0]  # noqa: E731
+    carry = jax.jit(carry) if jitted else carry
+    new = state(jax.random.key(1))
+    carried: Any = carry(state(jax.random.PRNGKey(7)), new)
+    assert jax.random.key_data(carried.rng).tolist() == jax.random.key_data(new.rng).tolist()
+
+
+class WithKey(NamedTuple):
+    """A state with a key of random numbers."""
+
+    m: Any
+    rng: Any
+
+
+def test_another_method_goes_on_with_the_count_alone():
+    """No array means the same in it; the schedule goes on."""
+    _, state = begun(optax.adam(scheduled), ENC_HEAD)
+    carried, report = mj.transplant(state, mj.momentum(scheduled).init(ENC_HEAD))
+    assert carried.count == 3
+    assert report.fresh == ("['enc']", "['head']")

@@ -4,8 +4,8 @@ import math
 from typing import NamedTuple
 
 from momentum_jax import theory
-from momentum_jax.diagnostics._curvature import Curvature
 from momentum_jax._hyperparameters import Number, check_flag, require
+from momentum_jax.diagnostics._curvature import Curvature
 
 
 class Edge(NamedTuple):

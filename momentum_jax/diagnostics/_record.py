@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from jax import export
 
-from momentum_jax.diagnostics._curvature import Curvature, curvature
 from momentum_jax._hyperparameters import (
     Hyperparameter,
     by_value,
@@ -18,9 +17,10 @@ from momentum_jax._hyperparameters import (
     require_whole,
     resolve,
 )
-from momentum_jax.diagnostics._measure import Measurement, measure_near
 from momentum_jax._recurrence import incremented
 from momentum_jax._storage import compute_dtype
+from momentum_jax.diagnostics._curvature import Curvature, curvature
+from momentum_jax.diagnostics._measure import Measurement, measure_near
 
 PyTree = Any
 
