@@ -311,6 +311,23 @@ def products(
     return treedef.unflatten(leaf(*each) for each in found)
 
 
+def exponents(grads: PyTree, held: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Those of the largest gradient and of the largest that is held, where there is a gradient."""
+    _, found = zip_leaves("gradients", grads, "velocity", held)
+    pairs = [_wide("velocity", *each) for each in found if not is_absent(each[1])]
+    grads, held = zip(*pairs, strict=True) if pairs else ((), ())
+    return _exponent_of_all(grads), _exponent_of_all(held)
+
+
+def _exponent_of_all(leaves):
+    parts = [part for x in leaves for part in _real_parts(x) if part.size]
+    width = jnp.result_type(jnp.float32, *parts)
+    largest = [jnp.max(jnp.abs(part)).astype(width) for part in parts]
+    largest = functools.reduce(jnp.maximum, largest, jnp.zeros((), width))
+    usual = jnp.isfinite(largest) & (largest > 0)
+    return jnp.where(usual, exponent_of(largest), 0)
+
+
 def sum_of_products(several: Iterable[Products]) -> Products:
     """The `Products` over all leaves."""
     zero, exponent = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)

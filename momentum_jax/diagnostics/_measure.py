@@ -178,19 +178,12 @@ def _largest(several):
 
 @functools.partial(by_leaf, combine=_largest)
 def _exponents(_, trees, __):
-    def of(tree):
-        leaves = jax.tree.leaves(tree)
-        parts = [part for x in leaves for part in (jnp.real(x), jnp.imag(x)) if x.size]
-        sizes = [jnp.max(jnp.abs(part)).astype(jnp.float32) for part in parts]
-        largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), jnp.float32))
-        usual = jnp.isfinite(largest) & (largest > 0)
-        return jnp.where(usual, _velocity.exponent_of(largest), 0)
-
-    return (), tuple(map(of, trees))
+    return (), _velocity.exponents(*trees)
 
 
 @at_once
 def _measure(grads, velocity, learning_rate, rest, loss, exponents=None):
+    exponents = exponents or _exponents((), (grads, velocity))[1]
     _, products = _products((), (grads, velocity), exponents)
     return _of_products(*gathered([products, learning_rate, rest, loss]))
 

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints errors on one line."""
-        self.exit(2, f"{PROGRAM}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _parser() -> Parser:
@@ -66,7 +66,7 @@ def _parser() -> Parser:
     )
     add(
         "--learning-rate",
-        type=_positive,
+        type=positive,
         metavar="X",
         help="effective learning rate, learning_rate / (1 - mu), of the primary comparison: the "
         "first --mu against mu 0 (digits: 0.2)",
@@ -74,14 +74,14 @@ def _parser() -> Parser:
     add(
         "--rates",
         nargs="+",
-        type=_positive,
+        type=positive,
         metavar="X",
         help="effective learning rates of the curve (the problem's own; digits: 9 from 0.02 to 2)",
     )
     add(
         "--init-scale",
         nargs="+",
-        type=_positive,
+        type=positive,
         metavar="X",
         help="what the initial weights are multiplied by, not biases or normalization "
         "(the problem's own)",
@@ -89,7 +89,7 @@ def _parser() -> Parser:
     add(
         "--batch-size",
         nargs="+",
-        type=_whole,
+        type=whole,
         metavar="N",
         help="examples per step, where the problem has data (the problem's own)",
     )
@@ -107,13 +107,13 @@ def _parser() -> Parser:
     )
     add(
         "--margin",
-        type=_positive,
+        type=positive,
         default=0.1,
         metavar="X",
         help="equivalent means a ratio of spreads between 1/(1+X) and 1+X (%(default)s)",
     )
     add = parser.add_argument_group("how long it takes").add_argument
-    add("--seeds", type=_whole, metavar="N", help="number of initial weights (40)")
+    add("--seeds", type=whole, metavar="N", help="number of initial weights (40)")
     add(
         "--order-seeds",
         type=_orders,
@@ -123,7 +123,7 @@ def _parser() -> Parser:
     )
     add(
         "--steps",
-        type=_whole,
+        type=whole,
         metavar="N",
         help="steps per run, rounded up to a multiple of the number of evaluations, which is "
         "20, or 200 without data (the problem's own)",
@@ -341,21 +341,33 @@ def _mu(given: str) -> str:
     return given.replace(given.removeprefix("nesterov-"), f"{mu:.12g}")
 
 
-def _whole(given: str) -> int:
+def whole(given: str) -> int:
+    """A whole number from 1, of a command line.
+
+    Example:
+      >>> whole("3")
+      3
+    """
     if not given.isdecimal() or int(given) < 1:
         raise argparse.ArgumentTypeError(f"{given!r} is not a whole number from 1")
     return int(given)
 
 
 def _count(given: str) -> int:
-    return 0 if given == "0" else _whole(given)
+    return 0 if given == "0" else whole(given)
 
 
 def _orders(given: str) -> int | str:
-    return given if given == "paired" else _whole(given)
+    return given if given == "paired" else whole(given)
 
 
-def _positive(given: str) -> float:
+def positive(given: str) -> float:
+    """A number above 0, of a command line.
+
+    Example:
+      >>> positive("0.5")
+      0.5
+    """
     try:
         value = float(given)
     except ValueError:

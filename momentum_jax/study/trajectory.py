@@ -1,0 +1,155 @@
+"""One run that is measured on its way: loss, sharpness, share of the stability limit, alignment."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import momentum_jax as mj
+from momentum_jax import theory
+from momentum_jax.diagnostics import Curvature, curvature, record
+from momentum_jax.study._drawing import COLORS, loss_axis
+from momentum_jax.study.problem import Problem
+from momentum_jax.study.training import MEASURED_ROWS, keys, next_batch
+
+
+class Point(NamedTuple):
+    """What was measured after so many steps.
+
+    Attributes:
+      step: how many.
+      loss: that of the first training rows, as a float.
+      curvature: the `Curvature` of that loss.
+      fraction: the share of the stability limit in use: learning_rate * largest / limit.
+      alignment: the cosine of the last update and the negative gradient that it was made of; NaN
+        before the first step.
+
+    Example:
+      >>> Point._fields[:2]
+      ('step', 'loss')
+    """
+
+    step: int
+    loss: float
+    curvature: Curvature
+    fraction: float
+    alignment: float
+
+
+def trajectory(
+    problem: Problem,
+    learning_rate: float,
+    mu: float,
+    *,
+    nesterov: bool = False,
+    steps: int = 200,
+    points: int = 20,
+    batch_size: int = 32,
+    seed: int = 0,
+    init_scale: float = 1.0,
+    lanczos_steps: int = 48,
+) -> Iterator[Point]:
+    """Trains once, and measures before the first step and after each of so many stretches.
+
+    It ends early where the loss is not finite.
+
+    Args:
+      problem: what is trained.
+      learning_rate: that of `momentum`.
+      mu: that of `momentum`.
+      nesterov: that of `momentum`.
+      steps: how many, rounded up to a multiple of `points`.
+      points: how many stretches.
+      batch_size: examples per step, where the problem has data.
+      seed: of the initial weights and of the order of the data.
+      init_scale: what the initial weights are multiplied by.
+      lanczos_steps: as `steps` of `curvature`.
+
+    Yields:
+      A `Point` each.
+
+    Example:
+      >>> from momentum_jax.study import problems
+      >>> found = list(trajectory(problems.quadratic(), 0.1, 0.9, steps=20, points=2))
+      >>> [point.step for point in found], round(found[-1].fraction, 3)
+      ([0, 10, 20], 0.026)
+    """
+    tx = record(mj.momentum(learning_rate, mu, nesterov=nesterov), learning_rate, mu)
+    first_key, order_key, _ = keys(seed, seed, 0)
+    params, state = problem.start(first_key)
+    params = problem.scale(params, init_scale)
+    interval = -(-steps // points)
+    rows = jax.tree.map(lambda x: jnp.asarray(x[:MEASURED_ROWS]), problem.data)
+    data = jax.tree.map(jnp.asarray, problem.data)
+
+    def loss_of(params: Any, state: Any, rows: Any) -> jax.Array:
+        return problem.value_and_state(params, state, rows)[0]
+
+    @jax.jit
+    def stretch(carry, data, start):
+        def step(carry, count):
+            params, state, tx_state, order = carry
+            batch, order = next_batch(data, batch_size, order, order_key, count)
+            grads, state = jax.grad(problem.value_and_state, has_aux=True)(params, state, batch)
+            updates, tx_state = tx.update(grads, tx_state, params)
+            return (mj.apply_updates(params, updates), state, tx_state, order), None
+
+        return jax.lax.scan(step, carry, start + jnp.arange(interval))[0]
+
+    limit = float(theory.stability_limit(mu, nesterov=nesterov))
+    value = jax.jit(loss_of)
+    carry: Any = params, state, tx.init(params), jnp.arange(problem.examples)
+    for number in range(points + 1):
+        params, state, tx_state, _ = carry
+        loss = float(value(params, state, rows))
+        bent = curvature(loss_of, params, state, rows, steps=lanczos_steps)
+        alignment = float(tx_state.measurement.alignment)
+        fraction = max(learning_rate * float(bent.largest) / limit, 0.0)
+        yield Point(number * interval, loss, bent, fraction, alignment)
+        if not math.isfinite(loss):
+            return
+        if number < points:
+            carry = stretch(carry, data, number * interval)
+
+
+def draw(found: list[Point], figure: Figure) -> None:
+    """Draws loss, sharpness, share of the limit and alignment against the step.
+
+    Args:
+      found: what `trajectory` yielded.
+      figure: an empty figure.
+
+    Example:
+      >>> from momentum_jax.study import problems
+      >>> figure = Figure(layout="constrained")
+      >>> draw(list(trajectory(problems.quadratic(), 0.1, 0.9, steps=4, points=2)), figure)
+      >>> len(figure.axes)
+      4
+    """
+    steps = np.array([point.step for point in found])
+    values = {
+        "loss": [point.loss for point in found],
+        "sharpness": [float(point.curvature.largest) for point in found],
+        "share of the stability limit": [point.fraction for point in found],
+        "alignment": [point.alignment for point in found],
+    }
+    panels = figure.subplots(2, 2, sharex=True).ravel()
+    for axes, (name, of_steps) in zip(panels, values.items(), strict=True):
+        axes.plot(steps, of_steps, color=COLORS[2], marker=".")
+        axes.set(ylabel=name)
+        axes.spines[["top", "right"]].set_visible(False)
+    loss_axis(panels[0], "y", np.array(values["loss"]))
+    sharpest = max(found, key=lambda point: point.fraction)
+    if sharpest.fraction > 0.1:  # Else the limit is far above what is drawn.
+        at_limit = float(sharpest.curvature.largest) / sharpest.fraction
+        for axes, where in ((panels[1], at_limit), (panels[2], 1.0)):
+            axes.axhline(where, color="0.4", linestyle=":", label="stability limit")
+        panels[1].legend(frameon=False)
+    panels[3].axhline(0, color="0.8", zorder=0)
+    panels[3].set_ylim(-1.05, 1.05)
+    for axes in panels[2:]:
+        axes.set(xlabel="step")
