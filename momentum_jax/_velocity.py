@@ -341,9 +341,13 @@ def times_power_of_2(x: jax.Array, exponent: jax.Array) -> jax.Array:
     for _ in range(3):
         part = jnp.clip(exponent, info.minexp, info.maxexp - 1)
         exponent = exponent - part
-        bits = (part.astype(f"int{info.bits}") - (info.minexp - 1)) << info.nmant
-        x = x * jax.lax.bitcast_convert_type(bits, x.dtype)
+        x = x * _power_of_2(part, info)
     return x
+
+
+def _power_of_2(exponent, info):
+    bits = (exponent.astype(f"int{info.bits}") - (info.minexp - 1)) << info.nmant
+    return jax.lax.bitcast_convert_type(bits, info.dtype)
 
 
 def exponent_of(x: jax.Array) -> jax.Array:
@@ -374,18 +378,31 @@ def _sum_of_two(first, second):
 
 
 def _products(grad_parts, held_parts, exponents):
-    def scaled(parts, exponent):
+    info = jnp.finfo(grad_parts[0].dtype)
+
+    def exponent_for(parts, exponent):
         if exponent is None:
             largest = [jnp.max(jnp.abs(x), initial=0) for x in parts]
             exponent = exponent_of(functools.reduce(jnp.maximum, largest))
-        return [times_power_of_2(x, -exponent) for x in parts], exponent
+        # What remains to 1 is no power that matters, and one factor is enough.
+        limit = -info.minexp - 3
+        return jnp.clip(exponent, -limit, limit)
 
-    (g, g_exponent), (h, h_exponent) = map(scaled, (grad_parts, held_parts), exponents)
-    gg, gh, hh = (
-        functools.reduce(jnp.add, [jnp.sum(a * b) for a, b in zip(*pair, strict=True)])
-        for pair in ((g, g), (g, h), (h, h))
-    )
-    return Products(gg, gh, hh, g_exponent, h_exponent)
+    g, h = map(exponent_for, (grad_parts, held_parts), exponents)
+
+    def summed(apart, *pair):
+        # Each sum scales by powers of its own: an array that two of them shared would be written
+        # to memory and read again.
+        by = [_power_of_2(shift - e, info) for (_, e), shift in zip(pair, apart, strict=True)]
+        (first, _), (second, _) = pair
+        found = [jnp.sum(a * by[0] * (b * by[1])) for a, b in zip(first, second, strict=True)]
+        return functools.reduce(jnp.add, found)
+
+    grads, held = (grad_parts, g), (held_parts, h)
+    gg = summed((1, -1), grads, grads)
+    gh = summed((2, -2), grads, held)
+    hh = summed((3, -3), held, held)
+    return Products(gg, gh, hh, g, h)
 
 
 def _real_parts(x):
