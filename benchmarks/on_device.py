@@ -22,7 +22,7 @@ from benchmarks.step import whole_step
 from benchmarks.timing import interleave, paired_ratio, summary
 from momentum_jax import apply_updates
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULT = pathlib.Path(__file__).parent / "results" / "on-device.json"
 ALONE = (
     *("optax.sgd", "momentum", "velocity bfloat16", "velocity float16", "velocity int8", "record"),
     *("params bfloat16", "keep_residual", "keep_residual, velocity int8", "adaptive_restart"),
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         "alone": measure(ALONE, args.rounds, args.scale),
         "training": measure(TRAINING, args.rounds, args.scale),
     }
-    out = args.out or RESULTS / "on-device.json"
+    out = args.out or RESULT
     out.write_text(json.dumps(results, indent=2) + "\n")
 
 

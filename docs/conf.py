@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import clients, compiled, optax_suite  # noqa: E402
+from benchmarks import clients, compiled, on_device, optax_suite  # noqa: E402
 from benchmarks.__main__ import LABELS, duration  # noqa: E402
 from momentum_jax import __version__ as release  # noqa: E402, F401
 
@@ -109,7 +109,28 @@ def benchmark_tables() -> tuple[str, list[Path]]:
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     results = [(path, json.loads(path.read_text())) for path in paths]
     machines = [machine(path, of) for path, of in results if "sizes" in of]
-    return "\n".join([*machines, compiled_tables()]), paths
+    return "\n".join([*machines, on_device_tables(), compiled_tables()]), paths
+
+
+def on_device_tables() -> str:
+    """What `python -m benchmarks.on_device` timed."""
+    results = json.loads(on_device.RESULT.read_text())
+    lines = [
+        f"## Times of the same steps on an {results['device']}",
+        "",
+        f"{results['date']}, JAX {results['jax']}, medians of {results['rounds']} rounds in which "
+        "all take part, by `python -m benchmarks.on_device`; over the first row, with an interval "
+        "of at least 95%. Alone, of 33.6e6 params; in training, of two matrices of 67.1e6 each "
+        "with 1,024 examples. What is moved is read from the programs compiled there.",
+        "",
+    ]
+    lines += table("step", "time", "over optax.sgd's", "bytes per parameter", "GB a second")
+    for of in (results["alone"], results["training"]):
+        for name, row in of.items():
+            ratio = interval(row["ratio"] | {"value": row["ratio"]["median"]}, ".3f")
+            moved = f"{row['bytes_per_param']:.2f} | {row['bytes_per_second'] / 1e9:.0f}"
+            lines.append(f"| {name} | {duration(row['median'])} | {ratio} | {moved} |")
+    return "\n".join([*lines, ""])
 
 
 def machine(path: Path, results: dict) -> str:

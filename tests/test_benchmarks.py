@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from benchmarks import at_scale, compiled, hlo
+from benchmarks import at_scale, compiled, hlo, on_device
 from benchmarks.__main__ import parse, parse_size
 from benchmarks.quantization import CHOSEN, SCHEMES, errors, velocities
 from benchmarks.step import OPTAX, OURS, Size, limit_seconds, whole_step
@@ -209,6 +209,32 @@ def test_the_page_about_low_precision_says_what_was_measured():
     }
     assert 1.05 < min(ratios["bfloat16"]) <= max(ratios["bfloat16"]) < 1.35
     assert ratios["int8"] == pytest.approx([2.2, 2.2], abs=0.1)
+
+
+def test_the_times_on_a_gpu_are_those_of_the_pages():
+    of = json.loads(on_device.RESULT.read_text())
+    alone, training = (
+        {name: row["ratio"]["median"] for name, row in of[part].items()}
+        for part in ("alone", "training")
+    )
+    assert {name: round(alone[name], 2) for name in alone} == {
+        "optax.sgd": 1.0, "momentum": 1.01, "velocity bfloat16": 0.81, "velocity float16": 0.81,
+        "velocity int8": 1.02, "record": 1.48, "params bfloat16": 0.71, "keep_residual": 0.92,
+        "keep_residual, velocity int8": 0.86, "adaptive_restart": 2.4,
+    }  # fmt: skip
+    assert [round(ratio, 2) for ratio in training.values()] == [1.0, 1.01, 0.95, 1.03, 1.24]
+    # What is moved says how long it takes: the memory is busy all the time.
+    for row in of["alone"].values():
+        assert row["bytes_per_second"] == pytest.approx(2.85e12, rel=0.05)
+
+
+def test_the_benchmark_on_a_device_runs(tmp_path, capsys):
+    out = tmp_path / "a.json"
+    on_device.main(["--scale", "64", "--rounds", "2", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert list(found["alone"]) == list(on_device.ALONE)
+    assert list(found["training"]) == list(on_device.TRAINING)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(found["alone"]) + 5
 
 
 # In the form that the compiler for TPUs writes: a scalar, a copy into memory on the chip under way
