@@ -202,15 +202,18 @@ README = {
 }
 
 
-def topology(platform: str, name: str = "v5e:2x2") -> topologies.TopologyDescription:
-    """Devices to compile for: an H100, or TPUs of a topology such as "v5e:2x2".
+def topology(platform: str, name: str = "") -> topologies.TopologyDescription:
+    """Devices to compile for: H100s, one or "1x1x4"; or TPUs of a topology, v5e:2x2 or another.
 
-    The first call for TPUs in a process sets the variables that libtpu reads.
+    The first call for TPUs in a process sets the variables that libtpu reads; the plugin for GPUs
+    asks for none where JAX_SKIP_CUDA_CONSTRAINTS_CHECK is set.
     """
     if platform == "gpu":
+        name = name or "1x1x1"
         return topologies.get_topology_desc(
-            platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=H100
+            platform="cuda", topology_name=name, topology=name, target_config=H100
         )
+    name = name or "v5e:2x2"
     for variable, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=name)

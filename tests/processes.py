@@ -26,6 +26,14 @@ def run_on_one_device(*arguments):
     return result.stdout
 
 
+def run_for_gpu(*arguments):
+    """As `run_for_tpu`, for GPUs."""
+    pytest.importorskip(
+        "jax_cuda12_plugin", reason="no compiler for GPUs: pip install 'jax[cuda12]'"
+    )
+    return run_on_one_device(*arguments)
+
+
 def run_for_tpu(*arguments):
     """Runs `python *arguments`, which compiles for devices of `benchmarks.compiled.topology`.
 

@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from processes import run_for_tpu
+from processes import run_for_gpu, run_for_tpu
 
 import momentum_jax
 
@@ -213,14 +213,15 @@ def test_its_memory_is_a_few_copies_of_the_params():
     assert memory.temp_size_in_bytes < 7.5 * scale.nbytes
 
 
-TPU_PROGRAM = """
-import re
+SPLIT_PROGRAM = """
+import re, sys
 import jax, jax.numpy as jnp, numpy as np
 import momentum_jax as mj
 from benchmarks.compiled import topology
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-mesh = Mesh(np.array(topology("tpu").devices), ("d",), axis_types=(AxisType.Auto,))
+platform, name = sys.argv[1:]
+mesh = Mesh(np.array(topology(platform, name).devices), ("d",), axis_types=(AxisType.Auto,))
 
 
 def array(shape, *spec):
@@ -238,10 +239,13 @@ print("all-gather" in text, len(re.findall(r"f32\\[1024,2048\\]|f32\\[2048,1024\
 """
 
 
-def test_compiled_for_tpus_no_param_is_gathered(tmp_path):
-    """Without one: the program of a network whose layers are split over four."""
-    (tmp_path / "program.py").write_text(TPU_PROGRAM)
-    assert run_for_tpu(tmp_path / "program.py").split() == ["False", "0"]
+@pytest.mark.parametrize(
+    ("run", "platform", "name"), [(run_for_tpu, "tpu", "v5e:2x2"), (run_for_gpu, "gpu", "1x1x4")]
+)
+def test_compiled_for_several_devices_no_param_is_gathered(run, platform, name, tmp_path):
+    """Without them: the program of a network whose layers are split over four."""
+    (tmp_path / "program.py").write_text(SPLIT_PROGRAM)
+    assert run(tmp_path / "program.py", platform, name).split() == ["False", "0"]
 
 
 def test_its_cost_is_that_of_its_products():
