@@ -1,9 +1,10 @@
 """`python docs/picture.py` draws the README's picture: what momentum does, and to the spread.
 
-On the left the README's example, with and without momentum; on the right how much the final loss
+On the left the README's example, with and without momentum; in the middle how much the final loss
 on digits varies across initial weights, against the effective learning rate, from the committed
-`study/digits/numbers.json`. The picture holds the numbers that it was drawn from, by which a test
-finds one that is out of date.
+`study/digits/numbers.json`; on the right the sharpness of a network in training, over the
+stability limit. The picture holds the numbers that it was drawn from, by which a test finds one
+that is out of date.
 """
 
 import json
@@ -12,14 +13,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+from sklearn.datasets import load_digits
 
 import momentum_jax as mj
-from momentum_jax.study import plots
+from momentum_jax.study import Problem, plots
+from momentum_jax.study.trajectory import trajectory
 
 DOCS = Path(__file__).parent
 PICTURE = DOCS / "_static" / "momentum.png"
 FAMILIES = ("mu 0", "mu 0.9")
 SCALE = 1.0
+ROWS = 512
+# The sharpness at which each is at its stability limit.
+LIMITS = {"mu 0": 9.0, "mu 0.9": 12.5, "nesterov, mu 0.9": 10.0}
 
 
 def ravine(w):
@@ -64,10 +70,47 @@ def numbers():
     }
 
 
+def tanh_network():
+    """Of two hidden layers, by squared loss on some of the digits."""
+    digits = load_digits()
+    inputs = jnp.asarray(digits.data[:ROWS] / 16, jnp.float32)
+    data = inputs - inputs.mean(axis=0), jax.nn.one_hot(digits.target[:ROWS], 10)
+    sizes = (64, 64, 64, 10)
+
+    def init(key):
+        shapes = zip(jax.random.split(key, 3), sizes[:-1], sizes[1:], strict=True)
+        return [
+            {"w": jax.random.normal(key, (m, n)) / m**0.5, "b": jnp.zeros(n)}
+            for key, m, n in shapes
+        ]
+
+    def loss(params, batch):
+        x, targets = batch
+        for layer in params[:-1]:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        errors = x @ params[-1]["w"] + params[-1]["b"] - targets
+        return jnp.mean(jnp.sum(errors**2, axis=1)) / 2
+
+    return Problem(init, loss, data=data)
+
+
+def shares(steps=3000, points=60):
+    """By method, the sharpness over the stability limit after so many steps: [steps, shares]."""
+    found = {}
+    for name, limit in LIMITS.items():
+        mu, nesterov = 0.9 * ("0.9" in name), "nesterov" in name
+        rate = mj.theory.stability_limit(mu, nesterov=nesterov) / limit
+        options = {"steps": steps, "points": points, "batch_size": ROWS}
+        way = trajectory(tanh_network(), rate, mu, nesterov=nesterov, **options)
+        rows = [(point.step, round(point.fraction, 4)) for point in way]
+        found[name] = [list(column) for column in zip(*rows, strict=True)]
+    return found
+
+
 def main():
-    """Both panels."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    drawn = numbers()
+    """All panels."""
+    figure, (left, right, third) = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
+    drawn = numbers() | {"shares": shares()}
     plots.path(ravine, {k: jnp.array(v) for k, v in drawn["paths"].items()}, left).legend()
     left.set_title("A ravine, 60 steps at learning rate 0.02", fontsize=10)
 
@@ -95,6 +138,13 @@ def main():
     right.set_ylabel("spread of the final loss")
     right.set_title("Digits: spread across initial weights, with 95% intervals", fontsize=10)
     right.legend(loc="upper left", fontsize=9)
+
+    for (name, (steps, values)), color in zip(drawn["shares"].items(), plots.COLORS, strict=False):
+        third.plot(steps, values, color=color, marker=".", label=name)
+    third.axhline(1, color="0.4", linestyle=":", label="edge of stability")
+    third.set(xlabel="step", ylabel="sharpness / stability limit", ylim=(0, 1.2))
+    third.set_title(f"A network, all of {ROWS} digits in each step", fontsize=10)
+    third.legend(loc="lower right", fontsize=9)
     figure.savefig(PICTURE, dpi=110, metadata={"Description": json.dumps(drawn)})
 
 

@@ -80,6 +80,11 @@ def test_the_picture_of_the_readme_shows_what_is_found_today():
     left = {name: np.linalg.norm(path[-1]) / 4 for name, path in shown["paths"].items()}
     assert left["mu 0"] == pytest.approx(0.3, abs=0.01)
     assert left["mu 0.9"] < 0.02
+    # The sharpness rises to the limit, and stays.
+    for steps, shares in shown["shares"].values():
+        assert steps[-1] == 3000
+        assert shares[0] < 0.5
+        assert np.mean(shares[-20:]) == pytest.approx(1, abs=0.02)
     # The curves agree below the edge: each interval of one holds the value of the other.
     without, with_momentum = shown["spreads"].values()
     assert 1 < shown["edge"] < 2
