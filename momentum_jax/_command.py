@@ -1,9 +1,12 @@
-"""Ctrl-C in a command of the package: one line at any moment, also while it is being imported."""
+"""Ctrl-C in a command of the package, and a package that is missing: one line at any moment.
+
+Also while the command is being imported.
+"""
 
 import os
 import signal
 import sys
-from types import FrameType
+from types import FrameType, TracebackType
 
 _said = "stopped"
 
@@ -22,6 +25,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, ModuleNotFoundError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"error: {error}; pip install 'momentum_jax[study]'", file=sys.stderr)
+
+
 def start() -> None:
-    """Ends this process with one line on Ctrl-C, from now on."""
+    """Ends this process with one line on Ctrl-C and where a package is missing, from now on."""
     signal.signal(signal.SIGINT, _stop)
+    sys.excepthook = _fail

@@ -464,3 +464,17 @@ def test_a_study_in_which_all_runs_diverge_says_so_first(own, tmp_path):
     assert "every run diverged" in done.stdout.lower().strip().splitlines()[0]
     assert "every run diverged" in (tmp_path / "out" / "report.md").read_text().lower()[:800]
     assert Study.load(tmp_path / "out").learning_rate == 1e9
+
+
+@pytest.mark.parametrize("module", ["study", "diagnostics"])
+def test_without_the_packages_of_the_study_a_command_says_what_to_install(module, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('No module named it')")
+    done = subprocess.run(
+        [sys.executable, "-m", f"momentum_jax.{module}", "--help"],
+        env=environment() | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: No module named it; pip install 'momentum_jax[study]'\n"
