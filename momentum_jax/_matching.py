@@ -57,6 +57,8 @@ class Place:
       about: of what belongs to no param, the paths of those that the state holds arrays of, or
         else one around it does, within its group; empty if there are none.
       is_beside_arrays: whether the state itself holds those arrays.
+      is_of_none: whether it is in a group that no param is in.
+      shapes: those of all that the state holds of the param, where they say what an array means.
       used: whether it went into a place of another state.
     """
 
@@ -70,6 +72,8 @@ class Place:
     depth: int
     about: frozenset[str] = frozenset()
     is_beside_arrays: bool = False
+    is_of_none: bool = False
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     used: bool = False
 
     @property
@@ -108,8 +112,8 @@ class Place:
         dtype = jnp.asarray(self.held.stored.values).dtype
         return self.is_clock or (
             not self.of_param
-            and bool(self.held.field)
-            and jnp.issubdtype(dtype, jnp.integer)
+            and self.held.field not in ("", "hyperparams")
+            and jnp.issubdtype(dtype, jnp.signedinteger)
             and optax_name(self.node) not in _OF_NO_STEPS
         )
 
@@ -131,6 +135,8 @@ def places(state: PyTree, renamed: Callable[[str], str] = lambda path: path) -> 
     in_trees = any(held.path and not _is_excluded(found.node, held) for found, held in each)
     result: list[Place] = []
     inside: dict[int, set[str]] = {}
+    own: set[int] = set()
+    shapes: dict[Any, list[Any]] = {}
     for found, held in each:
         of_param = _of_param(found.node, held, in_trees)
         nodes = [optax_name(node) for node in (*found.around, found.node)]
@@ -145,8 +151,13 @@ def places(state: PyTree, renamed: Callable[[str], str] = lambda path: path) -> 
             depth=nodes.count("MultiStepsState"),
         )
         result.append(place)
-        for node in (*found.around, found.node) if of_param and _is_sure(found.node, held) else ():
-            inside.setdefault(id(node), set()).add(place.path)
+        if of_param and _is_sure(found.node, held):
+            own.add(id(found.node))
+            for node in (*found.around, found.node):
+                inside.setdefault(id(node), set()).add(place.path)
+        if of_param and optax_name(found.node) in BY_SHAPE:
+            shape = np.shape(held.stored.values)
+            shapes.setdefault((id(found.node), held.path), []).append((held.field, shape))
     whole = frozenset().union(*inside.values())
     about: dict[str, frozenset[str]] = {}
     for place, (found, _) in zip(result, each, strict=True):
@@ -154,7 +165,9 @@ def places(state: PyTree, renamed: Callable[[str], str] = lambda path: path) -> 
             if place.position not in about:
                 about[place.position] = _about(found, inside, whole)
             place.about = about[place.position]
-            place.is_beside_arrays = id(place.node) in inside
+            place.is_beside_arrays = id(place.node) in own
+            place.is_of_none = not place.about and _is_of_none(found)
+        place.shapes = tuple(shapes.get((id(place.node), place.held.path), ()))
     return result
 
 
@@ -165,6 +178,16 @@ def _about(found, inside, whole):
         if optax_name(node) == "MaskedState":
             return frozenset()
     return whole
+
+
+def _is_of_none(found):
+    """Whether it is in a group in which there would be arrays, but of no param."""
+    groups = [node for node in found.around if optax_name(node) == "MaskedState"]
+    return bool(groups) and any(map(_is_masked, jax.tree.leaves(groups[-1], is_leaf=_is_masked)))
+
+
+def _is_masked(node):
+    return isinstance(node, optax.MaskedNode)
 
 
 def _is_excluded(node, held):
@@ -181,11 +204,12 @@ def _of_param(node, held, in_trees):
     values = held.stored.values
     if jnp.issubdtype(values.dtype, jax.dtypes.extended):
         return False
-    if in_trees and (held.path or not _is_most(node, held)):
+    name = optax_name(node)
+    of_one = not held.path and (name in _OF_ONE_PARAM or _is_most(node, held))
+    if in_trees and not of_one:
         return bool(held.path)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         return False
-    name = optax_name(node)
     return np.shape(values) != () or not name or name in _OF_ONE_PARAM
 
 
@@ -320,17 +344,19 @@ def matched_without_params(
 
     def fits(place, one, of_old, of_new):
         return (
-            not place.is_clock
-            or place.depth == one.depth
-            or not depths[0].get(of_old, 0)
-            or not depths[1].get(of_new, 0)
+            place.depth == one.depth or not depths[0].get(of_old, 0) or not depths[1].get(of_new, 0)
         )
 
     def pairs(wanting, having, of_old=None, of_new=None):
+        if not wanting[0].is_clock:
+            yield from _paired(wanting, having, same_parts)
+            return
         for depth in dict.fromkeys(place.depth for place in wanting):
             alike = [place for place in wanting if place.depth == depth]
             fitting = [one for one in having if fits(alike[0], one, of_old, of_new)]
-            yield from _paired(alike, fitting, same_parts)
+            found = _paired(alike, fitting, same_parts)
+            yield from found
+            having = [one for one in having if one not in {one for _, one in found}]
 
     result: dict[Place, dict[Place, None]] = {place: {} for place in _of_no_param(new)}
     for key, wanting in here.items():
@@ -349,21 +375,29 @@ def matched_without_params(
                 for place in wanting
                 if not result[place] and not (place.about and place.is_beside_arrays)
             ]
-            for several in _grouped(lost, lambda x: (x.group, not x.about)).values():
-                for of_one in _grouped(rest, lambda x: (x.group, not x.about)).values():
+            for several in _grouped(lost, _scope).values():
+                for of_one in _grouped(rest, _scope).values():
                     if is_of_one(several[0], of_one[0]):
                         for place, one in pairs(several, of_one):
                             result[place][one] = None
     return {place: list(found) for place, found in result.items()}
 
 
+def _scope(place):
+    return place.group, not place.about, place.is_of_none
+
+
 def _are_of_one_group(place, one):
-    return place.group == one.group and not (place.about and one.about)
+    return place.group == one.group and _may_be_of_the_same(place, one)
 
 
 def _is_one_in_a_group(place, one):
     in_groups = [each.group is not None for each in (place, one)]
-    return in_groups[0] != in_groups[1] and not (place.about and one.about)
+    return in_groups[0] != in_groups[1] and _may_be_of_the_same(place, one)
+
+
+def _may_be_of_the_same(place, one):
+    return not (place.about and one.about) and (place.is_of_none or not one.is_of_none)
 
 
 def _of_no_param(several):

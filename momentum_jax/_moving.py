@@ -73,7 +73,9 @@ def like(target: Any, value: Any) -> Any:
     if jnp.issubdtype(target.dtype, jax.dtypes.extended):
         data = jnp.copy(jax.random.key_data(value))
         value = jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
-        return jax.device_put(value, target.sharding) if target.committed else value
+        if isinstance(target, Tracer) or not target.committed:
+            return value
+        return jax.device_put(value, target.sharding)
     if isinstance(value, Tracer) or isinstance(target, Tracer):
         return jnp.broadcast_to(value, target.shape).astype(target.dtype)
     value = np.broadcast_to(to_host(value), target.shape).astype(target.dtype)

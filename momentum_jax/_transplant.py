@@ -79,6 +79,7 @@ def transplant(
     - Parts of a chain that look alike in the state go by their order. So do optimizers of params
       with the same paths, if the keys of their states change.
     - What a wrapper counts for itself begins as `init` made it where the wrapper is new.
+    - What `optax.flatten` made one array of is carried as one, whatever order the params have.
 
     A state of a type of your own is found if it has named fields (a NamedTuple, a registered
     dataclass): in chains and groups, and in fields of wrappers whose names end in "state" or
@@ -105,8 +106,8 @@ def transplant(
       return the state alone: the report is not an array. What keeps its dtype and shape keeps its
       bits; 8 bits that are resized are rounded once more. A count that the old state does not have
       is that of its other counts, or if it has none 1, unless every velocity is 0. Under jit, where
-      values are not known, the first of several counts is taken, and where other values differ
-      those of `new_state`.
+      values are not known, the first of several counts is taken, where other values differ those
+      of `new_state`, and `strict` sees what shapes and dtypes show.
 
     Raises:
       ValueError: nothing can be carried; velocities none of which means the same in the new state,
@@ -387,7 +388,7 @@ def _entry_alone(place, one, of_kind, index, resize):
     shape = np.shape(place.held.stored.values)
     row = TransplantRow(place.path, place.label, FRESH)
     before = () if one is None else np.shape(one.held.stored.values)
-    if one is not None and before == shape:
+    if one is not None and before == shape and place.shapes == one.shapes:
         if _fits(place, one):
             return _kept(place, one)
         dtypes = (str(each.held.stored.values.dtype) for each in (one, place))
@@ -568,6 +569,8 @@ def _value_of(place, having):
 def _shown(several, target):
     """What the old places have."""
     values = [place.held.stored.values for place in several]
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in values):
+        return "several keys that differ"
     if len(values) == 1 or not all(can_be_read(x) and np.shape(x) == () for x in values):
         return f"{' and '.join(dict.fromkeys(str(np.shape(x)) for x in values))} -> {target.shape}"
     return " and ".join(dict.fromkeys(f"{x.item():.7g}" for x in values))

@@ -234,9 +234,10 @@ def types_of_keys(state):
 def test_what_depends_on_the_shape_is_not_resized():
     """The factors of Adafactor are along other axes then."""
     tx = optax.adafactor(0.01, min_dim_size_to_factor=8)
-    params = {"w": numbers((16, 32))}
+    params = {"w": numbers((16, 32)), "other": numbers((8, 8))}
     _, state = begun(tx, params)
-    _, report = mj.transplant(state, tx.init({"w": numbers((64, 32))}), resize=True)
+    new = tx.init({"w": numbers((64, 32)), "other": params["other"]})
+    _, report = mj.transplant(state, new, resize=True)
     assert not report.resized
     assert "which means something else" in str(report)
 
@@ -824,3 +825,112 @@ def test_another_method_goes_on_with_the_count_alone():
     carried, report = mj.transplant(state, mj.momentum(scheduled).init(ENC_HEAD))
     assert carried.count == 3
     assert report.fresh == ("['enc']", "['head']")
+
+
+# Found by programs against an oracle. -----------------------------------------------------------
+
+
+def unchanged(updates: Any, state: Any, params: Any = None) -> Any:
+    del params
+    return updates, state
+
+
+def noisy(seed):
+    return optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(seed)), optax.trace(0.9))
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_keys_are_carried_and_of_several_none_is(jitted):
+    carry = lambda old, new: mj.transplant(old, new)[0]  # noqa: E731
+    carry = jax.jit(carry) if jitted else carry
+    state: Any = noisy(1).init(ENC_HEAD)
+    target: Any = noisy(5).init(ENC_HEAD)
+    same = lambda a, b: bool(jnp.all(jax.random.key_data(a) == jax.random.key_data(b)))  # noqa: E731
+    carried: Any = carry(state, target)
+    assert same(carried[0].rng_key, state[0].rng_key)
+    two = optax.partition({"a": noisy(1), "b": noisy(2)}, BOTH).init(ENC_HEAD)
+    carried = carry(two, target)
+    assert same(carried[0].rng_key, target[0].rng_key)
+    if not jitted:
+        assert "AddNoiseState.rng_key  fresh    several keys" in str(mj.transplant(two, target)[1])
+
+
+def test_a_rate_goes_on_where_momentum_is_added():
+    sgd = optax.inject_hyperparams(optax.sgd)
+    state: Any = sgd(0.001).init(ENC_HEAD)
+    carried: Any = mj.transplant(state, sgd(0.1, momentum=0.9).init(ENC_HEAD))[0]
+    assert carried.hyperparams["learning_rate"] == np.float32(0.001)
+    two = optax.partition({"a": sgd(0.001), "b": sgd(0.002)}, BOTH).init(ENC_HEAD)
+    after = optax.partition({"a": sgd(0.1, momentum=0.9), "b": sgd(0.1, momentum=0.9)}, BOTH)
+    carried = mj.transplant(two, after.init(ENC_HEAD))[0]
+    found = [float(x) for _, x in optax.tree.get_all_with_path(carried, "learning_rate")]
+    np.testing.assert_allclose(found, [0.001, 0.002])
+
+
+def test_the_same_inside_and_outside_multi_steps():
+    parts = lambda: (multi_steps(optax.ema(0.9), 2), optax.ema(0.9))  # noqa: E731
+    _, state = begun(optax.chain(*parts()), ENC_HEAD, steps=6)
+    longer = optax.chain(optax.clip(1.0), *parts()).init(ENC_HEAD)
+    carried, _ = mj.transplant(state, longer, strict=True)
+    assert_same(carried[1:], state)
+    rates_of = lambda state: [  # noqa: E731
+        float(x) for _, x in optax.tree.get_all_with_path(state, "learning_rate")
+    ]
+    of = lambda a, b: (multi_steps(injected(a), 2), injected(b))  # noqa: E731
+    state = optax.chain(*of(0.1, 0.01)).init(ENC_HEAD)
+    longer = optax.chain(optax.clip(1.0), *of(1.0, 1.0)).init(ENC_HEAD)
+    np.testing.assert_allclose(rates_of(mj.transplant(state, longer, strict=True)[0]), [0.1, 0.01])
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_whole_numbers_that_are_no_counts(jitted):
+    """A rate that was given as one, and the words of a key."""
+    carry = lambda old, new: mj.transplant(old, new)[0]  # noqa: E731
+    carry = jax.jit(carry) if jitted else carry
+    sgd = lambda rate: optax.inject_hyperparams(optax.sgd)(rate, momentum=0.9)  # noqa: E731
+    two = optax.partition({"a": sgd(1), "b": sgd(2)}, BOTH).init(ENC_HEAD)
+    carried: Any = carry(two, sgd(3).init(ENC_HEAD))
+    assert carried.hyperparams["learning_rate"] == 3
+
+    def keyed(seed):
+        init = lambda params: WithKey(params, jax.random.PRNGKey(seed))  # noqa: E731
+        return optax.GradientTransformation(init, unchanged)
+
+    two = optax.partition({"a": keyed(1), "b": keyed(2)}, BOTH).init(ENC_HEAD)
+    target: Any = keyed(5).init(ENC_HEAD)
+    carried = carry(two, target)
+    np.testing.assert_array_equal(carried.rng, target.rng)
+
+
+def test_a_factor_whose_own_shape_stays_is_not_carried_to_another_axis():
+    tx = optax.scale_by_factored_rms()
+    params = {"w": numbers((256, 256)), "other": numbers((256, 256))}
+    state = begun(tx, params)[1]
+    _, report = mj.transplant(state, tx.init({**params, "w": jnp.ones((512, 256))}))
+    assert report.kept == ("['other']",)
+    assert set(report.fresh) == {"['w']"}
+    assert set(mj.transplant(state, tx.init(params), strict=True)[1].kept) == set(report.kept) | {
+        "['w']"
+    }
+
+
+def test_a_scale_of_an_empty_group_is_no_more_than_its_rate():
+    make = lambda: optax.chain(injected(0.1), optax.contrib.reduce_on_plateau())  # noqa: E731
+    transforms: dict[Any, Any] = {"a": make(), "b": make()}
+    enc = {"enc": numbers(3)}
+    state = halved(optax.partition(transforms, {"enc": "a"}).init(enc))
+    new: Any = optax.partition(transforms, {"enc": "a", "new": "b"}).init({**enc, "new": numbers(2)})
+    carried: Any = mj.transplant(state, new)[0]
+    assert carried.inner_states["a"].inner_state[1].scale == 0.5
+    assert_same(carried.inner_states["b"].inner_state[1], new.inner_states["b"].inner_state[1])
+
+
+def test_one_array_as_params_beside_a_state_of_ones_own():
+    own = optax.GradientTransformation(
+        lambda params: WithStats(jnp.zeros_like(params), {"loss": jnp.zeros(())}),  # pyright: ignore[reportArgumentType]
+        unchanged,
+    )
+    tx = optax.chain(optax.adam(0.1), own)
+    _, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+    carried: Any = mj.transplant(state, tx.init(jnp.ones(5)), resize=True)[0]
+    np.testing.assert_allclose(carried[0][0].mu, [0.1, 0.1, 0.1, 0, 0])
