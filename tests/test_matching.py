@@ -919,7 +919,9 @@ def test_a_scale_of_an_empty_group_is_no_more_than_its_rate():
     transforms: dict[Any, Any] = {"a": make(), "b": make()}
     enc = {"enc": numbers(3)}
     state = halved(optax.partition(transforms, {"enc": "a"}).init(enc))
-    new: Any = optax.partition(transforms, {"enc": "a", "new": "b"}).init({**enc, "new": numbers(2)})
+    new: Any = optax.partition(transforms, {"enc": "a", "new": "b"}).init(
+        {**enc, "new": numbers(2)}
+    )
     carried: Any = mj.transplant(state, new)[0]
     assert carried.inner_states["a"].inner_state[1].scale == 0.5
     assert_same(carried.inner_states["b"].inner_state[1], new.inner_states["b"].inner_state[1])
