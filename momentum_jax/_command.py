@@ -26,7 +26,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, ModuleNotFoundError):
+    missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0]
+    if missing in (False, "momentum_jax"):
         sys.__excepthook__(kind, error, trace)
         return
     print(f"error: {error}; pip install 'momentum_jax[study]'", file=sys.stderr)

@@ -133,12 +133,13 @@ def places(state: PyTree, renamed: Callable[[str], str] = lambda path: path) -> 
     each = [(found, held) for found in find_within(state) for held in held_by(found.node)]
     # A tree of params, unless all that may belong to a param is one array.
     in_trees = any(held.path and not _is_excluded(found.node, held) for found, held in each)
+    most = _Most(each)
     result: list[Place] = []
     inside: dict[int, set[str]] = {}
     own: set[int] = set()
     shapes: dict[Any, list[Any]] = {}
     for found, held in each:
-        of_param = _of_param(found.node, held, in_trees)
+        of_param = _of_param(found.node, held, in_trees, most)
         nodes = [optax_name(node) for node in (*found.around, found.node)]
         place = Place(
             node=found.node,
@@ -151,7 +152,7 @@ def places(state: PyTree, renamed: Callable[[str], str] = lambda path: path) -> 
             depth=nodes.count("MultiStepsState"),
         )
         result.append(place)
-        if of_param and _is_sure(found.node, held):
+        if of_param and most.is_sure(found.node, held):
             own.add(id(found.node))
             for node in (*found.around, found.node):
                 inside.setdefault(id(node), set()).add(place.path)
@@ -196,7 +197,7 @@ def _is_excluded(node, held):
     )
 
 
-def _of_param(node, held, in_trees):
+def _of_param(node, held, in_trees, most):
     if _is_excluded(node, held):
         return False
     if has_velocity(node):
@@ -205,7 +206,7 @@ def _of_param(node, held, in_trees):
     if jnp.issubdtype(values.dtype, jax.dtypes.extended):
         return False
     name = optax_name(node)
-    of_one = not held.path and (name in _OF_ONE_PARAM or _is_most(node, held))
+    of_one = not held.path and (name in _OF_ONE_PARAM or most.is_one_param(node, held))
     if in_trees and not of_one:
         return bool(held.path)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
@@ -213,28 +214,33 @@ def _of_param(node, held, in_trees):
     return np.shape(values) != () or not name or name in _OF_ONE_PARAM
 
 
-def _is_sure(node, held):
-    """Whether what a path leads to is surely a param: of numbers by their names it is not.
-
-    In a user's own state it is what has the paths of the field that holds the most.
-    """
-    return _is_known(node) or held.path in {each.path for each in _most(node)}
-
-
-def _is_most(node, held):
-    return not _is_known(node) and np.shape(held.stored.values) != () and held in _most(node)
-
-
-def _is_known(node):
+def _is_of_a_library(node):
     return type(node).__module__.split(".")[0] in ("optax", "momentum_jax")
 
 
-def _most(node):
-    """What the field of a state holds that holds the most."""
-    fields: dict[str, list[Held]] = {}
-    for each in held_by(node):
-        fields.setdefault(each.field, []).append(each)
-    return max(fields.values(), key=lambda of_one: sum(np.size(x.stored.values) for x in of_one))
+class _Most:
+    """In each state of a user's own the field that holds the most."""
+
+    def __init__(self, each):
+        sizes: dict[int, dict[str, int]] = {}
+        self.paths: dict[Any, set[str]] = {}
+        for found, held in each:
+            if not _is_of_a_library(found.node):
+                of_node = sizes.setdefault(id(found.node), {})
+                size = np.size(held.stored.values)
+                of_node[held.field] = of_node.get(held.field, 0) + size
+                self.paths.setdefault((id(found.node), held.field), set()).add(held.path)
+        self.fields = {node: max(of, key=lambda field: of[field]) for node, of in sizes.items()}
+
+    def is_one_param(self, node, held):
+        """Whether it is all that this field holds."""
+        is_scalar = np.shape(held.stored.values) == ()
+        return not is_scalar and self.fields.get(id(node)) == held.field
+
+    def is_sure(self, node, held):
+        """Whether what the path leads to is surely a param: numbers by their names are not."""
+        field = self.fields.get(id(node))
+        return field is None or held.path in self.paths[id(node), field]
 
 
 class Arrays(Mapping[str, jax.Array]):
@@ -430,23 +436,18 @@ def agreed(several: list[Place], target: Any, otherwise: Any) -> Any:
     first, shape = values[0], np.shape(target)
     if len(values) == 1 and np.shape(first) in ((), shape):
         return first
-    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in values):
-        return first if _are_equal_keys(values) else None
     if any(np.shape(x) != shape for x in values):
         if any(np.size(x) == 0 for x in values):
             return None
         first = first.ravel()[0]
-    same = [x == first for x in values]
+    same = [_data(x) == _data(first) for x in values]
     if all(map(can_be_read, values)):
         return first if all(map(np.all, same)) else None
     return jnp.where(jnp.stack([jnp.all(x) for x in same]).all(), first, otherwise)
 
 
-def _are_equal_keys(values):
-    if not all(map(can_be_read, values)) or len({(x.dtype, x.shape) for x in values}) > 1:
-        return False
-    data = [np.asarray(jax.random.key_data(x)) for x in values]
-    return all(np.array_equal(x, data[0]) for x in data)
+def _data(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.extended) else x
 
 
 def can_be_read(x: Any) -> bool:

@@ -578,7 +578,7 @@ def _shown(several, target):
 
 def _clock(place, old, made_of):
     """The count that is not in the old state, from its other counts, and what to know of it."""
-    paths = {old for path in place.about for old in made_of.get(path, (path,))}
+    paths = {before for path in place.about for before in made_of.get(path, (path,))}
     of_these = [one for one in old if one.about & paths]
     if clocks_in(of_these):
         old = of_these

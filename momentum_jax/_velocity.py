@@ -282,7 +282,7 @@ class Products(NamedTuple):
       gg: the first, of the gradients divided by 2^g_exponent.
       gh: the second, of both divided by theirs.
       hh: the third, of what is held divided by 2^h_exponent.
-      g_exponent: so that the largest gradient is between 1 and 2 when divided; an int32 scalar.
+      g_exponent: so that the largest gradient is near 1 when divided; an int32 scalar.
       h_exponent: the same of what is held.
     """
 
@@ -312,7 +312,10 @@ def products(
 
 
 def exponents(grads: PyTree, held: PyTree) -> tuple[jax.Array, jax.Array]:
-    """Those of the largest gradient and of the largest that is held, where there is a gradient."""
+    """Those of the largest gradient and of the largest that is held, where there is a gradient.
+
+    As `exponent_of` has it, the least of the dtype where the largest is 0 or not finite.
+    """
     _, found = zip_leaves("gradients", grads, "velocity", held)
     pairs = [_wide("velocity", *each) for each in found if not is_absent(each[1])]
     grads, held = zip(*pairs, strict=True) if pairs else ((), ())
@@ -323,9 +326,7 @@ def _exponent_of_all(leaves):
     parts = [part for x in leaves for part in _real_parts(x) if part.size]
     width = jnp.result_type(jnp.float32, *parts)
     largest = [jnp.max(jnp.abs(part)).astype(width) for part in parts]
-    largest = functools.reduce(jnp.maximum, largest, jnp.zeros((), width))
-    usual = jnp.isfinite(largest) & (largest > 0)
-    return jnp.where(usual, exponent_of(largest), 0)
+    return exponent_of(functools.reduce(jnp.maximum, largest, jnp.zeros((), width)))
 
 
 def sum_of_products(several: Iterable[Products]) -> Products:
@@ -377,6 +378,10 @@ def _sum_of_two(first, second):
     return Products(gg, gh, hh, g, h)
 
 
+# The most by which the powers of `_products` are apart.
+_APART = 3
+
+
 def _products(grad_parts, held_parts, exponents):
     info = jnp.finfo(grad_parts[0].dtype)
 
@@ -384,15 +389,15 @@ def _products(grad_parts, held_parts, exponents):
         if exponent is None:
             largest = [jnp.max(jnp.abs(x), initial=0) for x in parts]
             exponent = exponent_of(functools.reduce(jnp.maximum, largest))
-        # What remains to 1 is no power that matters, and one factor is enough.
-        limit = -info.minexp - 3
+        # So that each factor below is a normal number; what is left is at most 2^5.
+        limit = -info.minexp - _APART
         return jnp.clip(exponent, -limit, limit)
 
     g, h = map(exponent_for, (grad_parts, held_parts), exponents)
 
     def summed(apart, *pair):
-        # Each sum scales by powers of its own: an array that two of them shared would be written
-        # to memory and read again.
+        # Each sum divides by other powers, whose product is the same: an array that two of the
+        # sums had in common would be written to memory and read again.
         by = [_power_of_2(shift - e, info) for (_, e), shift in zip(pair, apart, strict=True)]
         (first, _), (second, _) = pair
         found = [jnp.sum(a * by[0] * (b * by[1])) for a, b in zip(first, second, strict=True)]
@@ -401,7 +406,7 @@ def _products(grad_parts, held_parts, exponents):
     grads, held = (grad_parts, g), (held_parts, h)
     gg = summed((1, -1), grads, grads)
     gh = summed((2, -2), grads, held)
-    hh = summed((3, -3), held, held)
+    hh = summed((_APART, -_APART), held, held)
     return Products(gg, gh, hh, g, h)
 
 

@@ -320,3 +320,13 @@ def test_differentiable_through_the_scaling():
 
     v = jnp.array([1.0, 2.5])
     np.testing.assert_allclose(jax.grad(energy)(v), v / 0.25, rtol=1e-6)
+
+
+def test_zeros_on_one_device_leave_the_others_as_they_are():
+    """The power by which all are divided is that of the largest anywhere."""
+    first, second = jax.devices()[:2]
+    grads = {"a": jax.device_put(jnp.zeros(3), first), "b": jax.device_put(jnp.ones(3), second)}
+    grads = jax.tree.map(lambda g: g * jnp.float32(1e-25), grads)
+    velocity = jax.tree.map(lambda g: -0.1 * g, grads)
+    found = mj.diagnostics.measure(grads, velocity, learning_rate=0.1, mu=0.9)
+    assert (float(found.alignment), float(found.gain)) == (1, pytest.approx(1))

@@ -853,6 +853,8 @@ def test_keys_are_carried_and_of_several_none_is(jitted):
     assert same(carried[0].rng_key, target[0].rng_key)
     if not jitted:
         assert "AddNoiseState.rng_key  fresh    several keys" in str(mj.transplant(two, target)[1])
+    equal = optax.partition({"a": noisy(1), "b": noisy(1)}, BOTH).init(ENC_HEAD)
+    assert same(carry(equal, target)[0].rng_key, state[0].rng_key)
 
 
 def test_a_rate_goes_on_where_momentum_is_added():

@@ -198,3 +198,14 @@ def test_bad_calls_are_refused(as_shipped):
             call()
     with pytest.raises(TypeError, match="must be an Optax transformation"):
         record(0.1, 0.1)
+
+
+def test_a_step_of_zeros_is_not_what_the_next_one_is_near():
+    """As where a step was skipped: small gradients are measured as before it."""
+    tx = mj.diagnostics.record(mj.momentum(0.1, 0.0), 0.1, 0.0)
+    state = tx.init(jnp.ones(2))
+    for size in (1e-12, 1e-20, 0.0, 1e-20):
+        _, state = tx.update(jnp.full(2, size), state)
+    measured: Any = optax.tree.get(state, "measurement")
+    assert measured.alignment == pytest.approx(1)
+    assert measured.gain == pytest.approx(1)

@@ -125,10 +125,10 @@ def test_the_command_as_a_person_runs_it(own, tmp_path):
     assert [row[2:4] for row in rows] == 5 * [["10", "13.2%"]]
     assert rows[0][4] == "-"
     assert lines[7:10] == [
-        "after 20 steps:",
+        "after 20 steps, last measured:",
         "curvature 1 to 10: 13.2% of the stability limit is used",
-        "learning rate 0.05 at mu 0.9: at most 0.38 is stable; the distance is multiplied by "
-        "0.9487 a step",
+        "learning rate 0.05 at mu 0.9: at most 0.38 is stable; x 0.9487 a step along the sharpest "
+        "direction",
     ]
     assert lines[-1] == "wrote my-bowl.png"
     assert (tmp_path / "my-bowl.png").read_bytes().startswith(b"\x89PNG")
@@ -138,7 +138,8 @@ def test_a_run_that_diverges_is_explained(own, tmp_path, capsys):
     out = str(tmp_path / "a.svg")
     main([f"{own}:problem", "--learning-rate", "0.5", "--out", out])
     printed = capsys.readouterr().out
-    assert re.search(r"^diverged: the loss is \S+ after 20 steps$", printed, re.MULTILINE)
+    assert re.search(r"^the loss rose, from \S+ to \S+$", printed, re.MULTILINE)
+    assert "after 0 steps, first above the limit:" in printed
     assert "131.6% of the stability limit is used" in printed
     assert "at most 0.38 is stable" in printed
 
@@ -150,7 +151,27 @@ def test_where_the_start_is_not_finite(tmp_path, capsys, monkeypatch):
     assert "not finite at the initial weights" in capsys.readouterr().out
 
 
+def test_a_loss_that_is_not_finite_ends_it(own, tmp_path, capsys):
+    main(
+        [
+            f"{own}:problem",
+            "--learning-rate",
+            "5",
+            "--steps",
+            "99",
+            "--out",
+            str(tmp_path / "a.png"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert re.search(r"^diverged: the loss is not finite after \d+ steps$", printed, re.MULTILINE)
+
+
 REFUSED = {
+    "nesterov without mu": (["quadratic", "--nesterov", "--mu", "0"], "nesterov"),
+    "a rate beyond float32": (["quadratic", "--learning-rate", "1e39"], "learning_rate"),
+    "a seed too large": (["quadratic", "--seed", "9" * 20], ""),
+    "no data": (["quadratic", "--batch-size", "8"], "--batch-size: quadratic has no data"),
     "no problem": (["nothing"], "no problem is called 'nothing'"),
     "no such object": (["{own}:a_number"], "a_number of .* must be a momentum_jax.study Problem"),
     "mu": (["digits", "--mu", "1"], "--mu: '1' is not a number from 0 and below 1"),

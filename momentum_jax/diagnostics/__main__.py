@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     fallbacks = FALLBACKS | dict(problem.defaults)
     rate = options.learning_rate or fallbacks["learning_rate"] * (1 - options.mu)
+    if options.batch_size and problem.data is None:
+        parser.error(f"--batch-size: {problem.name} has no data to draw batches from")
     size = min(options.batch_size or fallbacks["batch_size"], problem.examples or 1)
     if options.batch_size and size < options.batch_size:
         parser.error(
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or Path("".join(c if c.isalnum() else "-" for c in problem.name) + ".png")
     if not out.parent.is_dir():
         parser.error(f"--out {out}: there is no folder {out.parent}")
-    if out.suffix[1:] not in Figure().canvas.get_supported_filetypes():
+    if out.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
         parser.error(f"--out {out}: give a name that ends in .png, .svg or .pdf")
     _command.on_interrupt_say(f"{PROGRAM}: stopped")
     kind = "nesterov" if options.nesterov else "momentum"
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     found = []
     print(f"{'step':>7}  {'loss':>10}  {'sharpness':>10}  {'of the limit':>12}  {'alignment':>9}")
-    for point in trajectory(
+    points = trajectory(
         problem,
         rate,
         options.mu,
@@ -69,9 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
         init_scale=options.init_scale,
         lanczos_steps=options.lanczos_steps,
-    ):
-        found.append(point)
-        print(_row(point), flush=True)
+    )
+    try:
+        for point in points:
+            found.append(point)
+            print(_row(point), flush=True)
+    except (ValueError, OverflowError) as error:
+        parser.error(str(error))
     if not all(map(_is_known, found)):
         print("~: not known to 0.1%; more --lanczos-steps help")
     _advise(found, rate, options)
@@ -95,22 +101,28 @@ def _row(point):
 
 
 def _is_known(point):
-    return point.curvature.largest_error <= 1e-3 * abs(point.curvature.largest)
+    bent = point.curvature
+    return not bent.largest_error > 1e-3 * abs(bent.largest)
 
 
 def _advise(found, rate, options):
-    """What the last curvature means; or where it diverged, the first that is above the limit."""
+    """What the last curvature means; or where the loss rose, the first that is above the limit."""
     known = [point for point in found if math.isfinite(point.curvature.largest)]
-    if not known:
-        print("the loss and its curvature are not finite at the initial weights")
+    first, last = found[0], found[-1]
+    if not known or not math.isfinite(first.loss):
+        print("the loss or its curvature is not finite at the initial weights")
         return
-    last = known[-1]
-    if not found[-1].loss <= found[0].loss:
+    if not math.isfinite(last.loss):
+        print(f"diverged: the loss is not finite after {last.step} steps")
+    elif last.loss > first.loss:
+        print(f"the loss rose, from {first.loss:.4g} to {last.loss:.4g}")
+    chosen = known[-1]
+    if not last.loss <= first.loss:
         # Further out a network may be flat again.
-        last = next((point for point in known if point.fraction > 1), last)
-        print(f"diverged: the loss is {found[-1].loss:.4g} after {found[-1].step} steps")
-    print(f"after {last.step} steps:")
-    print(edge(last.curvature, rate, options.mu, nesterov=options.nesterov))
+        chosen = next((point for point in known if point.fraction > 1), chosen)
+    where = "first above the limit" if chosen.fraction > 1 else "last measured"
+    print(f"after {chosen.step} steps, {where}:")
+    print(edge(chosen.curvature, rate, options.mu, nesterov=options.nesterov))
 
 
 def _parser() -> Parser:
@@ -134,7 +146,12 @@ def _parser() -> Parser:
     )
     add("--mu", type=_mu, default=0.9, metavar="X", help="momentum coefficient (%(default)s)")
     add("--nesterov", action="store_true", help="Nesterov's form")
-    add("--steps", type=whole, metavar="N", help="how many steps (the problem's own)")
+    add(
+        "--steps",
+        type=whole,
+        metavar="N",
+        help="how many steps, rounded up to a multiple of --points (the problem's own)",
+    )
     add("--points", type=whole, default=20, metavar="N", help="so many measurements (%(default)s)")
     add("--batch-size", type=whole, metavar="N", help="examples per step (the problem's own)")
     add("--seed", type=int, default=0, metavar="N", help="of weights and data (%(default)s)")

@@ -66,8 +66,8 @@ class Edge(NamedTuple):
 
     def _limit(self):
         return (
-            f"at most {self.largest_learning_rate:.4g} is stable; the distance is multiplied by "
-            f"{self.growth:.4g} a step"
+            f"at most {self.largest_learning_rate:.4g} is stable; x {self.growth:.4g} a step along "
+            "the sharpest direction"
         )
 
     def _best(self):
@@ -119,7 +119,7 @@ def edge(
       >>> curvature = mj.diagnostics.curvature(loss, jnp.ones(2))
       >>> print(mj.diagnostics.edge(curvature, learning_rate=0.4, mu=0.9))
       curvature 1 to 10: 105.3% of the stability limit is used
-      learning rate 0.4 at mu 0.9: at most 0.38 is stable; the distance is multiplied by 1.5 a step
+      learning rate 0.4 at mu 0.9: at most 0.38 is stable; x 1.5 a step along the sharpest direction
       best on a quadratic: 0.2309 at mu 0.2699 (x 0.5195), nesterov 0.129 at 0.4714 (x 0.6408)
       scatter in noise: not known
 

@@ -167,10 +167,15 @@ def measure_near(
     """
     learning_rate, mu = _check(learning_rate, mu)
     found = _measure(grads, velocity, learning_rate, mu, loss, exponents)
-    return found, _exponents((), (grads, velocity))[1]
+    least = jnp.finfo(found.gain.dtype).minexp
+    now = _exponents((), (grads, velocity))[1]
+    # A step whose gradients are 0 or not finite says nothing of the next.
+    g, v = (jnp.where(x > least, x, e) for x, e in zip(now, exponents, strict=True))
+    return found, (g, v)
 
 
 def _largest(several):
+    # Where all is 0 it is the least of the dtype, and another group's counts.
     return tuple(
         functools.reduce(jnp.maximum, each) for each in zip(*gathered(several), strict=True)
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import momentum_jax as mj
 from momentum_jax import theory
@@ -149,6 +150,13 @@ def draw(found: list[Point], figure: Figure) -> None:
         for axes, where in ((panels[1], at_limit), (panels[2], 1.0)):
             axes.axhline(where, color="0.4", linestyle=":", label="stability limit")
         panels[1].legend(frameon=False)
+    for axes, name in ((panels[1], "sharpness"), (panels[2], "share of the stability limit")):
+        known = [value for value in values[name] if math.isfinite(value)]
+        if known and 0 < 20 * min(known) < max(known):
+            axes.set(yscale="log")
+        elif known and min(known) >= 0:
+            axes.set_ylim(bottom=0)
+    panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[3].axhline(0, color="0.8", zorder=0)
     panels[3].set_ylim(-1.05, 1.05)
     for axes in panels[2:]:
