@@ -362,7 +362,8 @@ def matched_without_params(
             fitting = [one for one in having if fits(alike[0], one, of_old, of_new)]
             found = _paired(alike, fitting, same_parts)
             yield from found
-            having = [one for one in having if one not in {one for _, one in found}]
+            taken = {one for _, one in found}
+            having = [one for one in having if one not in taken]
 
     result: dict[Place, dict[Place, None]] = {place: {} for place in _of_no_param(new)}
     for key, wanting in here.items():

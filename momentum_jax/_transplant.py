@@ -446,13 +446,13 @@ def _dropped(place, new, pairs):
         return
     values = place.held.stored.values
     field, start, *_ = REMEMBERED.get(optax_name(place.node), ("hyperparams", None))
-    takers = [one for one, having in pairs.items() if place in having]
     if field != place.held.field or not can_be_read(values):
         return
     others = [float(x) for x in np.ravel(values) if x != start]
     if not others:
         return
     value = f"{others[0]:.7g}"
+    takers = [one for one, having in pairs.items() if place in having]
     if not takers:
         # Of a hyperparameter nobody knows what the new optimizer was made with.
         yield TransplantRow(None, place.label, NOTED if start is None else DROPPED, value)

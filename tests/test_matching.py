@@ -179,22 +179,12 @@ class Mine(NamedTuple):
 
 def test_states_of_ones_own():
     """Alone in a chain, or beside one of Optax': what they hold goes by its path."""
-
-    def init(params):
-        return Mine(jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        del params
-        m = jax.tree.map(lambda m, g: 0.9 * m + g, state.m, updates)
-        return jax.tree.map(lambda m: -0.1 * m, m), Mine(m, state.count + 1)
-
-    mine = optax.GradientTransformation(init, update)
     params = params_of("enc")
     renamed = {"encoder": params["enc"]}
     rename = {"['enc']": "['encoder']"}
-    for tx in (mine, optax.chain(mine)):
+    for tx in (mine(), optax.chain(mine())):
         _, state = begun(tx, params)
-        for other in (mine, optax.chain(mine), optax.chain(optax.clip(1.0), mine)):
+        for other in (mine(), optax.chain(mine()), optax.chain(optax.clip(1.0), mine())):
             carried, _ = mj.transplant(state, other.init(renamed), rename, strict=True)
             assert_same(jax.tree.leaves(carried), jax.tree.leaves(state))
 
