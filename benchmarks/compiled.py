@@ -167,8 +167,8 @@ ROWS = (
     Row("velocity float16", functools.partial(momentum, velocity_dtype="float16")),
     Row("velocity int8", int8),
     Row("params bfloat16", momentum, dtype="bfloat16"),
-    Row("keep_residual", lambda: mj.keep_residual(momentum()), dtype="bfloat16"),
-    Row("keep_residual, velocity int8", lambda: mj.keep_residual(int8()), dtype="bfloat16"),
+    Row("kahan", lambda: mj.kahan(momentum()), dtype="bfloat16"),
+    Row("kahan, velocity int8", lambda: mj.kahan(int8()), dtype="bfloat16"),
     *(Row(f"momentum, {name}", momentum, shapes) for name, shapes in SHAPES.items()),
     *(Row(f"velocity int8, {name}", int8, shapes) for name, shapes in SHAPES.items()),
     *(
@@ -198,7 +198,7 @@ README = {
     "`momentum`": "momentum",
     "bfloat16 velocity": "velocity bfloat16",
     "int8 velocity": "velocity int8",
-    "bfloat16 params, `keep_residual`": "keep_residual",
+    "bfloat16 params, `kahan`": "kahan",
 }
 
 

@@ -25,7 +25,7 @@ from momentum_jax import apply_updates
 RESULT = pathlib.Path(__file__).parent / "results" / "on-device.json"
 ALONE = (
     *("optax.sgd", "momentum", "velocity bfloat16", "velocity float16", "velocity int8", "record"),
-    *("params bfloat16", "keep_residual", "keep_residual, velocity int8", "adaptive_restart"),
+    *("params bfloat16", "kahan", "kahan, velocity int8", "adaptive_restart"),
 )
 TRAINING = (
     *("training, optax.sgd", "training, momentum", "training, velocity bfloat16"),

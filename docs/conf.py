@@ -267,7 +267,7 @@ def precision_tables() -> tuple[str, list[Path]]:
     lines += ["", "### Bytes moved in device memory", "", "In bytes per parameter.", ""]
     platforms = compiled.in_order(json.loads(compiled.RESULT.read_text()))
     lines += table("step", "least", *(of["device"] for of in platforms))
-    for name in ("momentum", "velocity bfloat16", "velocity int8", "keep_residual"):
+    for name in ("momentum", "velocity bfloat16", "velocity int8", "kahan"):
         rows = [of["rows"].get(name, {}) for of in platforms]
         cells = [fixed(row.get("bytes_per_param")) for row in rows]
         least = fixed(rows[0].get("least_bytes_per_param"))

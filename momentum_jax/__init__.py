@@ -14,6 +14,8 @@ from momentum_jax import frameworks as frameworks
 from momentum_jax import schedules as schedules
 from momentum_jax import sharding as sharding
 from momentum_jax import theory as theory
+from momentum_jax._kahan import KahanState as KahanState
+from momentum_jax._kahan import kahan as kahan
 from momentum_jax._mixtures import AggMoState as AggMoState
 from momentum_jax._mixtures import QHMState as QHMState
 from momentum_jax._mixtures import aggmo as aggmo
@@ -29,8 +31,6 @@ from momentum_jax._recurrence import SeveralVelocitiesState as SeveralVelocities
 from momentum_jax._recurrence import recurrence as recurrence
 from momentum_jax._report import TransplantReport as TransplantReport
 from momentum_jax._report import TransplantRow as TransplantRow
-from momentum_jax._residual import ResidualState as ResidualState
-from momentum_jax._residual import keep_residual as keep_residual
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
 from momentum_jax._restart import adaptive_restart as adaptive_restart
 from momentum_jax._restart import reset_velocity as reset_velocity
@@ -39,10 +39,10 @@ from momentum_jax._transplant import transplant as transplant
 __all__ = [
     "AdaptiveRestartState",
     "AggMoState",
+    "KahanState",
     "MomentumState",
     "QHMState",
     "RecurrenceState",
-    "ResidualState",
     "SeveralVelocitiesState",
     "TraceState",
     "TransplantReport",
@@ -52,7 +52,7 @@ __all__ = [
     "apply_updates",
     "diagnostics",
     "frameworks",
-    "keep_residual",
+    "kahan",
     "momentum",
     "qhm",
     "read_velocity",

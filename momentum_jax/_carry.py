@@ -16,9 +16,9 @@ import numpy as np
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
+from momentum_jax._kahan import KahanState
 from momentum_jax._moving import decode, has_any, like, placed_like, to_host
 from momentum_jax._recurrence import STATE_TYPES, has_velocity
-from momentum_jax._residual import ResidualState
 from momentum_jax._states import (
     REMEMBERED,
     clock_of,
@@ -54,8 +54,8 @@ def velocities(state: PyTree, kind: type) -> dict[str, Any]:
         raise ValueError(
             f"the state is {others[0].__name__}, of {STATE_TYPES[others[0]]}, but must be "
             f"{kind.__name__}, of {STATE_TYPES.get(kind, 'optax.trace')}: what they store differs "
-            "in sign and scale. momentum_jax.frameworks.inside_from_outside and "
-            "outside_from_inside convert."
+            "in sign and scale. momentum_jax.frameworks.momentum_from_trace and "
+            "trace_from_momentum convert."
         )
     for node in of_kind:
         for field, name, stored in held_by(node):
@@ -129,15 +129,15 @@ def check_whole(state: PyTree, name: str) -> None:
     Both what is carried over and what it is carried over to must pass.
     """
     for part in find(state):
-        if isinstance(part, ResidualState):
-            of_part = [held for held in held_by(part) if held.field == "residual"]
+        if isinstance(part, KahanState):
+            of_part = [held for held in held_by(part) if held.field == "compensation"]
             short = [held.path for held in of_part if has_any(held.stored.values)]
             if short:
                 raise ValueError(
-                    f"in {name}, momentum_jax.keep_residual has updates of {listed(short)} that "
+                    f"in {name}, momentum_jax.kahan has updates of {join_names(short)} that "
                     "rounding has kept from the params. They are not carried over. Add them, "
-                    "state.residual, to the params in float32 and give state.inner_state; or to "
-                    "keep them, fill state.inner_state alone and put it back with _replace."
+                    "state.compensation, to the params in float32 and give state.inner_state; or "
+                    "to keep them, fill state.inner_state alone and put it back with _replace."
                 )
         found = REMEMBERED.get(optax_name(part))
         if found is None:
@@ -203,18 +203,18 @@ def match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         raise ValueError(
             "the state has no velocity to carry anything over to or from: give the state that "
             "init returned, of a transformation with momentum above 0. What is carried over is "
-            f"of {listed(theirs)}."
+            f"of {join_names(theirs)}."
         )
     if ours and not theirs:
         raise ValueError(
             "there is no velocity in what is carried over, but in the state are those of "
-            f"{listed(ours)}. Give the state of an optimizer with momentum."
+            f"{join_names(ours)}. Give the state of an optimizer with momentum."
         )
     if ours.keys() != theirs.keys():
         raise ValueError(
             "the velocities and what is carried over must be of the same params, but "
-            f"only in the state: {listed(ours.keys() - theirs.keys())}; "
-            f"only in what is carried over: {listed(theirs.keys() - ours.keys())}. "
+            f"only in the state: {join_names(ours.keys() - theirs.keys())}; "
+            f"only in what is carried over: {join_names(theirs.keys() - ours.keys())}. "
             "Give the state that init returned for the very params, and a to_params that "
             "returns a tree like them."
         )
@@ -286,7 +286,7 @@ class Routes:
         except Exception as error:
             if isinstance(error, KeyError) and error.args[0] not in self.shapes:
                 raise ValueError(
-                    f"to_params asked for {error}, but was given {listed(self.shapes)}: the "
+                    f"to_params asked for {error}, but was given {join_names(self.shapes)}: the "
                     "params of the optimizer alone. Let it do without the others."
                 ) from error
             error.add_note("This was within to_params, which is called with NumPy arrays by name.")
@@ -544,6 +544,6 @@ def _check_stored(name, array):
     check_finite({name: array}, "once stored, the velocity", remedy)
 
 
-def listed(names: Iterable[str]) -> str:
+def join_names(names: Iterable[str]) -> str:
     """Names for a message."""
     return ", ".join(sorted(name or "the root" for name in names)) or "none"

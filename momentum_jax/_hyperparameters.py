@@ -55,7 +55,7 @@ _RULES = {
         "0 is no decay, 1e-4 is usual",
     ),
 }
-# Each of several is called after all: mus[0].
+# Each of several has an index in its name: mus[0].
 _RULES["mus"] = _RULES["mu"]
 # What other frameworks call them, and allow.
 _RULES["lr"] = _RULES["base_lr"] = _RULES["learning_rate"]
@@ -93,22 +93,22 @@ def require_whole(name: str, value: Any, least: int) -> int:
     return whole
 
 
-def check(name: str, given: Any, *, called: str = "") -> Any:
+def check(name: str, given: Any, *, display_name: str = "") -> Any:
     """A factory's argument: a schedule passes, a value is checked.
 
-    `called` is the user's word for it, where it is not the name whose rule holds.
+    `display_name` is the user's word for it, where it is not the name whose rule holds.
     """
-    return given if callable(given) else check_value(name, given, called=called)
+    return given if callable(given) else check_value(name, given, display_name=display_name)
 
 
-def resolve(name: str, given: Any, override: Any, count: Any, *, called: str = "") -> Any:
+def resolve(name: str, given: Any, override: Any, count: Any, *, display_name: str = "") -> Any:
     """The value for this step: the override if there is one, else what the factory was given."""
     if override is not None:
-        return check_value(name, override, called=called)
+        return check_value(name, override, display_name=display_name)
     if callable(given):
         # Reading an array that depends on count would wait for the step in flight.
-        called = f"the schedule's {called or name}"
-        return check_value(name, given(count), called=called, read_arrays=False)
+        display_name = f"the schedule's {display_name or name}"
+        return check_value(name, given(count), display_name=display_name, read_arrays=False)
     return given
 
 
@@ -176,7 +176,7 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_inner(inner: Any) -> None:
+def check_transformation(inner: Any) -> None:
     """Raises a TypeError unless it is an Optax transformation, for what goes around one."""
     if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
         raise TypeError(
@@ -205,14 +205,14 @@ def is_zero(value: Any) -> bool:
     return is_known(value) and float(value) == 0
 
 
-def check_value(name: str, value: Any, *, called: str = "", read_arrays: bool = True) -> Any:
+def check_value(name: str, value: Any, *, display_name: str = "", read_arrays: bool = True) -> Any:
     """Returns a Python float or a scalar JAX array; raises on what no step can use.
 
     Of a traced value only the dtype and the shape are checked.
     """
-    called = called or name
+    display_name = display_name or name
     _check_type(
-        called,
+        display_name,
         value,
         "a real number, a scalar array or (when the transform is made) a schedule: a function of "
         "the step's count",
@@ -223,11 +223,11 @@ def check_value(name: str, value: Any, *, called: str = "", read_arrays: bool = 
     number = _as_float(value)
     fits, rule, remedy = _rule(name)
     if not fits(number):
-        raise ValueError(f"{called}={number} {rule}. {remedy}.")
+        raise ValueError(f"{display_name}={number} {rule}. {remedy}.")
     if abs(number) > _LARGEST_FLOAT32 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
-            f"{called}={number} is beyond float32, in which it would be infinite. Give at most "
-            f"{_LARGEST_FLOAT32:.7g}, or set jax.config.update('jax_enable_x64', True) first."
+            f"{display_name}={number} is beyond float32, in which it would be infinite. Give at "
+            f"most {_LARGEST_FLOAT32:.7g}, or set jax.config.update('jax_enable_x64', True) first."
         )
     return value if isinstance(value, jax.Array) else number
 
@@ -236,16 +236,18 @@ def _can_be_read(array):
     return not isinstance(array, Tracer) and array.is_fully_replicated
 
 
-def _check_type(called, value, wanted, remedy):
+def _check_type(display_name, value, wanted, remedy):
     """Raises on all that is not a real scalar, by what is known of it without its value."""
     if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
-        raise TypeError(f"{called}={value!r} must be {wanted}.")
+        raise TypeError(f"{display_name}={value!r} must be {wanted}.")
     dtype = getattr(value, "dtype", None) or np.dtype(type(value))
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{called}={value} is {dtype}, but must be a real number. Give {remedy}.")
+        raise TypeError(
+            f"{display_name}={value} is {dtype}, but must be a real number. Give {remedy}."
+        )
     if np.shape(value) != ():
         raise ValueError(
-            f"{called} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a "
+            f"{display_name} must be a scalar, but has shape {np.shape(value)}. Use jax.vmap for a "
             "sweep, optax.partition for groups of params with their own values."
         )
 

@@ -15,24 +15,24 @@ from momentum_jax._hyperparameters import Hyperparameter, check, check_flag, is_
 from momentum_jax._recurrence import holds_velocity, transformation
 
 
-def _inside(v, g, learning_rate, mu):
+def _momentum_step(v, g, learning_rate, mu):
     v = mu * v - learning_rate * g
     return v, v
 
 
-def _inside_nesterov(v, g, learning_rate, mu):
+def _nesterov_momentum_step(v, g, learning_rate, mu):
     v = mu * v - learning_rate * g
     return v, mu * v - learning_rate * g
 
 
 # The order of the sums is Optax's. A compiler fuses one of the two products with the sum, and it
 # chooses by the order: where the gradient ends in a product, another order is other bits.
-def _outside(m, g, mu, dampening):
+def _trace_step(m, g, mu, dampening):
     m = _damped(g, dampening) + mu * m
     return m, m
 
 
-def _outside_nesterov(m, g, mu, dampening):
+def _nesterov_trace_step(m, g, mu, dampening):
     m = _damped(g, dampening) + mu * m
     return m, g + mu * m
 
@@ -174,7 +174,7 @@ def momentum(
     """
     return transformation(
         MomentumState,
-        _inside_nesterov if _looks_ahead(nesterov, mu) else _inside,
+        _nesterov_momentum_step if _check_nesterov(nesterov, mu) else _momentum_step,
         velocity_dtype,
         {"learning_rate": learning_rate, "mu": mu},
     )
@@ -197,7 +197,7 @@ def trace(
     float32 and float64 under jit to the bit, wherever the gradient is computed (tested on CPU).
     With the learning rate outside, a change of it acts on the whole velocity at
     once; with `momentum` it acts on new gradients only. What the states of the two store differs in
-    sign and scale, and neither takes the other's: see `frameworks.inside_from_outside`.
+    sign and scale, and neither takes the other's: see `frameworks.momentum_from_trace`.
 
     Args:
       mu: the momentum coefficient, in (-1, 1]: a float, a scalar array (traced or not), or a
@@ -231,7 +231,7 @@ def trace(
     """
     return transformation(
         TraceState,
-        _outside_nesterov if _looks_ahead(nesterov, mu) else _outside,
+        _nesterov_trace_step if _check_nesterov(nesterov, mu) else _trace_step,
         velocity_dtype,
         {"mu": mu, "dampening": dampening},
     )
@@ -272,7 +272,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     return _add((), (params, updates))[0]
 
 
-def _looks_ahead(nesterov, mu) -> bool:
+def _check_nesterov(nesterov, mu) -> bool:
     nesterov = check_flag("nesterov", nesterov)
     if nesterov and is_zero(check("mu", mu)):
         raise ValueError(

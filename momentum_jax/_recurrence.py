@@ -256,7 +256,7 @@ def transformation(
     number, is_tuple = velocities or 1, velocities is not None
 
     def init(params):
-        trees, count = _init((velocity_dtype, number), (_velocity.concrete(params),))
+        trees, count = _init((velocity_dtype, number), (_velocity.materialize(params),))
         return _state_of(state_type, count, _several(trees))
 
     def update(

@@ -12,11 +12,11 @@ from jax import export
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import at_once, by_leaf, gathered, one_level
-from momentum_jax._hyperparameters import by_value, check_inner, check_state, check_value
+from momentum_jax._hyperparameters import by_value, check_state, check_transformation, check_value
+from momentum_jax._kahan import KahanState
 from momentum_jax._placement import axes_that_differ
 from momentum_jax._reading import velocities
 from momentum_jax._recurrence import has_velocity, velocities_in, with_velocities
-from momentum_jax._residual import ResidualState
 from momentum_jax._states import find, replace
 from momentum_jax._storage import Stored
 
@@ -29,17 +29,17 @@ class AdaptiveRestartState(NamedTuple):
 
     Attributes:
       inner_state: the state of the transformation around which it is.
-      last_params: a copy of the params of the last step, in their dtypes and shardings.
+      previous_params: a copy of the params of the last step, in their dtypes and shardings.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
       >>> state = mj.adaptive_restart(mj.momentum(0.1)).init(jnp.ones(2))
-      >>> print(state.last_params)
+      >>> print(state.previous_params)
       [1. 1.]
     """
 
     inner_state: Any
-    last_params: Any
+    previous_params: Any
 
 
 export.register_namedtuple_serialization(
@@ -57,8 +57,8 @@ def adaptive_restart(
 
     On an ill-conditioned problem a mu that rises to 1 overshoots and comes back, again and
     again; this stops it where it turns, without knowing the condition number. The sum is over
-    all params. Give `inner` a mu that rises, such as `schedules.nesterov()`: on a quadratic of
-    condition number 100,000, 10,000 steps from a distance of 6 then end at 2e-12 instead of
+    all params. Give `inner` a mu that rises, such as `schedules.nesterov_convex()`: on a quadratic
+    of condition number 100,000, 10,000 steps from a distance of 6 then end at 2e-12 instead of
     1e-2, and with the best constant mu, for which one has to know that number, at 6e-13. A
     constant mu near 1 restarts before it has built up speed, and gains nothing.
 
@@ -123,13 +123,13 @@ def adaptive_restart(
       O'Donoghue and Candes (2015), Adaptive restart for accelerated gradient schemes,
       section 3.2, the gradient scheme.
     """
-    check_inner(inner)
+    check_transformation(inner)
     given, inner = inner, optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AdaptiveRestartState:
         inner_state = inner.init(params)
         velocities(inner_state)
-        return AdaptiveRestartState(inner_state, _copied((), (_velocity.concrete(params),))[0])
+        return AdaptiveRestartState(inner_state, _copied((), (_velocity.materialize(params),))[0])
 
     def update(
         updates: optax.Updates,
@@ -144,11 +144,11 @@ def adaptive_restart(
                 "update(grads, state, params)."
             )
         _velocity.check_arrays("gradient", updates)
-        arrays = _velocity.only_where("params of the last step", state.last_params, params)
-        _check_one_decision(updates, arrays, state.last_params)
-        inner_state, last_params = _restarted(updates, arrays, state)
+        arrays = _velocity.only_where("params of the last step", state.previous_params, params)
+        _check_one_decision(updates, arrays, state.previous_params)
+        inner_state, previous_params = _restarted(updates, arrays, state)
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        return updates, AdaptiveRestartState(inner_state, last_params)
+        return updates, AdaptiveRestartState(inner_state, previous_params)
 
     tx = optax.GradientTransformationExtraArgs(init, update)
     return by_value(tx, "adaptive_restart", given)
@@ -174,7 +174,7 @@ def reset_velocity(
     """Multiplies velocities by `scale`, wherever they are in a state: at 0 they start anew.
 
     For layers that are reset or pruned, tasks that change, a schedule that ends. At a scale of 0
-    the residual of `keep_residual` is 0 too, or it would move a weight that was set by hand, such
+    the compensation of `kahan` is 0 too, or it would move a weight that was set by hand, such
     as a pruned one. Counts and all else stay as they are.
 
     Args:
@@ -209,8 +209,10 @@ def reset_velocity(
     scale = check_value("scale", scale)
     where = True if where is None else where
     masks = _masks_of_velocities(state, where)
-    of_residuals = tuple(_masks_of_residual(where, node.residual) for node in _residuals(state))
-    return _scaled(state, masks, scale, masks_of_residuals=of_residuals)
+    of_compensations = tuple(
+        _masks_of_compensation(where, node.compensation) for node in _compensations(state)
+    )
+    return _scaled(state, masks, scale, masks_of_compensations=of_compensations)
 
 
 def _masks_of_velocities(state, where):
@@ -221,14 +223,14 @@ def _masks_of_velocities(state, where):
     ]
 
 
-def _masks_of_residual(where, residual):
-    if isinstance(residual, optax.LookaheadParams):  # Two trees of the same params.
-        return type(residual)(*(_masks(where, each, "residual") for each in residual))
-    return _masks(where, residual, "residual")
+def _masks_of_compensation(where, compensation):
+    if isinstance(compensation, optax.LookaheadParams):  # Two trees of the same params.
+        return type(compensation)(*(_masks(where, each, "compensation") for each in compensation))
+    return _masks(where, compensation, "compensation")
 
 
-def _residuals(state):
-    return [node for node in find(state) if isinstance(node, ResidualState)]
+def _compensations(state):
+    return [node for node in find(state) if isinstance(node, KahanState)]
 
 
 def _masks(where, tree, name="velocity"):
@@ -283,35 +285,37 @@ def _keys(tree):
 def _check_mask(path, leaf, mask, name):
     if not _is_boolean(mask):
         raise TypeError(
-            f"where {_velocity.at(path)} is {mask!r}, but must be boolean: True scales, False "
-            "keeps."
+            f"where {_velocity.path_text(path)} is {mask!r}, but must be boolean: True scales, "
+            "False keeps."
         )
     shape = np.shape(leaf)
     if np.shape(mask) not in ((), shape):
         raise ValueError(
-            f"where {_velocity.at(path)} has shape {np.shape(mask)}, but the {name} there has "
-            f"shape {shape}. They must be equal, or where be one boolean."
+            f"where {_velocity.path_text(path)} has shape {np.shape(mask)}, but the {name} there "
+            f"has shape {shape}. They must be equal, or where be one boolean."
         )
     return mask
 
 
-def _scaled(state, masks, scale, *, when=None, masks_of_residuals=()):
-    """The state with its velocities scaled; its residuals too, if there are masks for them."""
+def _scaled(state, masks, scale, *, when=None, masks_of_compensations=()):
+    """The state with its velocities scaled; its compensations too, if there are masks for them."""
     held = velocities(state)
     columns = [list(zip(*velocities_in(part), strict=True)) for part in held]
     values, scales = zip(*columns, strict=True)
     # Within another library's own wrapper of an array, if it is in one.
     counts = [jax.tree.leaves(part.count)[0] for part in held]
-    residuals = [node.residual for node in _residuals(state)] if masks_of_residuals else []
-    trees = values, scales, masks, residuals, masks_of_residuals
-    (stored, residuals), _ = _rescaled((), trees, (scale, counts, when))
-    stored, residuals = iter(stored), iter(residuals)
+    compensations = (
+        [node.compensation for node in _compensations(state)] if masks_of_compensations else []
+    )
+    trees = values, scales, masks, compensations, masks_of_compensations
+    (stored, compensations), _ = _rescaled((), trees, (scale, counts, when))
+    stored, compensations = iter(stored), iter(compensations)
 
     def part(node):
         if has_velocity(node):
             return with_velocities(node, node.count, next(stored))
-        if isinstance(node, ResidualState):
-            return node._replace(residual=next(residuals, node.residual))
+        if isinstance(node, KahanState):
+            return node._replace(compensation=next(compensations, node.compensation))
         return node
 
     return replace(state, part)
@@ -319,7 +323,7 @@ def _scaled(state, masks, scale, *, when=None, masks_of_residuals=()):
 
 @by_leaf
 def _rescaled(_, trees, shared):
-    values, scales, masks, residuals, masks_of_residuals = trees
+    values, scales, masks, compensations, masks_of_compensations = trees
     scale, counts, when = shared
     if when is not None:
         masks = jax.tree.map(lambda mask: mask & when, masks)
@@ -332,11 +336,11 @@ def _rescaled(_, trees, shared):
     ]
     # At any other scale they stay: they are part of the params.
     factor = jnp.asarray(scale) != 0
-    residuals = [
-        _velocity.rescale(Stored(residual), factor, mask, jnp.uint32(0)).values
-        for residual, mask in zip(residuals, masks_of_residuals, strict=True)
+    compensations = [
+        _velocity.rescale(Stored(compensation), factor, mask, jnp.uint32(0)).values
+        for compensation, mask in zip(compensations, masks_of_compensations, strict=True)
     ]
-    return (stored, residuals), ()
+    return (stored, compensations), ()
 
 
 @by_leaf
@@ -346,9 +350,9 @@ def _copied(_, trees, __):
 
 @at_once
 def _restarted(grads, params, state):
-    params, uphill = _moved((), (grads, params, state.last_params))
+    params, uphill = _moved((), (grads, params, state.previous_params))
     turns = (uphill > 0) & jnp.isfinite(uphill)
-    # The residuals stay: no param was set by hand.
+    # The compensations stay: no param was set by hand.
     masks = _masks_of_velocities(state.inner_state, True)
     return _scaled(state.inner_state, masks, 0.0, when=turns), params
 
@@ -359,6 +363,6 @@ def _sum(values):
 
 @functools.partial(by_leaf, combine=_sum)
 def _moved(_, trees, __):
-    grads, params, last_params = trees
-    moved, params = _velocity.movement(params, last_params)
+    grads, params, previous_params = trees
+    moved, params = _velocity.movement(params, previous_params)
     return params, _velocity.inner_product(grads, moved, "params")

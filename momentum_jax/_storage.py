@@ -110,7 +110,7 @@ class StochasticCast(Cast):
 
     def encode(self, value: jax.Array, stored: Stored, seed: jax.Array) -> Stored:
         """Each value that the dtype holds stays what it is."""
-        bits = random_bits(value, seed)
+        bits = hash_bits(value, seed)
         return stored._replace(values=stochastic_round(value, bits, stored.values.dtype))
 
 
@@ -135,7 +135,7 @@ class Blocks(Cast):
         """The velocity in float32; no gradient is propagated."""
         codes, scales = map(jnp.asarray, stored)
         view = _View.of(codes, scales)
-        return _values(codes, view.spread(set_apart(scales), codes))
+        return _values(codes, view.broadcast_blocks(set_apart(scales), codes))
 
     def encode(self, value: jax.Array, stored: Stored, seed: jax.Array) -> Stored:
         """Where a value is not finite, the whole block is not."""
@@ -151,7 +151,9 @@ class Blocks(Cast):
         encoded = self.encode(jnp.where(mask, _times(value, factor), value), stored, seed)
         changed = view.largest(mask.astype(np.int32))
         return Stored(
-            jnp.where(view.spread(changed, stored.values) > 0, encoded.values, stored.values),
+            jnp.where(
+                view.broadcast_blocks(changed, stored.values) > 0, encoded.values, stored.values
+            ),
             jnp.where(hold_like(changed, stored.scales) > 0, encoded.scales, stored.scales),
         )
 
@@ -269,10 +271,10 @@ def compute_dtype(dtype: Any) -> np.dtype:
 
 def seed_of(count: jax.Array) -> jax.Array:
     """32 bits for the step of this count."""
-    return _hash(jnp.asarray(count).astype(np.int32))
+    return lowbias32(jnp.asarray(count).astype(np.int32))
 
 
-def random_bits(value: jax.Array, seed: jax.Array) -> jax.Array:
+def hash_bits(value: jax.Array, seed: jax.Array) -> jax.Array:
     """32 random bits for each value: a hash of the seed, its position and its upper 16 bits.
 
     Integers only, and no order of evaluation: the same bits on every machine and under any
@@ -283,7 +285,7 @@ def random_bits(value: jax.Array, seed: jax.Array) -> jax.Array:
     value = lax.convert_element_type(lax.stop_gradient(value), np.float32)
     upper = lax.shift_right_logical(lax.bitcast_convert_type(value, np.int32), np.int32(16))
     position = reshard_like(_positions(value.shape), value)
-    return _hash(lax.bitwise_xor(lax.add(position, seed), upper))
+    return lowbias32(lax.bitwise_xor(lax.add(position, seed), upper))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -340,7 +342,7 @@ class _View:
     def restore(self, x, like):
         return reshard_like(x, like)
 
-    def spread(self, each, arranged):
+    def broadcast_blocks(self, each, arranged):
         """To each value what its block has."""
         split = (*each.shape[: self.axis + 1], self.length, *each.shape[self.axis + 1 :])
         return reshard_like(merge_axes(self.broadcast(each, split), self.axis), arranged)
@@ -365,7 +367,7 @@ class _SplitView(_View):
     def restore(self, x, like):
         return reshard_like(merge_axes(x, self.axis), like)
 
-    def spread(self, each, arranged):
+    def broadcast_blocks(self, each, arranged):
         return reshard_like(self.broadcast(each, arranged.shape), arranged)
 
     def largest(self, arranged):
@@ -396,12 +398,12 @@ class _LanesView(_View):
         block = reshard_like(position, arranged) // np.int32(self.length)
         return [block == i for i in range(arranged.shape[self.axis] // self.length)]
 
-    def spread(self, each, arranged):
-        spread = jnp.zeros((), each.dtype)
+    def broadcast_blocks(self, each, arranged):
+        broadcast = jnp.zeros((), each.dtype)
         for i, here in enumerate(self._blocks(arranged)):
             one = lax.slice_in_dim(each, i, i + 1, axis=self.axis)
-            spread = jnp.where(here, one, spread)
-        return spread
+            broadcast = jnp.where(here, one, broadcast)
+        return broadcast
 
     def largest(self, arranged):
         least = jnp.iinfo(arranged.dtype).min
@@ -419,7 +421,7 @@ def _through(view, advance):
         codes = [view.arrange(stored.values) for stored in several]
         arranged = view.arrange(grad)
         held = [
-            _values(each, view.spread(stored.scales, each))
+            _values(each, view.broadcast_blocks(stored.scales, each))
             for each, stored in zip(codes, several, strict=True)
         ]
         values, update = advance(held, arranged)
@@ -454,13 +456,13 @@ def _encoded(value, view, seed):
     # XLA makes of the division a product with the inverse, which would be 0 above 2^126. A quarter
     # of the scale is exact, and made of the bits, where XLA sees nothing to put together.
     quarters = _from_upper_bits(lax.sub(upper, np.int32(2 << jnp.finfo(jnp.bfloat16).nmant)))
-    quarter = lax.convert_element_type(view.spread(quarters, value), np.float32)
+    quarter = lax.convert_element_type(view.broadcast_blocks(quarters, value), np.float32)
     units = lax.mul(lax.div(lax.abs(value), quarter), _UNITS * np.float32(0.25))
     # units = code (code + 127) = (code + 63.5)^2 - 63.5^2, so the code below is low - 64. Above it
     # units grow by 2 low: up with the probability of the share of that by which low falls short.
     square = lax.add(units, np.float32(LARGEST**2 / 4))
     low = lax.floor(lax.add(lax.sqrt(square), np.float32(0.5)))
-    chance = lax.convert_element_type(random_bits(value, seed), np.float32)
+    chance = lax.convert_element_type(hash_bits(value, seed), np.float32)
     chance = lax.mul(chance, np.float32(2**-31))
     up = lax.gt(lax.sub(square, np.float32(0.25)), lax.mul(low, lax.add(low, chance)))
     code = lax.add(low, lax.convert_element_type(up, np.float32))
@@ -493,7 +495,7 @@ def _positions(shape):
     return jnp.asarray(position)
 
 
-def _hash(x):
+def lowbias32(x):
     """Mixes 32 bits (Wellons 2018, lowbias32, but for its last step, which alters lower bits)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = lax.bitwise_xor(x, lax.shift_right_logical(x, np.int32(shift)))

@@ -61,9 +61,9 @@ def transplant(
     For layers that are added, frozen or not, renamed, widened, pruned, split into groups; for
     another velocity_dtype, wrappers put around or taken off. What belongs to a param goes with its
     path: velocities, and all else that a state of Optax holds of it, such as the moments of Adam,
-    the sums of `MultiSteps` and `last_params` of `adaptive_restart`. It is found in chains, groups
-    of `optax.partition`, under wrappers, and in an `nnx.Optimizer`'s `opt_state`, wherever it is in
-    either state.
+    the sums of `MultiSteps` and `previous_params` of `adaptive_restart`. It is found in chains,
+    groups of `optax.partition`, under wrappers, and in an `nnx.Optimizer`'s `opt_state`, wherever
+    it is in either state.
 
     Counts, schedules, scales and the hyperparameters that `optax.inject_hyperparams` holds go on
     with the params that they are about, as a learning rate with the params of its group:
@@ -112,7 +112,7 @@ def transplant(
     Raises:
       ValueError: nothing can be carried; velocities none of which means the same in the new state,
         such as that of `momentum` for `trace`, which differ by the learning rate: see
-        `frameworks.outside_from_inside`; a rename that fits no path, or gives two arrays one path;
+        `frameworks.trace_from_momentum`; a rename that fits no path, or gives two arrays one path;
         counts that differ where one is needed; values too large for their new dtype; with
         `strict` what is fresh or dropped.
       TypeError: a real array for a complex one or the reverse; arguments of other types.
@@ -191,7 +191,7 @@ def carried_velocities(
 ) -> PyTree:
     """The new state with the velocities of the old one, of the same params, and this count.
 
-    And `last_params` of `adaptive_restart`. All else stays as it is in the new state.
+    And `previous_params` of `adaptive_restart`. All else stays as it is in the new state.
     """
 
     def goes(place):
@@ -283,8 +283,8 @@ def _check_state(name, state):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if not isinstance(leaf, _velocity.ARRAYS):
             raise TypeError(
-                f"{name} {_velocity.at(path)} is {type(leaf).__name__}, not an array. Give a state "
-                "that init or update returned."
+                f"{name} {_velocity.path_text(path)} is {type(leaf).__name__}, not an array. Give "
+                "a state that init or update returned."
             )
     if type(state) in (tuple, list, dict, type(None)) and not state:
         raise TypeError(f"{name}={state!r} is no state. Give one that init or update returned.")
@@ -360,8 +360,8 @@ def _check_kinds(old, new):
         return
     one, other = next(iter(theirs)), next(iter(ours))
     convert = {
-        (TraceState, MomentumState): " momentum_jax.frameworks.inside_from_outside converts.",
-        (MomentumState, TraceState): " momentum_jax.frameworks.outside_from_inside converts.",
+        (TraceState, MomentumState): " momentum_jax.frameworks.momentum_from_trace converts.",
+        (MomentumState, TraceState): " momentum_jax.frameworks.trace_from_momentum converts.",
     }
     raise ValueError(
         f"the old state is {one.__name__}, of {STATE_TYPES[one]}, and the new one is "

@@ -49,7 +49,7 @@ _LEAVE_OUT = (
 SAME_PARAMS = "Call update with the params that init was given, or init again if they change."
 
 # What may have gone wrong where two trees do not match.
-_REMEDIES = {
+_HINTS = {
     "params": SAME_PARAMS,
     "params of the last step": SAME_PARAMS,
     "gradients": "Call init with the very params that are differentiated and updated, again if "
@@ -90,11 +90,11 @@ def check_arrays(name: str, tree: PyTree) -> None:
                 "equinox.is_inexact_array), and join the result with equinox.combine"
             )
             raise TypeError(
-                f"the {name} {at(path)} is {type(leaf).__name__}, not an array. {remedy}."
+                f"the {name} {path_text(path)} is {type(leaf).__name__}, not an array. {remedy}."
             )
 
 
-def concrete(params: PyTree) -> PyTree:
+def materialize(params: PyTree) -> PyTree:
     """The params, with zeros in place of each `jax.ShapeDtypeStruct`, in its sharding.
 
     Raises a TypeError that names the first leaf for which there can be no velocity.
@@ -108,8 +108,8 @@ def _stand_in(path, param):
     dtype = getattr(param, "dtype", None)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.number) and dtype != np.bool_:
         raise TypeError(
-            f"the param {at(path)} has dtype {dtype}, which no velocity can have. Leave it out "
-            "with optax.masked, or give None in its place."
+            f"the param {path_text(path)} has dtype {dtype}, which no velocity can have. Leave it "
+            "out with optax.masked, or give None in its place."
         )
     if not isinstance(param, jax.ShapeDtypeStruct):
         return param
@@ -177,7 +177,7 @@ def advance(
             return grad, row
         checked = []
         for one in row:
-            grad, values = arrays("gradient", path, grad, "velocity", one.values)
+            grad, values = expect_pair("gradient", path, grad, "velocity", one.values)
             checked.append(one._replace(values=values))
             check_gradient_dtype(path, grad.dtype, decoded_dtype(checked[-1]))
             _check_stored(path, checked[-1], velocity_dtype)
@@ -185,7 +185,7 @@ def advance(
         try:
             return step(recurrence, is_tuple, grad, checked, seed, hyperparameters)
         except RecurrenceError as error:
-            raise TypeError(f"{error} (for the param {at(path)})") from None
+            raise TypeError(f"{error} (for the param {path_text(path)})") from None
 
     zipped = [zip_leaves("gradients", grads, "velocity", stored.values) for stored in several]
     treedef, found = zipped[0]
@@ -416,11 +416,11 @@ def _real_parts(x):
 
 def _wide(name, path, grad, leaf):
     """A gradient and what is held for its param, both in one wide dtype."""
-    grad, leaf = arrays("gradient", path, grad, name, leaf)
+    grad, leaf = expect_pair("gradient", path, grad, name, leaf)
     if leaf.dtype == np.int8 and jnp.issubdtype(grad.dtype, jnp.inexact):
         raise TypeError(
-            f"the {name} {at(path)} is int8: codes, which mean nothing without their scales. "
-            "Give momentum_jax.read_velocity(state)."
+            f"the {name} {path_text(path)} is int8: codes, which mean nothing without their "
+            "scales. Give momentum_jax.read_velocity(state)."
         )
     check_gradient_dtype(path, grad.dtype, leaf.dtype)
     dtype = np.promote_types(compute_dtype(grad.dtype), compute_dtype(leaf.dtype))
@@ -456,7 +456,7 @@ def movement(params: PyTree, last: PyTree) -> tuple[PyTree, PyTree]:
     def leaf(path, held, param):
         if is_absent(held) or is_absent(param):
             return None, held
-        param, held = arrays("param", path, param, "param of the last step", held)
+        param, held = expect_pair("param", path, param, "param of the last step", held)
         given = held
         param, held = on_device((param, held))
         # The params are no part of the state: neither takes the other's sharding.
@@ -490,7 +490,7 @@ def add(params: PyTree, updates: PyTree) -> PyTree:
     def leaf(path, update, param):
         if is_absent(update):
             return param
-        update, param = arrays("update", path, update, "param", param)
+        update, param = expect_pair("update", path, update, "param", param)
         _check_update_dtype(path, update.dtype, param.dtype)
         return _add_leaf(param, update)
 
@@ -592,7 +592,7 @@ def _check_storable(path, param, velocity_dtype):
         )
     if velocity_dtype != np.int8 and jnp.issubdtype(param.dtype, jnp.complexfloating):
         raise TypeError(
-            f"the param {at(path)} is {param.dtype}, which velocity_dtype={velocity_dtype} "
+            f"the param {path_text(path)} is {param.dtype}, which velocity_dtype={velocity_dtype} "
             "cannot hold. Leave velocity_dtype=None for it (optax.partition separates them)."
         )
 
@@ -609,10 +609,10 @@ def _check_stored(path, one, velocity_dtype):
     if not fits:
         note = {BLOCKS: " codes", WIDE: ", as velocity_dtype=int8 does with some leaves"}
         raise TypeError(
-            f"the state stores the velocity {at(path)} in {dtype}{note.get(codec_of(one), '')}, "
-            f"but the transformation was made with velocity_dtype={velocity_dtype}. Make it with "
-            "the velocity_dtype of the state, or carry the velocity over: "
-            "momentum_jax.transplant(state, tx.init(params))."
+            f"the state stores the velocity {path_text(path)} in "
+            f"{dtype}{note.get(codec_of(one), '')}, but the transformation was made with "
+            f"velocity_dtype={velocity_dtype}. Make it with the velocity_dtype of the state, or "
+            "carry the velocity over: momentum_jax.transplant(state, tx.init(params))."
         )
 
 
@@ -624,11 +624,11 @@ def zip_leaves(
     try:
         others = treedef.flatten_up_to(other)
     except (ValueError, TypeError) as error:
-        raise ValueError(_difference(name, tree, other_name, other)) from error
+        raise ValueError(_structure_error(name, tree, other_name, other)) from error
     return treedef, [(path, leaf, o) for (path, leaf), o in zip(leaves, others, strict=True)]
 
 
-def _difference(name, tree, other_name, other):
+def _structure_error(name, tree, other_name, other):
     def paths(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_absent)
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
@@ -647,24 +647,24 @@ def _difference(name, tree, other_name, other):
         )
     return (
         f"the {name} and the {other_name} must be trees of one structure, but {what}. "
-        f"{_REMEDIES[name]}"
+        f"{_HINTS[name]}"
     )
 
 
-def arrays(
+def expect_pair(
     name: str, path: tuple[Any, ...], leaf: Any, other_name: str, other: Any
 ) -> tuple[jax.Array, Any]:
     """Both as arrays of one shape; raises a ValueError that names the path if they are not."""
     if not jax.tree_util.all_leaves([other]) or other is None:
         raise ValueError(
-            f"the {name} {at(path)} is an array, but the {other_name} there is "
-            f"{type(other).__name__}. {_REMEDIES[name + 's']}"
+            f"the {name} {path_text(path)} is an array, but the {other_name} there is "
+            f"{type(other).__name__}. {_HINTS[name + 's']}"
         )
     leaf, other = jnp.asarray(leaf), jnp.asarray(other)
     if leaf.shape != other.shape:
         raise ValueError(
-            f"the {name} {at(path)} has shape {leaf.shape}, but the {other_name} there has "
-            f"shape {other.shape}. They must be equal. {_REMEDIES[name + 's']}"
+            f"the {name} {path_text(path)} has shape {leaf.shape}, but the {other_name} there has "
+            f"shape {other.shape}. They must be equal. {_HINTS[name + 's']}"
         )
     return leaf, other
 
@@ -675,17 +675,17 @@ def check_gradient_dtype(
     """Raises a TypeError unless a gradient of a dtype can move what is held of its param."""
     if not jnp.issubdtype(held, jnp.inexact):
         raise TypeError(
-            f"the param {at(path)} is {held}, and a step of momentum cannot move an integer "
+            f"the param {path_text(path)} is {held}, and a step of momentum cannot move an integer "
             f"or a boolean. {_LEAVE_OUT}"
         )
     if not jnp.issubdtype(grad, jnp.inexact):
         raise TypeError(
-            f"the gradient {at(path)} is {grad}, but a gradient is a floating-point or complex "
-            f"array. Convert it. {_LEAVE_OUT}"
+            f"the gradient {path_text(path)} is {grad}, but a gradient is a floating-point or "
+            f"complex array. Convert it. {_LEAVE_OUT}"
         )
     if jnp.issubdtype(grad, jnp.complexfloating) != jnp.issubdtype(held, jnp.complexfloating):
         raise TypeError(
-            f"the gradient {at(path)} is {grad}, but its {name} is {held}: a real and a "
+            f"the gradient {path_text(path)} is {grad}, but its {name} is {held}: a real and a "
             "complex array do not mix. Give the gradient of the param that init was called with."
         )
 
@@ -702,15 +702,16 @@ def _check_update_dtype(path, update, param):
         if held.min <= added.min and added.max <= held.max:
             return
         raise TypeError(
-            f"the update {at(path)} is {update}, which may be beyond {param}, the dtype of the "
-            f"param, and would wrap around. Convert it: update.astype({param}), if its values fit."
+            f"the update {path_text(path)} is {update}, which may be beyond {param}, the dtype of "
+            f"the param, and would wrap around. Convert it: update.astype({param}), if its values "
+            "fit."
         )
     raise TypeError(
-        f"the update {at(path)} is {update}, which cannot be added to a param that is {param} "
-        f"without losing part of it. {_LEAVE_OUT}"
+        f"the update {path_text(path)} is {update}, which cannot be added to a param that is "
+        f"{param} without losing part of it. {_LEAVE_OUT}"
     )
 
 
-def at(path: tuple[Any, ...]) -> str:
+def path_text(path: tuple[Any, ...]) -> str:
     """Where in the tree: "at ['dense']['kernel']"."""
     return f"at {jax.tree_util.keystr(path)}" if path else "at the root of the tree"

@@ -38,7 +38,7 @@ A job that has run elsewhere goes on here with `load_torch`, `load_keras` or `lo
 back with `dump_torch`, `dump_keras` or `dump_optax`. Neither PyTorch nor Keras is imported:
 what comes in has `__array__`, what goes out is NumPy.
 
-All of these, and `inside_from_outside` and `outside_from_inside`, carry over velocities and the
+All of these, and `momentum_from_trace` and `trace_from_momentum`, carry over velocities and the
 counts that schedules follow. They raise a ValueError where a state of ours or of Optax', on
 either side, holds more that decides the steps to come:
 
@@ -46,7 +46,7 @@ either side, holds more that decides the steps to come:
   - a period of `optax.lookahead` or `optax.contrib.sam` that has not ended;
   - gradients in a row that `optax.apply_if_finite` has rejected;
   - a scale of `optax.contrib.reduce_on_plateau` other than 1;
-  - a residual of `momentum_jax.keep_residual`;
+  - a compensation of `momentum_jax.kahan`;
   - a step of `schedule_free`, `mechanize` or `galore` of `optax.contrib`.
 
 The same holds for counts that differ, and velocities that are not finite. States may be sharded
@@ -175,9 +175,9 @@ def torch_sgd(
         )
     steps: list[Any] = [optax.stateless(_negated)] if maximize else []
     steps += _coupled_decay(weight_decay)
-    if not _is_off(momentum):
+    if not _is_static_zero(momentum):
         steps.append(_torch_trace(momentum, nesterov, dampening))
-    tx = _chain(*steps, _scale(lr), has_velocity=not _is_off(momentum))
+    tx = _chain(*steps, _scale(lr), has_velocity=not _is_static_zero(momentum))
     return by_value(tx, "torch_sgd", lr, momentum, dampening, weight_decay, nesterov, maximize)
 
 
@@ -221,7 +221,7 @@ def keras_sgd(
     """
     learning_rate = check("learning_rate", learning_rate)
     momentum, nesterov = check("momentum", momentum), check_flag("nesterov", nesterov)
-    if _is_off(momentum):
+    if _is_static_zero(momentum):
         step: Any = _chain(_scale(learning_rate), has_velocity=False)
     else:
         step = _momentum(learning_rate, momentum, nesterov=nesterov and not is_zero(momentum))
@@ -306,7 +306,7 @@ def optax_sgd(
     """
     learning_rate = check("learning_rate", learning_rate)
     nesterov = check_flag("nesterov", nesterov)
-    mu = None if momentum is None else check("mu", momentum, called="momentum")
+    mu = None if momentum is None else check("mu", momentum, display_name="momentum")
     steps = [] if mu is None else [trace(mu, nesterov=nesterov and not is_zero(mu))]
     tx = _chain(*steps, _scale(learning_rate), has_velocity=mu is not None)
     return by_value(tx, "optax_sgd", learning_rate, mu, nesterov)
@@ -413,7 +413,7 @@ def load_torch(
     Args:
       opt_state: the state that init returned, of `torch_sgd` or any transformation with a
         `momentum_jax.trace` in it, also under `optax.partition` or in an `nnx.Optimizer`. For one
-        of `momentum`, continue from this one with `inside_from_outside`.
+        of `momentum`, continue from this one with `momentum_from_trace`.
       state_dict: what `optimizer.state_dict()` returned, on the host.
       names: the names of the optimizer's params in its order, group by group, which is that of
         `model.named_parameters()` only if there is one group; the example at the top of the
@@ -472,7 +472,7 @@ def load_torch(
     ]
     if dampened:
         raise ValueError(
-            f"there is no momentum buffer of {_carry.listed(dampened)}, and its group has "
+            f"there is no momentum buffer of {_carry.join_names(dampened)}, and its group has "
             "dampening. PyTorch will leave the dampening out of its first step, and here only "
             "the first step of all params together has none. Take one step more there, so that "
             "every param has a buffer, or leave it out of the optimizer."
@@ -556,7 +556,7 @@ def load_keras(
     Args:
       opt_state: the state that init returned, of `keras_sgd` or any transformation with a
         `momentum_jax.momentum` in it, also under `optax.partition`. For one of `trace`, continue
-        from this one with `outside_from_inside`.
+        from this one with `trace_from_momentum`.
       variables: `optimizer.variables`, or a dict of arrays by their paths.
       names: the paths of the trained weights, `[w.path for w in model.trainable_variables]`, or
         a dict of the weights by path.
@@ -634,8 +634,8 @@ def dump_keras(
     if named.keys() != job.buffers.keys():
         raise ValueError(
             "the state and Keras' optimizer must have velocities of the same weights, but "
-            f"only in the state: {_carry.listed(named.keys() - job.buffers.keys())}; "
-            f"only in Keras: {_carry.listed(job.buffers.keys() - named.keys())}. Build Keras' "
+            f"only in the state: {_carry.join_names(named.keys() - job.buffers.keys())}; "
+            f"only in Keras: {_carry.join_names(job.buffers.keys() - named.keys())}. Build Keras' "
             "optimizer first: optimizer.build(model.trainable_variables)."
         )
     values = dict(job.variables)
@@ -727,7 +727,7 @@ def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
     return carried_velocities(opt_state, optax_state, count)
 
 
-def inside_from_outside(
+def momentum_from_trace(
     opt_state: optax.OptState, outside: optax.OptState, *, learning_rate: float
 ) -> Any:
     """Continues a job of `trace` with `momentum`: v = -learning_rate * m.
@@ -750,17 +750,17 @@ def inside_from_outside(
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
-      >>> from momentum_jax.frameworks import inside_from_outside
+      >>> from momentum_jax.frameworks import momentum_from_trace
       >>> outside = mj.TraceState(count=jnp.array(3), trace=jnp.array([2.0]))
       >>> state = mj.momentum(0.5).init(jnp.zeros(1))
-      >>> print(inside_from_outside(state, outside, learning_rate=0.5).velocity)
+      >>> print(momentum_from_trace(state, outside, learning_rate=0.5).velocity)
       [-1.]
     """
     factor = -_above_zero(learning_rate)
     return _scaled(opt_state, MomentumState, outside, "outside", TraceState, factor)
 
 
-def outside_from_inside(
+def trace_from_momentum(
     opt_state: optax.OptState, inside: optax.OptState, *, learning_rate: float
 ) -> Any:
     """Continues a job of `momentum` with `trace`: m = -v / learning_rate.
@@ -783,17 +783,17 @@ def outside_from_inside(
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
-      >>> from momentum_jax.frameworks import outside_from_inside
+      >>> from momentum_jax.frameworks import trace_from_momentum
       >>> inside = mj.MomentumState(count=jnp.array(3), velocity=jnp.array([-1.0]))
       >>> state = mj.trace(0.9).init(jnp.zeros(1))
-      >>> print(outside_from_inside(state, inside, learning_rate=0.5).trace)
+      >>> print(trace_from_momentum(state, inside, learning_rate=0.5).trace)
       [2.]
     """
     factor = -1 / _above_zero(learning_rate)
     return _scaled(opt_state, TraceState, inside, "inside", MomentumState, factor)
 
 
-def _is_off(value):
+def _is_static_zero(value):
     # Of an array nothing is asked, also where it could be read: a state must not change its
     # structure when optax.inject_hyperparams hands a traced value in place of a known one.
     return isinstance(value, float) and value == 0
@@ -833,7 +833,7 @@ def _decoupled_decay(weight_decay, learning_rate):
 
 def _decays(weight_decay):
     """The decay, as a list that is empty where there is none."""
-    return [] if _is_off(weight_decay) else [weight_decay]
+    return [] if _is_static_zero(weight_decay) else [weight_decay]
 
 
 def _by_rate(learning_rate, step):
@@ -863,7 +863,7 @@ def _decayed(updates, params, *factors):
     def leaf(path, g, w):
         if g is None:
             return None
-        g, w = _velocity.arrays("gradient", path, g, "param", w)
+        g, w = _velocity.expect_pair("gradient", path, g, "param", w)
         _velocity.check_gradient_dtype(path, g.dtype, w.dtype, "param")
         return _decayed_leaf(g, w, *factors)
 
@@ -902,7 +902,7 @@ def _torch_trace(momentum, nesterov, dampening):
 
 
 def _exempt_first_step(dampening):
-    if _is_off(dampening):
+    if _is_static_zero(dampening):
         return dampening
     return lambda count: jnp.where(count == 0, 0.0, dampening)
 
@@ -945,7 +945,7 @@ def _check_params(grads, params):
     """What a velocity would be compared with, where there is none."""
     for path, g, w in _velocity.zip_leaves("gradients", grads, "params", params)[1]:
         if not _velocity.is_absent(g):
-            g, w = _velocity.arrays("gradient", path, g, "param", w)
+            g, w = _velocity.expect_pair("gradient", path, g, "param", w)
             _velocity.check_gradient_dtype(path, g.dtype, w.dtype, "param")
 
 
@@ -973,8 +973,8 @@ class _Job:
         unknown = [name for name in self.names if name not in shapes]
         if unknown:
             raise ValueError(
-                f"the shape of {_carry.listed(unknown)} is not known: there is no momentum of it "
-                f"yet. Give the weights by name as names: {self.weights_by_name}."
+                f"the shape of {_carry.join_names(unknown)} is not known: there is no momentum of "
+                f"it yet. Give the weights by name as names: {self.weights_by_name}."
             )
         return {name: shapes[name] for name in self.names}
 

@@ -52,7 +52,7 @@ def sutskever(mu_max: Number = 0.99, period: Number = 250) -> optax.Schedule:
     return Function(mu, "sutskever", highest, length)
 
 
-def nesterov() -> optax.Schedule:
+def nesterov_convex() -> optax.Schedule:
     """Nesterov's momentum for convex functions: mu = count / (count + 3).
 
     Give it with `nesterov=True`; on an L-smooth convex function and with a learning rate of
@@ -62,8 +62,8 @@ def nesterov() -> optax.Schedule:
       A function of the number of steps taken.
 
     Example:
-      >>> from momentum_jax.schedules import nesterov
-      >>> [float(nesterov()(count)) for count in (0, 1, 3, 9)]
+      >>> from momentum_jax.schedules import nesterov_convex
+      >>> [float(nesterov_convex()(count)) for count in (0, 1, 3, 9)]
       [0.0, 0.25, 0.5, 0.75]
 
     Source:
@@ -76,7 +76,7 @@ def nesterov() -> optax.Schedule:
         # 3 is added to a float: to the largest counts it would be a negative number.
         return jnp.minimum(_float(count) / (_float(count) + 3), 1)
 
-    return Function(mu, "nesterov")
+    return Function(mu, "nesterov_convex")
 
 
 def demon(total_steps: Number, mu_init: Number = 0.9) -> optax.Schedule:

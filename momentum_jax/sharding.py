@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
-from momentum_jax._hyperparameters import by_value, check_flag, check_inner
+from momentum_jax._hyperparameters import by_value, check_flag, check_transformation
 from momentum_jax._placement import axes, hold_like, is_explicit, reshard_like
 
 PyTree = Any
@@ -41,7 +41,7 @@ def zero1(
     is split on the first dimension that n divides, of what the param's own sharding has left of
     it: with n = 2, a param of shape (6, 8) with its rows over 2 other devices has 3 rows a
     device, so the columns are split. What is sharded over `axis` already (FSDP) stays as it is,
-    and so do the params, and what nothing divides (see `unsplit`), counts too.
+    and so do the params, and what nothing divides (see `unsharded_params`), counts too.
 
     Call `init` outside jit, where it is one compiled program that never holds a whole array of
     the state, or inside, with one limit: on axes that are not Explicit, jit hides how its
@@ -60,7 +60,7 @@ def zero1(
     - `conditionally_mask`: both are equal.
     - `conditionally_transform`: both are equal.
     - `inject_hyperparams`: both are equal.
-    - `keep_residual`: inside, the residual is whole. Around, it is split.
+    - `kahan`: inside, the compensation is whole. Around, it is split.
     - `lookahead`: inside, the slow params are sharded as the fast ones are. Around, a ValueError:
       the params are two trees, and the state belongs to one.
     - `masked`: both are equal.
@@ -112,7 +112,7 @@ def zero1(
       weight update in data-parallel training.
     """
     _check(mesh, axis)
-    check_inner(inner)
+    check_transformation(inner)
     strict = check_flag("strict", strict)
     given, inner = inner, optax.with_extra_args_support(inner)
     devices = set(mesh.devices.flat)
@@ -126,7 +126,7 @@ def zero1(
     def init(params: optax.Params) -> optax.OptState:
         _check_context()
         _check_one_tree(params)
-        whole = unsplit(params, mesh, axis)
+        whole = unsharded_params(params, mesh, axis)
         if strict and whole:
             raise ValueError(
                 f"no dimension of these params is a multiple of the {mesh.shape[axis]} devices "
@@ -183,7 +183,7 @@ def zero1(
     return by_value(tx, "zero1", given, mesh, axis, strict)
 
 
-def unsplit(params: PyTree, mesh: Mesh, axis: str = "data") -> dict[str, tuple[int, ...]]:
+def unsharded_params(params: PyTree, mesh: Mesh, axis: str = "data") -> dict[str, tuple[int, ...]]:
     """The params whose state `zero1` leaves whole on every device: no dimension can be split.
 
     Args:
@@ -201,7 +201,7 @@ def unsplit(params: PyTree, mesh: Mesh, axis: str = "data") -> dict[str, tuple[i
       >>> import jax, jax.numpy as jnp, momentum_jax as mj
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
       >>> shapes = {"kernel": jax.ShapeDtypeStruct((5, 8), jnp.float32), "scale": 1.0}
-      >>> mj.sharding.unsplit(shapes, mesh)
+      >>> mj.sharding.unsharded_params(shapes, mesh)
       {"['scale']": ()}
     """
     _check(mesh, axis)
@@ -268,8 +268,9 @@ def _own(path, param, mesh) -> Entries:
         spec = sharding.spec
     elif isinstance(param, jax.Array) and not isinstance(param, Tracer):
         raise ValueError(
-            f"the param {_velocity.at(path)} is not on the mesh {mesh}, but on {sharding}. Put it "
-            "there: jax.device_put(params, NamedSharding(mesh, PartitionSpec())) replicates all."
+            f"the param {_velocity.path_text(path)} is not on the mesh {mesh}, but on {sharding}. "
+            "Put it there: jax.device_put(params, NamedSharding(mesh, PartitionSpec())) replicates "
+            "all."
         )
     return (*spec, *[None] * (dimensions - len(spec)))
 
@@ -283,10 +284,10 @@ def _check_on_mesh(path, held, mesh, devices):
         on_mesh = sharding is not None and sharding.device_set == devices
     if not on_mesh:
         raise ValueError(
-            f"the state {_velocity.at(path)} is not on the mesh {mesh}, so that it would not stay "
-            "split. Give the state that init returned; after a restore, give the restoring "
-            "function init(params) as its target, or put each array into the sharding it has "
-            "there."
+            f"the state {_velocity.path_text(path)} is not on the mesh {mesh}, so that it would "
+            "not stay split. Give the state that init returned; after a restore, give the "
+            "restoring function init(params) as its target, or put each array into the sharding it "
+            "has there."
         )
 
 

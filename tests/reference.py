@@ -81,7 +81,7 @@ def caffe(start, gradient, base_lr, momentum, weight_decay, steps):
     return params
 
 
-def random_bits(values, count):
+def hash_bits(values, count):
     """32 bits for each value: a hash of count, position and the upper half of its float32."""
     values = np.asarray(values, np.float32)
     position = np.arange(values.size, dtype=np.uint64).reshape(values.shape)
@@ -118,7 +118,7 @@ def quantized(values, count, axis, length):
     below = np.floor(np.sqrt(x + 127**2 / 4) - 127 / 2)
     part = (x - below * (below + 127)) / (2 * below + 128)
     # The bits as a signed integer, from -2^31.
-    uniform = ((random_bits(values, count) + np.uint64(2**31)) % np.uint64(2**32)) / 2.0**32
+    uniform = ((hash_bits(values, count) + np.uint64(2**31)) % np.uint64(2**32)) / 2.0**32
     codes = np.sign(values) * np.minimum(below + (uniform < part), 127)
     return codes, scales, codes * (np.abs(codes) + 127) * unit
 

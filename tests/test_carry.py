@@ -20,16 +20,16 @@ from momentum_jax.frameworks import (
     dump_keras,
     dump_optax,
     dump_torch,
-    inside_from_outside,
     keras_sgd,
     load_keras,
     load_optax,
     load_torch,
+    momentum_from_trace,
     optax_sgd,
-    outside_from_inside,
     torch_hyperparameters,
     torch_labels,
     torch_sgd,
+    trace_from_momentum,
 )
 
 HALF = 30  # steps there, and as many here
@@ -460,8 +460,8 @@ def test_inside_and_outside_go_on_as_each_other():
     kinds = (mj.MomentumState, mj.TraceState)
     expected, _ = run(inside, inside.init(PARAMS), 12)
     for source, target, convert in (
-        (inside, outside, outside_from_inside),
-        (outside, inside, inside_from_outside),
+        (inside, outside, trace_from_momentum),
+        (outside, inside, momentum_from_trace),
     ):
         params, state = run(source, source.init(PARAMS), 6)
         state = convert(target.init(PARAMS), state, learning_rate=0.25)
@@ -477,7 +477,7 @@ def test_inside_and_outside_go_on_as_each_other():
 def test_inside_and_outside_at_learning_rate_0_is_refused():
     """There v is 0 whatever m was."""
     tx = mj.momentum(0.25)
-    for convert in (inside_from_outside, outside_from_inside):
+    for convert in (momentum_from_trace, trace_from_momentum):
         with pytest.raises(ValueError, match="learning_rate=0 says nothing of the velocity"):
             convert(tx.init(PARAMS), tx.init(PARAMS), learning_rate=0.0)
 
@@ -886,15 +886,15 @@ CARRIED = {
         optax.sgd(0.5, 0.5),
         lambda source, target: dump_optax(target, source),
     ),
-    "inside_from_outside": (
+    "momentum_from_trace": (
         mj.trace(0.5),
         mj.momentum(0.5, 0.5),
-        lambda source, target: inside_from_outside(target, source, learning_rate=0.5),
+        lambda source, target: momentum_from_trace(target, source, learning_rate=0.5),
     ),
-    "outside_from_inside": (
+    "trace_from_momentum": (
         mj.momentum(0.5, 0.5),
         mj.trace(0.5),
-        lambda source, target: outside_from_inside(target, source, learning_rate=0.5),
+        lambda source, target: trace_from_momentum(target, source, learning_rate=0.5),
     ),
 }
 
@@ -938,13 +938,13 @@ def test_what_rounding_has_kept_is_not_dropped(function):
     """The remedy is what keeps it, or makes params of float32."""
     reads, fills, carry = CARRIED[function]
     target: Any = None if fills is None else fills.init(FC)
-    tx = mj.keep_residual(reads)
+    tx = mj.kahan(reads)
     state: Any
     params = jax.tree.map(lambda w: jnp.ones_like(w, jnp.bfloat16), FC)
     carry(tx.init(params), target)
     grads = jax.tree.map(lambda w: jnp.full(w.shape, 0.001), FC)
     _, state = tx.update(grads, tx.init(params), params)
-    with pytest.raises(ValueError, match=r"keep_residual has updates of \['bias'\], \['kernel'\]"):
+    with pytest.raises(ValueError, match=r"kahan has updates of \['bias'\], \['kernel'\]"):
         carry(state, target)
     carry(state.inner_state, target)
 
@@ -1016,7 +1016,7 @@ def test_every_count_is_set(case):
     assert set(counts_of(back).values()) == {7}
     assert set(counts_of(load_optax(tx.init(FC), back)).values()) == {7}
     inside = COUNTED[case](mj.momentum(0.5, 0.5)).init(FC)
-    inside = inside_from_outside(inside, filled, learning_rate=0.5)
+    inside = momentum_from_trace(inside, filled, learning_rate=0.5)
     assert set(counts_of(inside).values()) == {7}
     dumped = dump_keras(inside, KERAS_OF_FC, names=list(WEIGHTS), to_params=fc)
     assert dumped["sgd/iteration"] == 7
@@ -1044,7 +1044,7 @@ def test_counts_that_differ_are_refused_by_name():
     with pytest.raises(ValueError, match=message):
         dump_optax(optax.sgd(rate, 0.5).init(FC), state)
     with pytest.raises(ValueError, match=message):
-        inside_from_outside(mj.momentum(0.5).init(FC), state, learning_rate=0.5)
+        momentum_from_trace(mj.momentum(0.5).init(FC), state, learning_rate=0.5)
 
 
 def test_a_count_that_does_not_fit_is_refused():
@@ -1095,7 +1095,7 @@ def test_values_that_are_not_finite_once_stored_are_refused():
     with pytest.raises(ValueError, match=r"momentum of fc\.weight has 6 of 6 .* float16"):
         dump_keras(inside, variables, names=list(WEIGHTS), to_params=fc)
     with pytest.raises(ValueError, match="too large for float32"):
-        outside_from_inside(mj.trace(0.5).init(FC), inside, learning_rate=1e-35)
+        trace_from_momentum(mj.trace(0.5).init(FC), inside, learning_rate=1e-35)
 
 
 @pytest.mark.parametrize("copies", [False, True])
@@ -1320,9 +1320,9 @@ for velocity_dtype in (None, "bfloat16", "int8"):
             filled,
             frameworks.load_keras(momentum, variables, **named),
             frameworks.load_optax(target, frameworks.dump_optax(theirs, filled)),
-            frameworks.outside_from_inside(
+            frameworks.trace_from_momentum(
                 target,
-                frameworks.inside_from_outside(momentum, filled, learning_rate=0.5),
+                frameworks.momentum_from_trace(momentum, filled, learning_rate=0.5),
                 learning_rate=0.5,
             ),
         ]
@@ -1376,11 +1376,11 @@ def test_last_params_of_adaptive_restart_go_on():
     for _ in range(2):
         updates, state = outside.update({"w": jnp.array([1.0, -2.0, 0.5])}, state, params)
         params = optax.apply_updates(params, updates)
-    carried = inside_from_outside(inside.init(params), state, learning_rate=0.25)
-    assert np.any(carried.last_params["w"] != params["w"])
-    back = outside_from_inside(outside.init(params), carried, learning_rate=0.25)
+    carried = momentum_from_trace(inside.init(params), state, learning_rate=0.25)
+    assert np.any(carried.previous_params["w"] != params["w"])
+    back = trace_from_momentum(outside.init(params), carried, learning_rate=0.25)
     for each in (carried, back):
-        np.testing.assert_array_equal(each.last_params["w"], state.last_params["w"])
+        np.testing.assert_array_equal(each.previous_params["w"], state.previous_params["w"])
     for sign in (1.0, -1.0):  # One goes on, the other turns.
         grads = {"w": sign * jnp.array([1.0, -2.0, 0.5])}
         expected, _ = outside.update(grads, state, params)
@@ -1399,7 +1399,7 @@ def test_a_complex_velocity_does_not_go_into_a_real_one():
         with pytest.raises(TypeError, match=message):
             dump_optax(optax.trace(0.5).init(to), trace.init(of))
         with pytest.raises(TypeError, match=message):
-            inside_from_outside(momentum.init(to), trace.init(of), learning_rate=0.5)
+            momentum_from_trace(momentum.init(to), trace.init(of), learning_rate=0.5)
     buffers = {"w": np.array([1j, 2j]), "v": np.array([1.0])}
     group = dict(lr=0.5, momentum=0.5, dampening=0, nesterov=False, params=[0, 1])
     state_dict = {
@@ -1470,7 +1470,7 @@ def test_only_velocities_and_counts_are_carried():
         return tx.update(params, tx.init(params), params)[1]
 
     for carried in (
-        inside_from_outside(inside(0.5).init(params), stepped(outside(0.1)), learning_rate=0.5),
+        momentum_from_trace(inside(0.5).init(params), stepped(outside(0.1)), learning_rate=0.5),
         load_optax(outside(0.5).init(params), stepped(theirs(0.1))),
         dump_optax(theirs(0.5).init(params), stepped(outside(0.1))),
     ):

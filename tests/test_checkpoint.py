@@ -128,9 +128,9 @@ def test_c2_orbax_restores_the_state_to_the_bit(sharded, velocity_dtype, tmp_pat
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one device", "eight devices"])
-def test_c2_orbax_restores_8_bits_and_residuals(sharded, tmp_path):
+def test_c2_orbax_restores_8_bits_and_compensations(sharded, tmp_path):
     """Codes and scales; training goes on as if never stopped."""
-    tx: Any = mj.keep_residual(mj.momentum(0.1, 0.9, velocity_dtype="int8"))
+    tx: Any = mj.kahan(mj.momentum(0.1, 0.9, velocity_dtype="int8"))
     params = {"table": jnp.linspace(-1, 1, 8192).reshape(64, 128).astype(jnp.bfloat16)}
     params = shard(params) if sharded else params
     _, state = tx.update(params, tx.init(params), params)

@@ -454,7 +454,7 @@ def test_c6_states_are_copied_and_pickled(copied):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_c6_zero1_splits_codes_and_scales(axis_type, wrap):
-    """What is stored is that of the unsplit run to the bit, whether blocks are cut or not.
+    """What is stored is that of the unsharded_params run to the bit, whether blocks are cut or not.
 
     So are the updates on Auto axes. On Explicit ones arrays are moved within the step, and what is
     fused otherwise rounds their last bit in another way.

@@ -1006,7 +1006,7 @@ def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
                 velocity[dtype].astype(np.float64), grads[dtype].astype(np.float64)
             )
             if velocity_dtype:
-                bits_of_step = reference.random_bits(wide_velocity, seed)
+                bits_of_step = reference.hash_bits(wide_velocity, seed)
                 wide_velocity = reference.stochastic_round(
                     wide_velocity, velocity_dtype, bits_of_step
                 )

@@ -65,7 +65,7 @@ TRANSFORMATIONS = {
     "qhm": lambda: mj.qhm(0.25, 0.5, 0.5),
     "aggmo": lambda: mj.aggmo(0.25, (0.0, 0.5)),
     "aggmo, int8": lambda: mj.aggmo(0.25, (0.25, 0.5), velocity_dtype="int8"),
-    "keep_residual": lambda: mj.keep_residual(mj.momentum(0.25, 0.5)),
+    "kahan": lambda: mj.kahan(mj.momentum(0.25, 0.5)),
     "recurrence, int8": lambda: mj.recurrence(
         reference.heavy_ball, learning_rate=0.25, mu=0.5, velocity_dtype="int8"
     ),
@@ -124,7 +124,7 @@ def train(tx, params, gradients):
 def test_c8_params_on_several_devices(name, place, axis_type):
     """The bits of one device, and every array stays where it is."""
     places = PLACES[place][0](axis_type)
-    dtype = jnp.bfloat16 if name == "keep_residual" else jnp.float32
+    dtype = jnp.bfloat16 if name == "kahan" else jnp.float32
     gradients = [exact(1), exact(2), jax.tree.map(np.negative, exact(1))]
     tx = TRANSFORMATIONS[name]()
     expected = train(tx, exact(0, dtype), gradients)

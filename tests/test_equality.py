@@ -108,11 +108,11 @@ def a_mesh(shape=(8,), names=("data",)):
 
 # Of each, ways to make it alike; the inner ones and the schedules are made anew each time.
 ALIKE = {
-    "keep_residual": lambda: mj.keep_residual(mj.momentum(0.1)),
-    "keep_residual of another": lambda: mj.keep_residual(mj.trace(0.5)),
+    "kahan": lambda: mj.kahan(mj.momentum(0.1)),
+    "kahan of another": lambda: mj.kahan(mj.trace(0.5)),
     "adaptive_restart": lambda: mj.adaptive_restart(mj.momentum(0.1)),
-    "both": lambda: mj.keep_residual(mj.adaptive_restart(mj.momentum(0.1))),
-    "both, exchanged": lambda: mj.adaptive_restart(mj.keep_residual(mj.momentum(0.1))),
+    "both": lambda: mj.kahan(mj.adaptive_restart(mj.momentum(0.1))),
+    "both, exchanged": lambda: mj.adaptive_restart(mj.kahan(mj.momentum(0.1))),
     "zero1": lambda: mj.sharding.zero1(mj.momentum(0.1), a_mesh()),
     "zero1, strict": lambda: mj.sharding.zero1(mj.momentum(0.1), a_mesh(), strict=True),
     "zero1, another mesh": lambda: mj.sharding.zero1(
@@ -141,7 +141,7 @@ ALIKE = {
     "sutskever": lambda: mj.momentum(0.1, schedules.sutskever()),
     "sutskever, 0.9": lambda: mj.momentum(0.1, schedules.sutskever(0.9)),
     "sutskever, 10": lambda: mj.momentum(0.1, schedules.sutskever(period=10)),
-    "nesterov": lambda: mj.momentum(0.1, schedules.nesterov()),
+    "nesterov": lambda: mj.momentum(0.1, schedules.nesterov_convex()),
     "demon": lambda: mj.momentum(0.1, schedules.demon(100)),
     "demon, 0.5": lambda: mj.momentum(0.1, schedules.demon(100, 0.5)),
     "demon, 200": lambda: mj.momentum(0.1, schedules.demon(200)),
@@ -155,7 +155,7 @@ def test_c8_what_is_made_alike_is_equal_and_all_else_differs():
     assert len({make() for make in ALIKE.values()}) == len(ALIKE)
 
 
-@pytest.mark.parametrize("name", ["keep_residual", "both", "zero1", "torch_sgd, decay", "demon"])
+@pytest.mark.parametrize("name", ["kahan", "both", "zero1", "torch_sgd, decay", "demon"])
 def test_c8_what_is_made_alike_is_one_program(name):
     """Made anew in each step, as a static argument of the step: one trace, and the same bits."""
     make, traces = ALIKE[name], []
@@ -195,8 +195,8 @@ def test_c8_three_learning_rates_are_three_programs():
 def test_c8_around_what_optax_made_by_identity():
     """Optax's transformations are functions, each equal to itself alone."""
     inner = optax.sgd(0.1)
-    assert mj.keep_residual(inner) == mj.keep_residual(inner)
-    assert mj.keep_residual(inner) != mj.keep_residual(optax.sgd(0.1))
+    assert mj.kahan(inner) == mj.kahan(inner)
+    assert mj.kahan(inner) != mj.kahan(optax.sgd(0.1))
     assert mj.sharding.zero1(inner, a_mesh()) == mj.sharding.zero1(inner, a_mesh())
 
 

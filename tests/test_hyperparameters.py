@@ -567,8 +567,8 @@ def reset(scale):
 
 def loaded(learning_rate):
     inside, outside = mj.momentum(0.1).init(ONES), mj.trace().init(ONES)
-    inside = frameworks.inside_from_outside(inside, outside, learning_rate=learning_rate)
-    outside = frameworks.outside_from_inside(outside, inside, learning_rate=learning_rate)
+    inside = frameworks.momentum_from_trace(inside, outside, learning_rate=learning_rate)
+    outside = frameworks.trace_from_momentum(outside, inside, learning_rate=learning_rate)
     return jax.tree.leaves((inside, outside))
 
 

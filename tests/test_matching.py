@@ -536,7 +536,7 @@ OWN: dict[str, Any] = {
     "MultiSteps": lambda: multi_steps(mine(), 1),
     "apply_if_finite": lambda: optax.apply_if_finite(mine(), 2),
     "group": lambda: optax.partition({"a": mine()}, lambda params: "a"),
-    "keep_residual": lambda: mj.keep_residual(mine()),
+    "kahan": lambda: mj.kahan(mine()),
 }
 
 
@@ -549,7 +549,7 @@ def test_a_state_of_ones_own_within_a_wrapper(kind):
     carried, _ = mj.transplant(state, tx.init(renamed), rename, strict=True)
     assert_same(jax.tree.leaves(carried), jax.tree.leaves(state))
     chain = optax.chain(optax.clip(1.0), mine()).init(renamed)
-    if kind != "keep_residual":
+    if kind != "kahan":
         own: Any = mj.transplant(state, chain, rename)[0][1]
         assert own.count == 3
         assert np.any(own.m["encoder"]["w"])

@@ -28,13 +28,13 @@ import momentum_jax as mj
 UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
     *("AdaptiveRestartState", "AggMoState", "MomentumState", "QHMState"),
-    *("RecurrenceState", "ResidualState", "SeveralVelocitiesState", "TraceState"),
+    *("RecurrenceState", "KahanState", "SeveralVelocitiesState", "TraceState"),
     *("TransplantReport", "TransplantRow"),
     *("adaptive_restart", "aggmo", "apply_updates"),
     *(
         "diagnostics",
         "frameworks",
-        "keep_residual",
+        "kahan",
         "momentum",
         "qhm",
         "read_velocity",

@@ -43,7 +43,7 @@ TRANSFORMS: dict[str, Any] = {
     "restart": lambda mesh: mj.adaptive_restart(momentum()),
     "bfloat16": lambda mesh: momentum(velocity_dtype="bfloat16"),
     "int8": lambda mesh: momentum(velocity_dtype="int8"),
-    "keep_residual": lambda mesh: mj.keep_residual(momentum()),
+    "kahan": lambda mesh: mj.kahan(momentum()),
     "zero1": lambda mesh: momentum() if mesh is None else mj.sharding.zero1(momentum(), mesh, "d"),
 }
 
@@ -65,7 +65,7 @@ def make(name, mesh=None, turn=0):
     pairs = FEW_PAIRS if name == "int8" else PAIRS
     pairs = pairs[turn:] + pairs[:turn]
     shape = (64, 64) if name == "int8" else (8, 16)
-    dtype = "bfloat16" if name == "keep_residual" else "float32"
+    dtype = "bfloat16" if name == "kahan" else "float32"
 
     def put(x, dtype, spec):
         x = jnp.asarray(x, dtype)
@@ -192,7 +192,7 @@ def test_two_models_may_share_an_inner_function(name):
 
 
 @pytest.mark.parametrize("axis_names", [{"d", "m"}, {"d"}], ids=["all axes", "one axis"])
-@pytest.mark.parametrize("name", ["momentum", "trace", "keep_residual"])
+@pytest.mark.parametrize("name", ["momentum", "trace", "kahan"])
 def test_arrays_stay_in_place_within_shard_map(name, axis_names):
     """Over one axis, the other is left to the partitioner, which must not follow the gradients."""
     mesh = make_mesh(AUTO)
@@ -214,7 +214,7 @@ def test_arrays_stay_in_place_within_shard_map(name, axis_names):
 
 
 @pytest.mark.parametrize("way", WAYS[1:4], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("name", ["momentum", "restart", "bfloat16", "keep_residual"])
+@pytest.mark.parametrize("name", ["momentum", "restart", "bfloat16", "kahan"])
 def test_a_state_that_is_sharded_unlike_its_params_stays_so(name, way):
     """As after a restore into another sharding: neither follows the other."""
     mesh = make_mesh(AUTO)
@@ -325,7 +325,7 @@ def test_c2_params_in_the_memory_of_the_host_stay_there(name, way, gradients):
         tx = mj.frameworks.torch_sgd(0.5, 0.5, weight_decay=0.5)
     else:
         tx = TRANSFORMS[name](mesh)
-    dtype = jnp.bfloat16 if name == "keep_residual" else jnp.float32
+    dtype = jnp.bfloat16 if name == "kahan" else jnp.float32
     # 64 by 128, so that it is stored in 8 bits.
     arrays = [
         jnp.asarray(numbers(0, (64, 128)), dtype),

@@ -166,14 +166,14 @@ def test_it_is_exported():
 
 def test_wrappers_take_it():
     params = numbers().astype(jnp.bfloat16)
-    tx = mj.keep_residual(mj.recurrence(lion, learning_rate=2**-12))
+    tx = mj.kahan(mj.recurrence(lion, learning_rate=2**-12))
     state = tx.init(params)
     for _ in range(3):
         updates, state = tx.update(jnp.ones_like(params), state, params)
         params = mj.apply_updates(params, updates)
     exact = numbers() - 3 * 2**-12
     np.testing.assert_allclose(
-        params.astype(jnp.float32) + state.residual, exact, rtol=0, atol=2**-16
+        params.astype(jnp.float32) + state.compensation, exact, rtol=0, atol=2**-16
     )
 
 

@@ -30,7 +30,7 @@ def moving(tx, params, grad=1.0):
 
 # adaptive_restart ------------------------------------------------------------------------
 
-RISING = mj.schedules.nesterov()
+RISING = mj.schedules.nesterov_convex()
 CURVATURES = np.geomspace(1e-5, 1.0, 40)
 
 
@@ -139,7 +139,7 @@ def test_restart_donates_safely(shape):
     state = start = tx.init(w)
     updates, state = tx.update(w, start, w)
     jitted, after = jax.jit(tx.update)(w, state, w)
-    held = [x for s in (start, state, after) for x in (s.last_params, s.inner_state.velocity)]
+    held = [x for s in (start, state, after) for x in (s.previous_params, s.inner_state.velocity)]
     pointers = [x.unsafe_buffer_pointer() for x in (w, updates, jitted, *held)]
     assert len(set(pointers)) == len(pointers)
 
@@ -154,7 +154,7 @@ def test_restart_and_reset_keep_shardings(axis_type):
     for wrap in (jax.jit, lambda f: f):
         state = wrap(tx.update)(w, wrap(tx.init)(w), w)[1]
         state = wrap(lambda state: mj.reset_velocity(state))(state)
-        for leaf in (state.last_params, state.inner_state.velocity):
+        for leaf in (state.previous_params, state.inner_state.velocity):
             assert leaf.sharding.is_equivalent_to(sharding, 2)
 
 
@@ -617,10 +617,10 @@ def test_bad_input_is_refused(case):
     "wrap",
     [
         mj.adaptive_restart,
-        mj.keep_residual,
+        mj.kahan,
         lambda inner: mj.sharding.zero1(inner, jax.make_mesh((8,), ("data",))),
     ],
-    ids=["adaptive_restart", "keep_residual", "zero1"],
+    ids=["adaptive_restart", "kahan", "zero1"],
 )
 @pytest.mark.parametrize("inner", [0.1, mj.momentum], ids=["a number", "a factory"])
 def test_what_is_no_transformation_is_refused(as_shipped, wrap, inner):

@@ -26,7 +26,7 @@ CASES = {
         schedules.sutskever(mu_max=0.999, period=3),
         lambda t: min(1 - 2 ** (-1 - math.log2(math.floor(t / 3) + 1)), 0.999),
     ),
-    "nesterov": (schedules.nesterov(), lambda t: t / (t + 3)),
+    "nesterov": (schedules.nesterov_convex(), lambda t: t / (t + 3)),
     "demon": (
         schedules.demon(total_steps=1000),
         lambda t: 0.9 * (1 - t / 1000) / ((1 - 0.9) + 0.9 * (1 - t / 1000)) if t <= 1000 else 0.0,
@@ -115,7 +115,7 @@ AT_THE_ENDS = {
     "sutskever, longest": (schedules.sutskever(period=LAST), lambda t: Fraction(2 + t // LAST, 4)),
     "sutskever, longer": (schedules.sutskever(period=10**20), lambda t: Fraction(1, 2)),
     "sutskever, mu_max 0": (schedules.sutskever(mu_max=0, period=1), lambda t: Fraction(0)),
-    "nesterov": (schedules.nesterov(), lambda t: Fraction(t, t + 3)),
+    "nesterov": (schedules.nesterov_convex(), lambda t: Fraction(t, t + 3)),
     "demon, 1": (schedules.demon(1), lambda t: demon(1, Fraction(0.9), t)),
     "demon, 3": (schedules.demon(3), lambda t: demon(3, Fraction(0.9), t)),
     "demon, longest": (schedules.demon(LAST), lambda t: demon(LAST, Fraction(0.9), t)),
@@ -147,7 +147,11 @@ def test_at_the_ends_of_the_counts(name, wide, request):
 def test_counts_of_other_dtypes(dtype):
     """The dtype's largest count is no end of a schedule."""
     count = jnp.array(100, dtype)
-    for schedule in (schedules.demon(1000), schedules.nesterov(), schedules.sutskever(period=30)):
+    for schedule in (
+        schedules.demon(1000),
+        schedules.nesterov_convex(),
+        schedules.sutskever(period=30),
+    ):
         np.testing.assert_allclose(schedule(count), schedule(100), rtol=1e-6)
 
 

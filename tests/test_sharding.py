@@ -45,7 +45,7 @@ INNER: dict[str, Any] = {
     "adam": optax.adam(1e-3),
     "adamw": optax.adamw(1e-3, weight_decay=0.1),
     "chain": optax.chain(optax.clip_by_global_norm(0.5), mj.trace(), optax.scale(-0.05)),
-    "restart": mj.adaptive_restart(mj.momentum(0.05, mj.schedules.nesterov())),
+    "restart": mj.adaptive_restart(mj.momentum(0.05, mj.schedules.nesterov_convex())),
     "groups": optax.partition(
         {"slow": mj.aggmo(0.01), "fast": optax.MultiSteps(mj.qhm(0.1), 2)},  # pyright: ignore[reportArgumentType]
         {"bias": "fast", "hidden": "slow", "out": "fast"},
@@ -319,7 +319,7 @@ WRAPPERS: dict[str, Any] = {
     "conditionally_mask": lambda make: optax.conditionally_mask(make(), even),
     "conditionally_transform": lambda make: optax.conditionally_transform(make(), even),
     "inject_hyperparams": lambda make: optax.inject_hyperparams(make)(learning_rate=0.05),
-    "keep_residual": lambda make: mj.keep_residual(make()),
+    "kahan": lambda make: mj.kahan(make()),
     "lookahead": lambda make: optax.lookahead(make(), sync_period=2, slow_step_size=0.5),
     "masked": lambda make: optax.masked(make(), {"bias": True, "hidden": True, "out": False}),
     "partition": lambda make: optax.partition(
@@ -330,8 +330,8 @@ WRAPPERS: dict[str, Any] = {
 # What of the wrapper's own is as large as the params.
 OWN = {
     "MultiSteps": ".acc_grads",
-    "adaptive_restart": ".last_params",
-    "keep_residual": ".residual",
+    "adaptive_restart": ".previous_params",
+    "kahan": ".compensation",
     "schedule_free": ".z",
 }
 PLACES = ("inside", "around")
@@ -350,7 +350,7 @@ def place_zero1(name, place, mesh):
 def start_of(name, mesh=None):
     """The params, and the gradients of three steps, in the same shardings."""
     params = make_params(mesh, SMALL)
-    dtype = jnp.bfloat16 if name == "keep_residual" else jnp.float32
+    dtype = jnp.bfloat16 if name == "kahan" else jnp.float32
     params = {k: jnp.asarray(w).astype(dtype) for k, w in params.items()}
     grads = [jax.tree.map(lambda w, i=i: (i - 0.3) * w, params) for i in (1, 2, -3)]
     if name == "apply_if_finite":
@@ -779,7 +779,7 @@ def test_what_is_sharded_over_the_axis_already_stays():
     tx = zero1(mj.momentum(0.1), mesh)
     state = tx.init(params)
     assert state.velocity["out"].sharding == params["out"].sharding
-    assert mj.sharding.unsplit(params, mesh) == {"['bias']": (3,)}
+    assert mj.sharding.unsharded_params(params, mesh) == {"['bias']": (3,)}
     assert_same_sharding(jax.jit(tx.update)(params, state, params), (params, state))
 
 
@@ -869,7 +869,7 @@ def test_params_that_nothing_divides_are_listed_and_strict_refuses_them():
     mesh = make_mesh()
     params = {"a": {"gain": 1.0}, "b": np.zeros((3, 5)), "c": np.zeros((3, 16)), "d": np.zeros(0)}
     expected = {"['a']['gain']": (), "['b']": (3, 5), "['d']": (0,)}
-    assert mj.sharding.unsplit(params, mesh) == expected
+    assert mj.sharding.unsharded_params(params, mesh) == expected
     tx = zero1(mj.momentum(0.1), mesh, strict=True)
     message = r"\['a'\]\['gain'\] \(\), \['b'\] \(3, 5\), \['d'\] \(0,\).*strict=False"
     with pytest.raises(ValueError, match=message):

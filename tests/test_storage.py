@@ -51,7 +51,7 @@ def normal(shape=SHAPE, seed=0):
 
 # Outside jit each of their operations would be compiled on its own.
 stochastic_round = jax.jit(_storage.stochastic_round, static_argnums=2)
-random_bits = jax.jit(lambda value, count: _storage.random_bits(value, _storage.seed_of(count)))
+hash_bits = jax.jit(lambda value, count: _storage.hash_bits(value, _storage.seed_of(count)))
 
 
 def bits(tree):
@@ -85,8 +85,8 @@ def test_random_bits_are_the_references(shape):
     value = normal(shape)
     for count in (0, 1, 2**31 - 1):
         np.testing.assert_array_equal(
-            np.asarray(random_bits(value, jnp.int32(count))).view(np.uint32),
-            reference.random_bits(value, count),
+            np.asarray(hash_bits(value, jnp.int32(count))).view(np.uint32),
+            reference.hash_bits(value, count),
         )
 
 
@@ -98,7 +98,7 @@ def test_random_bits_are_uniform_and_independent_of_count_position_and_value():
     size = 2**14
     each = np.stack(
         [
-            reference.random_bits(np.full(size, value), count)
+            reference.hash_bits(np.full(size, value), count)
             for value in (0.0, 1.0, -1.0078125)
             for count in range(6)
         ]
@@ -120,7 +120,7 @@ def test_rounding_is_the_references(dtype, low, high):
     values = np.ldexp(rng.uniform(-1, 1, 4096), rng.integers(low, high, 4096))
     values = np.rint(values * 2.0**36) / 2.0**36
     values = values.astype(np.float32).astype(np.float64)
-    of_values = reference.random_bits(values, 3)
+    of_values = reference.hash_bits(values, 3)
     expected = reference.stochastic_round(values, dtype, of_values)
     found = stochastic_round(
         jnp.asarray(values, jnp.float32),
@@ -353,8 +353,8 @@ def test_random_bits_go_by_the_value_and_not_by_its_neighbours():
     other leaves there are, and whether they have a gradient, does not matter.
     """
     first, second = normal(), normal(seed=1)
-    both = np.stack([random_bits(value, jnp.int32(3)) for value in (first, second)])
-    members = jax.vmap(lambda value: random_bits(value, jnp.int32(3)))(jnp.stack([first, second]))
+    both = np.stack([hash_bits(value, jnp.int32(3)) for value in (first, second)])
+    members = jax.vmap(lambda value: hash_bits(value, jnp.int32(3)))(jnp.stack([first, second]))
     np.testing.assert_array_equal(members, both)
     assert np.mean(both[0] == both[1]) < 0.01
     assert abs(np.corrcoef(both.reshape(2, -1))[0, 1]) < 5 / np.sqrt(first.size)

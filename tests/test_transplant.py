@@ -62,7 +62,7 @@ KINDS: dict[str, Any] = {
         mj.momentum, static_args=("nesterov", "velocity_dtype")
     )(learning_rate=0.1, mu=lambda count: 0.9),
     "adaptive_restart": lambda: mj.adaptive_restart(mj.momentum(0.1, 0.9)),
-    "keep_residual": lambda: mj.keep_residual(mj.momentum(0.1)),
+    "kahan": lambda: mj.kahan(mj.momentum(0.1)),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(0.1, 0.9), 3),
     "schedule_free": lambda: optax.contrib.schedule_free(optax.sgd(0.1, 0.9), 0.1),
     "torch_sgd": lambda: mj.frameworks.torch_sgd(0.1, 0.9, dampening=0.5),
@@ -325,7 +325,7 @@ def test_wrappers_are_put_around_and_taken_off():
     for wrap in (
         lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
         mj.adaptive_restart,
-        mj.keep_residual,
+        mj.kahan,
         lambda tx: optax.apply_if_finite(tx, 2),
         lambda tx: optax.masked(tx, {"enc": True}),
         lambda tx: optax.MultiSteps(tx, 2),
@@ -419,19 +419,21 @@ def test_flax_nnx():
         assert int(jax.tree.leaves(other.opt_state.count)[0]) == 2
 
 
-def test_a_residual_and_the_last_params_are_carried():
+def test_a_compensation_and_the_last_params_are_carried():
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params_of("enc"))
-    tx = mj.keep_residual(mj.adaptive_restart(mj.momentum(1e-3)))
+    tx = mj.kahan(mj.adaptive_restart(mj.momentum(1e-3)))
     params, state = begun(tx, params)
-    assert any(map(np.any, jax.tree.leaves(state.residual)))
+    assert any(map(np.any, jax.tree.leaves(state.compensation)))
     carried, report = mj.transplant(
         state, tx.init({"encoder": params["enc"]}), {"['enc']": "['encoder']"}, strict=True
     )
-    assert_same(carried.residual["encoder"], state.residual["enc"])
-    assert_same(carried.inner_state.last_params["encoder"], state.inner_state.last_params["enc"])
+    assert_same(carried.compensation["encoder"], state.compensation["enc"])
+    assert_same(
+        carried.inner_state.previous_params["encoder"], state.inner_state.previous_params["enc"]
+    )
     assert {row.held for row in report.rows} == {
-        "ResidualState.residual",
-        "AdaptiveRestartState.last_params",
+        "KahanState.compensation",
+        "AdaptiveRestartState.previous_params",
         "MomentumState.velocity",
     }
 
@@ -507,7 +509,7 @@ def test_a_field_that_is_called_value_keeps_its_name():
         assert_same(mj.transplant(carried, tx.init(params), back, strict=True)[0], state)
 
 
-@pytest.mark.parametrize("kind", ["adam", "lbfgs", "muon", "sgd", "keep_residual", "MultiSteps"])
+@pytest.mark.parametrize("kind", ["adam", "lbfgs", "muon", "sgd", "kahan", "MultiSteps"])
 def test_a_model_becomes_a_part_of_another(kind):
     """And comes out of it again: what belongs to no param keeps its place."""
     tx = {
@@ -537,12 +539,12 @@ CASES: dict[str, Any] = {
     "inside to outside": (
         lambda: mj.transplant(STATE, mj.trace(0.9).init(STATE.velocity)),
         ValueError,
-        r"is MomentumState, of momentum, and the new one is TraceState, .*outside_from_inside",
+        r"is MomentumState, of momentum, and the new one is TraceState, .*trace_from_momentum",
     ),
     "outside to inside": (
         lambda: mj.transplant(optax.trace(0.9).init(STATE.velocity), STATE),
         ValueError,
-        r"is TraceState, of trace, and the new one is MomentumState, .*inside_from_outside",
+        r"is TraceState, of trace, and the new one is MomentumState, .*momentum_from_trace",
     ),
     "another method": (
         lambda: mj.transplant(STATE, mj.qhm(0.1).init(STATE.velocity)),

@@ -54,7 +54,7 @@ def test_the_cells_differ():
         (name, dtype): bits(expected(name, dtype)[0])
         for name in TRANSFORMATIONS
         for dtype in VELOCITY_DTYPES
-        if name not in ("trace", "keep_residual")
+        if name not in ("trace", "kahan")
     }
     for cell, end in ends.items():
         assert [other for other in ends if ends[other] == end] == [cell]
@@ -64,16 +64,16 @@ def test_the_cells_differ():
     assert bits(restarted) != bits(going_on)
     for dtype in VELOCITY_DTYPES:
         # What it keeps moves the params: without it, and without it in the second step alone.
-        kept, grads = expected("keep_residual", dtype)[0], gradients(jnp.bfloat16)
+        kept, grads = expected("kahan", dtype)[0], gradients(jnp.bfloat16)
         first = start(jnp.bfloat16)
         assert bits(kept) != bits(plain_loop(make("momentum", dtype), first, grads)[0])
-        tx, params = make("keep_residual", dtype), first
+        tx, params = make("kahan", dtype), first
         state = tx.init(params)
         for i, each in enumerate(grads):
             params, state = plain_step(tx, params, state, each)
             if i == 0:
-                cleared = jax.tree.map(jnp.zeros_like, state.residual)
-                state = state._replace(residual=cleared)
+                cleared = jax.tree.map(jnp.zeros_like, state.compensation)
+                state = state._replace(compensation=cleared)
         assert bits(kept) != bits(params)
 
 
@@ -81,7 +81,7 @@ def test_equinox_own_apply_updates_widens_params_of_16_bits():
     """Why the row of Equinox uses another one: it adds, and does not round to the param's dtype."""
     params = Linear(**start(jnp.bfloat16), name="linear")
     params = eqx.filter(params, eqx.is_inexact_array)
-    tx = mj.keep_residual(mj.momentum(0.25))
+    tx = mj.kahan(mj.momentum(0.25))
     updates, _ = tx.update(params, tx.init(params), params)
     assert eqx.apply_updates(params, updates).kernel.dtype == jnp.float32
     assert mj.apply_updates(params, updates).kernel.dtype == jnp.bfloat16
@@ -97,9 +97,7 @@ UNSEEN = {
     "adaptive_restart": lambda rate: mj.adaptive_restart(
         optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(rate))
     ),
-    "keep_residual": lambda rate: mj.keep_residual(
-        optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(rate))
-    ),
+    "kahan": lambda rate: mj.kahan(optax.chain(mj.trace(0.5), optax.scale_by_learning_rate(rate))),
 }
 
 

@@ -44,13 +44,13 @@ TRANSFORMATIONS: dict[str, Callable[[Any], Any]] = {
     "adaptive_restart": lambda dtype: mj.adaptive_restart(
         mj.momentum(0.25, 0.5, velocity_dtype=dtype)
     ),
-    "keep_residual": lambda dtype: mj.keep_residual(mj.momentum(0.25, 0.5, velocity_dtype=dtype)),
+    "kahan": lambda dtype: mj.kahan(mj.momentum(0.25, 0.5, velocity_dtype=dtype)),
 }
 
 
 def params_dtype(transformation):
-    """keep_residual is for params of 16 bits."""
-    return jnp.bfloat16 if transformation == "keep_residual" else jnp.float32
+    """`kahan` is for params of 16 bits."""
+    return jnp.bfloat16 if transformation == "kahan" else jnp.float32
 
 
 # What is trained. ------------------------------------------------------------------------
@@ -557,7 +557,7 @@ class Refusal(NamedTuple):
 
 
 REFUSED = {
-    ("Optimistix, `OptaxMinimiser`", "keep_residual"): Refusal(
+    ("Optimistix, `OptaxMinimiser`", "kahan"): Refusal(
         ValueError,
         "`body_fun` must have the same input and output structure",
         "[refused](#optimistix)",

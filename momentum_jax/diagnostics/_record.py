@@ -12,8 +12,8 @@ from momentum_jax._hyperparameters import (
     by_value,
     check,
     check_flag,
-    check_inner,
     check_state,
+    check_transformation,
     require_whole,
     resolve,
 )
@@ -118,7 +118,7 @@ def record(
       >>> print(f"{state.fraction:.3f} {optax.tree.get(state, 'measurement').gain:.1f}")
       0.526 1.0
     """
-    check_inner(inner)
+    check_transformation(inner)
     learning_rate, mu = check("learning_rate", learning_rate), check("mu", mu)
     every = None if every is None else require_whole("every", every, 1)
     nesterov, steps = check_flag("nesterov", nesterov), require_whole("steps", steps, 2)

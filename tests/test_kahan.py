@@ -1,4 +1,4 @@
-"""keep_residual: params of 16 bits that learn from updates too small for them."""
+"""kahan: params of 16 bits that learn from updates too small for them."""
 
 import functools
 import inspect
@@ -51,7 +51,7 @@ def test_a_thousand_thousandths_make_one(jitted, apply):
     params, grads = jnp.ones(2, "bfloat16"), -jnp.ones(2)
     (plain, _), (kept, _) = (
         run(tx, params, grads, 1000, apply, jitted)
-        for tx in (optax.sgd(0.001), mj.keep_residual(optax.sgd(0.001)))
+        for tx in (optax.sgd(0.001), mj.kahan(optax.sgd(0.001)))
     )
     np.testing.assert_array_equal(plain, 1)
     np.testing.assert_array_equal(kept, 2)
@@ -61,7 +61,7 @@ def test_a_thousand_thousandths_make_one(jitted, apply):
 @each_dtype
 def test_float32_is_followed_to_16_bits(dtype):
     """A random walk of 2,000 steps, each of them far below the last bit of the param."""
-    tx = mj.keep_residual(optax.identity())
+    tx = mj.kahan(optax.identity())
     start = jnp.asarray(np.random.default_rng(0).uniform(1, 2, 256), dtype)
     steps = 2e-4 * np.random.default_rng(1).normal(size=(2000, 256)) + 1e-4
 
@@ -74,7 +74,7 @@ def test_float32_is_followed_to_16_bits(dtype):
     steps = jnp.asarray(steps, "float32")
     (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, steps))(carry)
     wide = np.asarray(start, np.float64) + np.asarray(steps, np.float64).sum(0)
-    held = np.asarray(params, np.float64) + np.asarray(state.residual, np.float64)
+    held = np.asarray(params, np.float64) + np.asarray(state.compensation, np.float64)
     assert np.abs(held - wide).max() < 2e-3
     assert np.abs(np.asarray(start, np.float64) - wide).min() > 0.1
 
@@ -91,7 +91,7 @@ def test_the_sum_is_a_number_of_16_bits(dtype, apply):
     near = -wide * (1 + np.ldexp(rng.uniform(-1, 1, n), rng.integers(-24, 0, n)))
     far = np.ldexp(rng.uniform(-1, 1, n), rng.integers(low, high, n))
     update = jnp.asarray(np.where(rng.random(n) < 0.3, near, far), "float32")
-    tx = mj.keep_residual(optax.identity())
+    tx = mj.kahan(optax.identity())
     updates, state = jax.jit(tx.update)(update, tx.init(params), params)
     assert updates.dtype == jnp.float32
     moved = apply(params, updates)
@@ -105,19 +105,19 @@ def test_the_sum_is_a_number_of_16_bits(dtype, apply):
     gone = np.abs(wide) < np.abs(total) * 2.0 ** (-15 if dtype == "bfloat16" else -12)
     assert exact[finite & ~gone].all()
     short = np.asarray(update, np.float64) + wide - np.asarray(wanted, np.float64)
-    kept = np.asarray(state.residual, np.float64)
+    kept = np.asarray(state.compensation, np.float64)
     tolerance = 2.0**-8 * np.abs(short) + 2.0**-23 * np.abs(wide) + 1e-40
     tolerance += 2.0**-23 * np.abs(np.asarray(update, np.float64))
     assert (np.abs(kept - short) <= tolerance)[finite].all()
 
 
-def in_numpy(param, residual, update):
-    """The recurrence in float32, rounded by ml_dtypes: the new param and the new residual."""
-    wide, wanted = np.float32(param), update + np.float32(residual)
+def in_numpy(param, compensation, update):
+    """The recurrence in float32, rounded by ml_dtypes: the new param and the new compensation."""
+    wide, wanted = np.float32(param), update + np.float32(compensation)
     with np.errstate(over="ignore", invalid="ignore"):
         moved = (wide + wanted).astype(param.dtype)
         short = wanted - (np.float32(moved) - wide)
-    return moved, np.where(np.isfinite(short), short, 0).astype(residual.dtype)
+    return moved, np.where(np.isfinite(short), short, 0).astype(compensation.dtype)
 
 
 def last_bit(params):
@@ -207,25 +207,25 @@ def assert_same(actual, expected):
 @each_dtype
 @pytest.mark.parametrize("way", ["jit", "eager", "casts dropped"])
 def test_every_rounding_is_that_of_numpy(way, dtype, apply):
-    """Params and residuals are equal bit for bit, also if the compiler drops pairs of casts."""
+    """Params and compensations are equal bit for bit, also if the compiler drops pairs of casts."""
     params, updates = hard_to_round(dtype)
     rng = np.random.default_rng(1)
-    tx = mj.keep_residual(optax.identity())
+    tx = mj.kahan(optax.identity())
 
-    def step(params, residual, updates):
-        state = tx.init(params)._replace(residual=residual)
+    def step(params, compensation, updates):
+        state = tx.init(params)._replace(compensation=compensation)
         updates, state = tx.update(updates, state, params)
-        return apply(params, updates), state.residual
+        return apply(params, updates), state.compensation
 
     for size in (0, rng.uniform(-0.5, 0.5, params.size)):
-        residual = jnp.asarray(last_bit(params) * size, "bfloat16")
-        args = jnp.asarray(params), residual, jnp.asarray(updates)
+        compensation = jnp.asarray(last_bit(params) * size, "bfloat16")
+        args = jnp.asarray(params), compensation, jnp.asarray(updates)
         if way == "casts dropped":
             result, dropped = with_pairs_of_casts_dropped(step, *args)
             assert dropped
         else:
             result = (jax.jit(step) if way == "jit" else step)(*args)
-        assert_same(result, in_numpy(params, np.asarray(residual), updates))
+        assert_same(result, in_numpy(params, np.asarray(compensation), updates))
 
 
 @each_dtype
@@ -233,7 +233,7 @@ def test_every_step_of_a_scan_is_that_of_numpy(dtype):
     """100 steps of w <- (1 - 2^-10) w, with the gradient computed in the same program."""
     rng = np.random.default_rng(0)
     params = np.asarray(rng.uniform(-2, 2, 1000), dtype)
-    tx = mj.keep_residual(optax.identity())
+    tx = mj.kahan(optax.identity())
 
     def step(carry, scale):
         params, state = carry
@@ -247,7 +247,7 @@ def test_every_step_of_a_scan_is_that_of_numpy(dtype):
     expected = params, np.zeros_like(params, dtype="bfloat16")
     for scale in scales:
         expected = in_numpy(*expected, scale * np.float32(expected[0]))
-    assert_same((moved, state.residual), expected)
+    assert_same((moved, state.compensation), expected)
     assert np.mean(np.asarray(moved) != params) > 0.9
 
 
@@ -278,7 +278,7 @@ TOPOLOGIES: dict[str, dict[str, str]] = {
 @each_apply
 @pytest.mark.parametrize("compiler", TOPOLOGIES)
 def test_a_step_is_one_kernel_that_rounds(compiler, apply, dtype, monkeypatch):
-    """It moves 18 bytes per parameter: velocity 8, residual 4, param 4, gradient 2.
+    """It moves 18 bytes per parameter: velocity 8, compensation 4, param 4, gradient 2.
 
     Needs the compiler, not the accelerator: `libtpu` or `jax-cuda12-plugin[with-cuda]`.
     """
@@ -293,7 +293,7 @@ def test_a_step_is_one_kernel_that_rounds(compiler, apply, dtype, monkeypatch):
         monkeypatch.setenv(name, value)
     device = topologies.get_topology_desc(**TOPOLOGIES[compiler]).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    tx = mj.keep_residual(mj.momentum(0.1, 0.9))
+    tx = mj.kahan(mj.momentum(0.1, 0.9))
     params = {"w": jax.ShapeDtypeStruct((8192, 4096), dtype)}
     args = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -325,7 +325,7 @@ def test_wide_params_and_absent_updates_pass():
         "none": None,
     }
     grads = {**jax.tree.map(jnp.ones_like, params), "still": None, "ids": None}
-    tx = mj.keep_residual(mj.momentum(1e-3))
+    tx = mj.kahan(mj.momentum(1e-3))
     state = start = tx.init(params)
     for update in (tx.update, jax.jit(tx.update)):
         updates, state = update(grads, state, params)
@@ -334,9 +334,9 @@ def test_wide_params_and_absent_updates_pass():
     assert updates["still"] is None
     assert updates["ids"] is None
     assert updates["wide"].dtype == plain["wide"].dtype
-    assert isinstance(state.residual["wide"], optax.MaskedNode)
-    assert not np.any(np.asarray(state.residual["still"], np.float32))
-    assert np.all(np.asarray(state.residual["half"], np.float32) != 0)
+    assert isinstance(state.compensation["wide"], optax.MaskedNode)
+    assert not np.any(np.asarray(state.compensation["still"], np.float32))
+    assert np.all(np.asarray(state.compensation["half"], np.float32) != 0)
     moved = mj.apply_updates(params, updates)
     assert types(moved) == types(jax.tree.map(jnp.asarray, params))
     assert types(jax.eval_shape(tx.init, params)) == types(start)
@@ -347,7 +347,7 @@ def test_a_whole_equinox_model_as_params():
     model = eqx.nn.MLP(2, 2, 8, 1, dtype="bfloat16", key=jax.random.key(0))
     arrays = eqx.filter(model, eqx.is_array)
     grads = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(2, "bfloat16")) ** 2))(model)
-    tx = mj.keep_residual(mj.momentum(1e-3))
+    tx = mj.kahan(mj.momentum(1e-3))
     start = tx.init(arrays)
     updates, state = tx.update(grads, start, model)
     assert types(state) == types(start)
@@ -356,13 +356,13 @@ def test_a_whole_equinox_model_as_params():
         np.testing.assert_array_equal(a, b)
     moved = eqx.apply_updates(model, updates)
     assert moved.activation is model.activation
-    assert jnp.any(state.residual.layers[0].weight != 0)
+    assert jnp.any(state.compensation.layers[0].weight != 0)
 
 
 @pytest.mark.parametrize("absent", [None, optax.MaskedNode(), np.zeros((), jax.dtypes.float0)])
 def test_what_is_not_an_array_and_has_no_update_is_left_alone(absent):
     """With an update it is an error that names it."""
-    tx = mj.keep_residual(optax.identity())
+    tx = mj.kahan(optax.identity())
     params: Any = {"w": jnp.ones(2, "bfloat16"), "f": jnp.tanh}
     state = tx.init({**params, "f": None})
     updates, after = tx.update({"w": jnp.ones(2), "f": absent}, state, params)
@@ -391,42 +391,42 @@ WHERE: dict[str, Any] = {
 
 @pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", WHERE)
-def test_reset_velocity_clears_the_residual(name, jitted):
+def test_reset_velocity_clears_the_compensation(name, jitted):
     """Or a pruned weight would come back from it: of the same params, and of no others."""
     inner, where = WHERE[name]
-    tx = mj.keep_residual(inner)
+    tx = mj.kahan(inner)
     params = {"w": jnp.ones(3, "bfloat16"), "v": jnp.ones(2, "float16"), "wide": jnp.ones(2)}
     grads = jax.tree.map(jnp.ones_like, params)
     _, state = tx.update(grads, tx.init(params), params)
     reset = functools.partial(mj.reset_velocity, where=where)
     after = (jax.jit(reset) if jitted else reset)(state)
     assert types(after) == types(state)
-    kept = np.asarray(state.residual["w"])
+    kept = np.asarray(state.compensation["w"])
     expected = {"all": [0, 0, 0], "predicate": kept, "aggmo, predicate": kept}
     expected = expected.get(name, [0, *kept[1:]])
-    np.testing.assert_array_equal(np.asarray(after.residual["w"]), expected)
-    np.testing.assert_array_equal(np.asarray(after.residual["v"]), 0)
+    np.testing.assert_array_equal(np.asarray(after.compensation["w"]), expected)
+    np.testing.assert_array_equal(np.asarray(after.compensation["v"]), 0)
     assert np.all(kept != 0)
-    assert isinstance(after.residual["wide"], optax.MaskedNode)
+    assert isinstance(after.compensation["wide"], optax.MaskedNode)
 
 
 AROUND: dict[str, Any] = {
-    "lookahead": lambda: mj.keep_residual(optax.lookahead(mj.momentum(1e-3), 2, 0.5)),
-    "flatten": lambda: mj.keep_residual(optax.flatten(mj.momentum(1e-3))),
-    "split_real_and_imaginary": lambda: mj.keep_residual(
+    "lookahead": lambda: mj.kahan(optax.lookahead(mj.momentum(1e-3), 2, 0.5)),
+    "flatten": lambda: mj.kahan(optax.flatten(mj.momentum(1e-3))),
+    "split_real_and_imaginary": lambda: mj.kahan(
         optax.contrib.split_real_and_imaginary(mj.momentum(1e-3))
     ),
-    "partition": lambda: mj.keep_residual(
+    "partition": lambda: mj.kahan(
         optax.partition({"a": mj.momentum(1e-3), "b": optax.sgd(1e-3)}, {"w": "a", "c": "b"})
     ),
-    "several groups of several velocities": lambda: mj.keep_residual(
+    "several groups of several velocities": lambda: mj.kahan(
         optax.partition({"a": AGGMO, "b": mj.aggmo(1e-3, (0.0,))}, {"w": "a", "c": "b"})
     ),
 }
 
 
 @pytest.mark.parametrize("name", AROUND)
-def test_reset_velocity_clears_residuals_of_params_that_are_not_like_the_velocity(name):
+def test_reset_velocity_clears_compensations_of_params_that_are_not_like_the_velocity(name):
     """Two trees of params, one array of all, none or several velocities of a param."""
     tx = AROUND[name]()
     dtype = "complex64" if name == "split_real_and_imaginary" else "bfloat16"
@@ -436,22 +436,22 @@ def test_reset_velocity_clears_residuals_of_params_that_are_not_like_the_velocit
         params = optax.LookaheadParams.init_synced(params)
     _, state = tx.update(grads, tx.init(params), params)
     if name == "lookahead":  # The slow params did not move yet.
-        state = state._replace(residual=optax.LookaheadParams(*2 * [state.residual.fast]))
-    assert all(map(np.any, jax.tree.leaves(state.residual)))
-    assert not any(map(np.any, jax.tree.leaves(mj.reset_velocity(state).residual)))
+        state = state._replace(compensation=optax.LookaheadParams(*2 * [state.compensation.fast]))
+    assert all(map(np.any, jax.tree.leaves(state.compensation)))
+    assert not any(map(np.any, jax.tree.leaves(mj.reset_velocity(state).compensation)))
     if name == "flatten":
         with pytest.raises(ValueError, match="where must be a prefix of the velocity"):
             mj.reset_velocity(state, {"w": True, "c": False})
         return
     after = mj.reset_velocity(state, {"w": True, "c": False})
-    for path, left in jax.tree_util.tree_leaves_with_path(after.residual):
+    for path, left in jax.tree_util.tree_leaves_with_path(after.compensation):
         assert bool(np.any(left)) == (path[-1].key == "c")
     assert types(after) == types(state)
 
 
 def test_a_pruned_weight_stays_pruned():
-    """Without the reset, the residual and the velocity move it."""
-    tx = mj.keep_residual(mj.momentum(1e-3))
+    """Without the reset, the compensation and the velocity move it."""
+    tx = mj.kahan(mj.momentum(1e-3))
     params, zero = jnp.ones(2, "bfloat16"), jnp.zeros(2)
     _, state = tx.update(jnp.ones(2), tx.init(params), params)
     pruned = params.at[0].set(0)
@@ -462,33 +462,33 @@ def test_a_pruned_weight_stays_pruned():
         assert bool(moved[0] != 0) == expected
 
 
-def test_a_scale_or_a_restart_leaves_the_residual():
+def test_a_scale_or_a_restart_leaves_the_compensation():
     """It is a part of the params, which no one set."""
-    tx = mj.adaptive_restart(mj.keep_residual(mj.momentum(1e-3, 0.9)))
+    tx = mj.adaptive_restart(mj.kahan(mj.momentum(1e-3, 0.9)))
     params = jnp.ones(2, "bfloat16")
     _, state = tx.update(jnp.ones(2), tx.init(params), params)
-    kept = state.inner_state.residual
+    kept = state.inner_state.compensation
     half = mj.reset_velocity(state, scale=0.5)
-    np.testing.assert_array_equal(half.inner_state.residual, kept)
-    np.testing.assert_array_equal(mj.reset_velocity(state).inner_state.residual, 0)
-    # The step went up: the velocity goes, and the residual does not.
+    np.testing.assert_array_equal(half.inner_state.compensation, kept)
+    np.testing.assert_array_equal(mj.reset_velocity(state).inner_state.compensation, 0)
+    # The step went up: the velocity goes, and the compensation does not.
     _, state = tx.update(jnp.full(2, 1e-9), state, params + 0.5)
     np.testing.assert_allclose(mj.read_velocity(state), -1e-12, rtol=1e-5)
-    np.testing.assert_array_equal(state.inner_state.residual, kept)
+    np.testing.assert_array_equal(state.inner_state.compensation, kept)
 
 
 def test_any_transformation_inside():
     """Adam in a chain, extra arguments, a bad step that is left out, velocities of 8 bits."""
     params = jnp.ones((64, 128), "bfloat16")
     grads = jnp.ones((64, 128), "bfloat16")  # Optax's Adam takes up their dtype.
-    adam = mj.keep_residual(optax.chain(optax.clip(0.5), optax.adam(1e-4)))
+    adam = mj.kahan(optax.chain(optax.clip(0.5), optax.adam(1e-4)))
     assert float(run(adam, params, grads, 1000)[0][0, 0]) == pytest.approx(0.9, abs=0.01)
-    tx = mj.keep_residual(optax.apply_if_finite(mj.momentum(1.0, 0.0, velocity_dtype="int8"), 3))
+    tx = mj.kahan(optax.apply_if_finite(mj.momentum(1.0, 0.0, velocity_dtype="int8"), 3))
     _, state = tx.update(grads, tx.init(params), params, learning_rate=1e-3)
-    assert np.all(np.asarray(state.residual, np.float32) != 0)
+    assert np.all(np.asarray(state.compensation, np.float32) != 0)
     bad, after = tx.update(grads * np.inf, state, params, learning_rate=1e-3)
     np.testing.assert_array_equal(mj.apply_updates(params, bad), params)
-    np.testing.assert_array_equal(after.residual, state.residual)
+    np.testing.assert_array_equal(after.compensation, state.compensation)
     assert mj.read_velocity(state).shape == params.shape
 
 
@@ -507,7 +507,7 @@ def momentum(learning_rate: Any = RATE):
 
 
 def kept(learning_rate: Any = RATE):
-    return mj.keep_residual(momentum(learning_rate))
+    return mj.kahan(momentum(learning_rate))
 
 
 def make_mesh():
@@ -543,7 +543,7 @@ WRONG = {
     "schedule_free": "ab",
 }
 STEPS = 400
-RIGHT = 5e-4  # What 400 roundings of the residual, each of at most 2^-18, add up to, and more.
+RIGHT = 5e-4  # What 400 roundings of the compensation, each of at most 2^-18, add up to, and more.
 LAST_BIT = 2.0**-7  # Of a param between 1 and 2.
 
 
@@ -560,7 +560,7 @@ def gradients(name, dtype):
 
 
 def trained(name, tx, dtype, grads):
-    """Param + residual after these steps, in float64, by the path of the param."""
+    """Param + compensation after these steps, in float64, by the path of the param."""
     start = jnp.asarray(np.random.default_rng(0).uniform(1, 1.25, 64), "bfloat16")
     params: Any = dict.fromkeys(LABELS, start.astype(dtype))
     if name == "lookahead":
@@ -578,25 +578,25 @@ def trained(name, tx, dtype, grads):
     carry = params, tx.init(params)
     (params, state), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, grads))(carry)
     found = {path: np.asarray(w, np.float64) for path, w in leaves_with_path(params)}
-    for node in jax.tree.leaves(state, is_leaf=has_residual):
-        if has_residual(node):
-            for path, residual in leaves_with_path(node.residual):
+    for node in jax.tree.leaves(state, is_leaf=has_compensation):
+        if has_compensation(node):
+            for path, compensation in leaves_with_path(node.compensation):
                 # Within lookahead, it is that of the fast params, which are wrong anyway.
                 if path in found:
-                    found[path] += np.asarray(residual, np.float64)
+                    found[path] += np.asarray(compensation, np.float64)
     return found
 
 
 leaves_with_path = jax.tree_util.tree_leaves_with_path
 
 
-def has_residual(node):
-    return type(node).__name__ == "ResidualState"
+def has_compensation(node):
+    return type(node).__name__ == "KahanState"
 
 
 @functools.cache
 def reference(name, of_gradients, dtype="float32"):
-    """What the wrapper does without a residual."""
+    """What the wrapper does without a compensation."""
     return trained(name, WRAPPERS[name](momentum), dtype, gradients(name, of_gradients))
 
 
@@ -607,12 +607,12 @@ def largest(found, expected):
 
 
 def test_each_row_of_the_table_is_tested():
-    assert list(rows(mj.keep_residual)) == [name for name in WRAPPERS if "," not in name]
+    assert list(rows(mj.kahan)) == [name for name in WRAPPERS if "," not in name]
 
 
 @pytest.mark.parametrize("place", ["inside", "around"])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_residual_and_wrappers(name, place):
+def test_kahan_and_wrappers(name, place):
     """The table of the docstring, row by row: right is what float32 params do."""
     inside = place == "inside"
     if inside and name == "MultiSteps" and not MULTI_STEPS_KEEPS_ITS_DTYPE:
@@ -620,10 +620,10 @@ def test_residual_and_wrappers(name, place):
     wrap = WRAPPERS[name]
     of_gradients = "float32" if inside and name in NEED_FLOAT32 else "bfloat16"
     grads = gradients(name, of_gradients)
-    tx = wrap(kept) if inside else mj.keep_residual(wrap(momentum))
+    tx = wrap(kept) if inside else mj.kahan(wrap(momentum))
     expected = reference(name, of_gradients)
     found = largest(trained(name, tx, "bfloat16", grads), expected)
-    # Without a residual every param is wrong.
+    # Without a compensation every param is wrong.
     without = largest(reference(name, of_gradients, "bfloat16"), expected)
     assert min(without.values()) > 5 * LAST_BIT
     tolerance = LAST_BIT if name in ("lookahead", "adaptive_restart") else RIGHT
@@ -644,9 +644,7 @@ def test_inside_wrappers_that_branch_the_gradients_must_be_float32(name):
 
 
 def both_with_restarts(inner):
-    return mj.adaptive_restart(mj.keep_residual(inner)), mj.keep_residual(
-        mj.adaptive_restart(inner)
-    )
+    return mj.adaptive_restart(mj.kahan(inner)), mj.kahan(mj.adaptive_restart(inner))
 
 
 def test_no_restart_follows_a_step_in_which_no_param_changed():
@@ -665,7 +663,7 @@ def test_no_restart_follows_a_step_in_which_no_param_changed():
             np.testing.assert_allclose(mj.read_velocity(state), velocity, rtol=1e-5)
 
 
-def test_the_residual_is_right_between_restarts():
+def test_the_compensation_is_right_between_restarts():
     """Inside and around are equal. What is added up is what the rounded params restart."""
     grads = gradients("adaptive_restart", "bfloat16")
     alone = mj.adaptive_restart(momentum())
@@ -684,10 +682,14 @@ def test_the_residual_is_right_between_restarts():
         return jax.jit(lambda carry: jax.lax.scan(step, carry, grads)[0])(carry)
 
     inside, around = (run(tx) for tx in both_with_restarts(momentum()))
-    residuals = inside[1].inner_state.residual, around[1].residual
+    compensations = inside[1].inner_state.compensation, around[1].compensation
     for name in LABELS:
-        assert_same((inside[0][name], residuals[0][name]), (around[0][name], residuals[1][name]))
-        held = np.asarray(inside[0][name], np.float64) + np.asarray(residuals[0][name], np.float64)
+        assert_same(
+            (inside[0][name], compensations[0][name]), (around[0][name], compensations[1][name])
+        )
+        held = np.asarray(inside[0][name], np.float64) + np.asarray(
+            compensations[0][name], np.float64
+        )
         np.testing.assert_allclose(held, inside[2][name], atol=RIGHT, rtol=0)
 
 
@@ -697,7 +699,7 @@ def test_inject_hyperparams_rounds_the_learning_rate():
     expected = trained("", momentum(float(jnp.bfloat16(RATE))), "float32", grads)
     for tx in (
         optax.inject_hyperparams(kept)(learning_rate=RATE),
-        mj.keep_residual(optax.inject_hyperparams(momentum)(learning_rate=RATE)),
+        mj.kahan(optax.inject_hyperparams(momentum)(learning_rate=RATE)),
     ):
         found = trained("", tx, "bfloat16", grads)
         assert max(largest(found, expected).values()) < RIGHT
@@ -707,7 +709,7 @@ def test_inject_hyperparams_rounds_the_learning_rate():
 
 def test_around_schedule_free_its_averages_are_float32():
     """And stay so; those of float32 params are as they were."""
-    tx = mj.keep_residual(WRAPPERS["schedule_free"](momentum))
+    tx = mj.kahan(WRAPPERS["schedule_free"](momentum))
     params = {"w": jnp.ones(2, "bfloat16"), "wide": jnp.ones(2)}
     start = tx.init(params)
     assert start.inner_state.z["w"].dtype == jnp.float32
@@ -715,30 +717,30 @@ def test_around_schedule_free_its_averages_are_float32():
     assert types(state) == types(start)
     wide = {"w": jnp.ones(2)}
     inner = WRAPPERS["schedule_free"](momentum)
-    assert types(mj.keep_residual(inner).init(wide).inner_state) == types(inner.init(wide))
+    assert types(mj.kahan(inner).init(wide).inner_state) == types(inner.init(wide))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_the_residual_is_sharded_like_its_param(axis_type):
+def test_the_compensation_is_sharded_like_its_param(axis_type):
     """Also when init is jitted; the numbers are those of one device, and of each run of a vmap."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
     sharding = NamedSharding(mesh, P("d", "m"))
     whole = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), "bfloat16")
     params = jax.device_put(whole, sharding)
-    tx = mj.keep_residual(optax.sgd(1e-3))
+    tx = mj.kahan(optax.sgd(1e-3))
     for state in (tx.init(params), jax.jit(tx.init)(params)):
         updates, after = jax.jit(tx.update)(params, state, params)
-        for leaf in (state.residual, after.residual, updates):
+        for leaf in (state.compensation, after.compensation, updates):
             assert leaf.sharding.is_equivalent_to(sharding, 2)
     _, expected = tx.update(whole, tx.init(whole), whole)
-    np.testing.assert_array_equal(after.residual, expected.residual)
+    np.testing.assert_array_equal(after.compensation, expected.compensation)
     mapped = jax.vmap(lambda w: tx.update(w, tx.init(w), w)[1])(jnp.stack([whole, -whole]))
-    np.testing.assert_array_equal(mapped.residual[0], expected.residual)
+    np.testing.assert_array_equal(mapped.compensation[0], expected.compensation)
 
 
 def test_exports_for_every_platform_and_back():
     params = jnp.ones(4, "bfloat16")
-    tx = mj.keep_residual(mj.momentum(1e-3))
+    tx = mj.kahan(mj.momentum(1e-3))
     args = params, tx.init(params), params
     exported = export.export(jax.jit(tx.update), platforms=["cpu", "cuda", "rocm", "tpu"])(*args)
     read = export.deserialize(exported.serialize()).call(*args)
@@ -748,11 +750,11 @@ def test_exports_for_every_platform_and_back():
 
 def test_bad_calls_are_refused():
     params = {"w": jnp.ones(2, "bfloat16")}
-    tx = mj.keep_residual(optax.sgd(0.1))
+    tx = mj.kahan(optax.sgd(0.1))
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"params=None, .* update\(grads, state, params\)"):
         tx.update(params, state)
-    with pytest.raises(TypeError, match="must be the ResidualState"):
+    with pytest.raises(TypeError, match="must be the KahanState"):
         tx.update(params, optax.sgd(0.1).init(params), params)
     with pytest.raises(ValueError, match=r"the update at \['w'\] has shape \(3,\)"):
         tx.update({"w": jnp.ones(3)}, state, params)
@@ -760,7 +762,7 @@ def test_bad_calls_are_refused():
 
 def test_averages_within_averages_are_float32():
     inner = optax.contrib.schedule_free(optax.sgd(0.1, 0.9), 0.1)
-    tx = mj.keep_residual(optax.contrib.schedule_free(inner, 0.1))
+    tx = mj.kahan(optax.contrib.schedule_free(inner, 0.1))
     state = tx.init({"w": jnp.ones(2, "bfloat16")})
     for each in (state.inner_state, state.inner_state.base_optimizer_state):
         assert each.z["w"].dtype == jnp.float32
@@ -768,27 +770,31 @@ def test_averages_within_averages_are_float32():
 
 NARROW, WIDE = {"w": jnp.ones((2, 3), "bfloat16")}, {"w": jnp.ones((2, 3))}
 OTHER_PARAMS: dict[str, Any] = {
-    "none of bfloat16": (WIDE, NARROW, r"\['w'\] is bfloat16, .* a residual, .* has none of it"),
-    "one of float32": (NARROW, WIDE, r"\['w'\] is float32, .* no residual, .* has one of it"),
+    "none of bfloat16": (
+        WIDE,
+        NARROW,
+        r"\['w'\] is bfloat16, .* a compensation, .* has none of it",
+    ),
+    "one of float32": (NARROW, WIDE, r"\['w'\] is float32, .* no compensation, .* has one of it"),
     "one of float8": (
         NARROW,
         {"w": jnp.ones((2, 3), "float8_e4m3fn")},
-        r"\['w'\] is float8_e4m3fn, .* no residual, .* has one of it",
+        r"\['w'\] is float8_e4m3fn, .* no compensation, .* has one of it",
     ),
     "a shape that would be broadcast": (
         {"w": jnp.ones((1, 3), "bfloat16")},
         NARROW,
-        r"the param at \['w'\] has shape \(2, 3\), but the residual there has shape \(1, 3\)",
+        r"the param at \['w'\] has shape \(2, 3\), but the compensation there has shape \(1, 3\)",
     ),
     "another shape": (
         {"w": jnp.ones((3, 2), "bfloat16")},
         NARROW,
-        r"the param at \['w'\] has shape \(2, 3\), but the residual there has shape \(3, 2\)",
+        r"the param at \['w'\] has shape \(2, 3\), but the compensation there has shape \(3, 2\)",
     ),
     "another tree": (
         {"w": NARROW["w"], "v": NARROW["w"]},
         NARROW,
-        r"the params and the residual must be trees .*only in the residual: \['v'\]",
+        r"the params and the compensation must be trees .*only in the compensation: \['v'\]",
     ),
 }
 
@@ -796,9 +802,9 @@ OTHER_PARAMS: dict[str, Any] = {
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", OTHER_PARAMS)
 def test_a_state_of_other_params_is_refused(name, jitted):
-    """Nothing is broadcast, left without a residual, or rounded as another dtype."""
+    """Nothing is broadcast, left without a compensation, or rounded as another dtype."""
     of, params, message = OTHER_PARAMS[name]
-    tx = mj.keep_residual(optax.scale(-1.0))
+    tx = mj.kahan(optax.scale(-1.0))
     update = jax.jit(tx.update) if jitted else tx.update
     with pytest.raises(ValueError, match=f"(?s){message}.*Call update with the params that init"):
         update(params, tx.init(of), params)
