@@ -21,7 +21,8 @@ from scipy import stats
 import momentum_jax as mj
 from benchmarks.timing import interleave, paired_ratio, summary
 from momentum_jax import study
-from momentum_jax._storage import BLOCKS, Stored, seed_of
+from momentum_jax._rounding import seed_of
+from momentum_jax._storage import BLOCKS, Stored
 from momentum_jax.study import Arm, Contrast, problems
 
 RESULTS = pathlib.Path(__file__).parent / "results"

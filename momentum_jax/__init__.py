@@ -14,6 +14,7 @@ from momentum_jax import frameworks as frameworks
 from momentum_jax import schedules as schedules
 from momentum_jax import sharding as sharding
 from momentum_jax import theory as theory
+from momentum_jax._apply_updates import apply_updates as apply_updates
 from momentum_jax._kahan import KahanState as KahanState
 from momentum_jax._kahan import kahan as kahan
 from momentum_jax._mixtures import AggMoState as AggMoState
@@ -22,7 +23,6 @@ from momentum_jax._mixtures import aggmo as aggmo
 from momentum_jax._mixtures import qhm as qhm
 from momentum_jax._momentum import MomentumState as MomentumState
 from momentum_jax._momentum import TraceState as TraceState
-from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
 from momentum_jax._reading import read_velocity as read_velocity
@@ -31,9 +31,9 @@ from momentum_jax._recurrence import SeveralVelocitiesState as SeveralVelocities
 from momentum_jax._recurrence import recurrence as recurrence
 from momentum_jax._report import TransplantReport as TransplantReport
 from momentum_jax._report import TransplantRow as TransplantRow
+from momentum_jax._resetting import reset_velocity as reset_velocity
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
 from momentum_jax._restart import adaptive_restart as adaptive_restart
-from momentum_jax._restart import reset_velocity as reset_velocity
 from momentum_jax._transplant import transplant as transplant
 
 __all__ = [

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from momentum_jax import _velocity
-from momentum_jax._dispatch import inlined_jit
+from momentum_jax._jax import inlined_jit
 from momentum_jax._kahan import KahanState
 from momentum_jax._moving import decode, has_any, like, placed_like, to_host
-from momentum_jax._recurrence import STATE_TYPES, has_velocity
+from momentum_jax._state_types import STATE_TYPES, has_velocity
 from momentum_jax._states import (
     REMEMBERED,
     clock_of,
@@ -531,7 +531,7 @@ def _with_velocity(name, one, value):
     with np.errstate(over="ignore"):
         value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
     shardings = jax.tree.map(lambda x: x.sharding if x.committed else None, one)
-    encode = jax.jit(_velocity.encoded, out_shardings=shardings)
+    encode = jax.jit(_velocity.encode, out_shardings=shardings)
     filled = encode(placed_like(one.values, value), one)
     for leaf in jax.tree.leaves(filled):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):

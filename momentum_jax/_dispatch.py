@@ -1,7 +1,7 @@
-"""Compiled functions called from Python: one dispatch, or one per group of devices.
+"""Compiled functions for calls from Python: one dispatch, or one per group of devices.
 
-The params of a model may be on several devices or meshes, such as the stages of a pipeline. No
-compiled program takes arrays of two of them, so each group of leaves gets a call of its own.
+The params of a model may be on several devices or meshes, for example the stages of a pipeline. A
+compiled program cannot take arrays from two of them, so each group of leaves gets its own call.
 """
 
 import functools
@@ -19,39 +19,36 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from momentum_jax._jax import inlined_jit
 from momentum_jax._placement import is_explicit
 
 PyTree = Any
 Path = tuple[Any, ...]
-# Of arrays that may be in one program: their devices, in order; on Explicit axes their mesh.
+# What arrays that can be arguments of one program share: their devices in order, or their mesh if
+# it has Explicit axes.
 Group = tuple[jax.Device, ...] | Mesh
 
-# Compiled when called from Python; within another program, operations of that program. From
-# JAX 0.11 `inline=True` would make a function of that program, with one lowering for equal calls.
-_inline = getattr(jax, "Inline", None)
-inlined_jit = functools.partial(jax.jit, inline=_inline.JAX_EARLY if _inline else True)
 
-
-def by_leaf(
+def jit_by_leaf(
     function: Callable[[Any, Any, Any], tuple[Any, Any]],
     *,
     combine: Callable[[Sequence[Any]], Any] = lambda results: results[0],
 ) -> Callable[..., tuple[Any, Any]]:
-    """Compiles a function that treats the leaves of trees one by one.
+    """Compiles a function that treats the leaves of trees independently of each other.
 
     Args:
       function: `(static, trees, shared) -> (trees, result)`. `static` is a tuple of hashable
-        values. Arrays under one path in several of the trees belong together; with None in place
-        of some of them it must return the same for the others, and None for these. `shared` are
-        scalars that all need.
-      combine: makes one result of those of several groups, which are on their devices.
+        values. `trees` is a tuple of trees: arrays under the same path in several of them belong
+        together. If some leaves are None, the function must return the same for the others, and
+        None for these. `shared` holds scalars that all leaves need.
+      combine: makes one result of the results of several groups, which are on their own devices.
 
     Returns:
-      The function, whose calls are one dispatch, or one per group of devices.
+      The function. A call is one dispatch, or one dispatch per group of devices.
     """
 
-    # jit compares static arguments with ==, by which NumPy's float64 is equal to None: the types
-    # tell them apart.
+    # jit compares static arguments with ==, and NumPy's float64 dtype equals None. Their types
+    # differ, so these are static arguments too.
     def typed(static, types, trees, shared):
         del types
         return function(static, trees, shared)
@@ -66,7 +63,7 @@ def by_leaf(
         except ValueError:
             if len(_groups_in((trees, shared))) < 2:
                 raise
-        # The function's own errors come first, before anything is done.
+        # Raises the function's own errors before anything is computed.
         compiled.eval_shape(static, types, *_placeless((trees, shared)))
         group_at, groups = _groups(trees, shared)
         results = [
@@ -79,10 +76,11 @@ def by_leaf(
     return call
 
 
-def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function of others that are made by `by_leaf`.
+def jit_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function that calls functions made by `jit_by_leaf`.
 
-    Where its arguments are on several devices, it runs as Python, and they are dispatched apart.
+    If its arguments are on several groups of devices, it runs as Python, and the functions that it
+    calls are dispatched one by one.
     """
     compiled = inlined_jit(function)
 
@@ -97,14 +95,14 @@ def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def gathered(values: Sequence[Any]) -> list[Any]:
-    """Trees of scalars that several groups of devices hold, on the devices of the first."""
+def on_one_group(values: Sequence[Any]) -> list[Any]:
+    """Trees of scalars from several groups of devices, moved to the devices of the first group."""
     bound = [x for x in jax.tree.leaves(values) if group_of(x) is not None]
     return [_moved(value, bound[0].sharding) for value in values] if bound else list(values)
 
 
 def one_level(tree: PyTree) -> tuple[list[Any], Any]:
-    """What a tree is made of, not further taken apart, and how it is put together again."""
+    """The children of a tree's root, and the structure that rebuilds the tree from them."""
     return jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
 
 
@@ -120,7 +118,7 @@ def _placeless(tree: PyTree) -> PyTree:
 
 
 def group_of(x: Any) -> Group | None:
-    """The group of an array that is bound to devices."""
+    """The group of an array that is committed to devices, or None."""
     if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.committed:
         return None
     return _group_with(x.sharding)
@@ -140,9 +138,9 @@ def _groups_in(tree: PyTree) -> list[Group]:
 
 
 def _groups(trees: PyTree, shared: PyTree) -> tuple[dict[Path, Group], dict[Group, Sharding]]:
-    """The group of each path, and all groups, each with a sharding for what it shares.
+    """The group of each path; and for each group the sharding of its copy of shared values.
 
-    The group on whose devices the shared values are comes first.
+    The group whose devices hold the shared values comes first.
     """
     group_at: dict[Path, Group] = {}
     shardings: dict[Group, Sharding] = {}
@@ -154,9 +152,9 @@ def _groups(trees: PyTree, shared: PyTree) -> tuple[dict[Path, Group], dict[Grou
             if group_at.setdefault(path, group) != group:
                 raise ValueError(
                     f"arrays that belong together at {jax.tree_util.keystr(path) or 'the root'} "
-                    f"are on different devices, {_listed(group_at[path])} and {_listed(group)}. "
-                    "Move them to one with jax.device_put: a gradient and a velocity must be where "
-                    "their param is."
+                    f"are on different devices, {_group_text(group_at[path])} and "
+                    f"{_group_text(group)}. Move them with jax.device_put: a gradient and a "
+                    "velocity must be on the devices of their param."
                 )
             shardings.setdefault(group, replicated(leaf.sharding))
     first = next((g for g in _groups_in(shared) if g in shardings), next(iter(shardings)))
@@ -164,7 +162,7 @@ def _groups(trees: PyTree, shared: PyTree) -> tuple[dict[Path, Group], dict[Grou
 
 
 def replicated(sharding: Any) -> Sharding:
-    """The sharding of arrays that are whole on each of the same devices."""
+    """The sharding of arrays that are replicated over the same devices."""
     mesh = getattr(sharding, "mesh", None)
     if mesh is not None:
         return NamedSharding(mesh, PartitionSpec())
@@ -175,7 +173,7 @@ def replicated(sharding: Any) -> Sharding:
 
 
 def _only(group: Group, group_at: dict[Path, Group], trees: PyTree) -> PyTree:
-    """The trees, with None in place of the arrays of other groups."""
+    """The trees, with None in place of arrays of other groups."""
     first = next(iter(group_at.values()))
 
     def leaf(path, x):
@@ -185,13 +183,13 @@ def _only(group: Group, group_at: dict[Path, Group], trees: PyTree) -> PyTree:
 
 
 def _moved(tree: PyTree, sharding: Sharding) -> PyTree:
-    """The tree, with its arrays that are bound to another group's devices on those of this one."""
+    """The tree, with arrays of other groups moved to the devices of this sharding."""
     stay = (None, _group_with(sharding))
     return jax.tree.map(lambda x: x if group_of(x) in stay else jax.device_put(x, sharding), tree)
 
 
 def _merged(one: PyTree, other: PyTree) -> PyTree:
-    """Of each leaf, and each subtree, the one that is there."""
+    """Two trees merged: of each leaf and each subtree, the one that is not None."""
     if one is None or other is None:
         return other if one is None else one
     children, treedef = one_level(one)
@@ -200,7 +198,7 @@ def _merged(one: PyTree, other: PyTree) -> PyTree:
     return treedef.unflatten(map(_merged, children, treedef.flatten_up_to(other)))
 
 
-def _listed(group: Group) -> str:
+def _group_text(group: Group) -> str:
     if isinstance(group, Mesh):
         return str(group)
     return ", ".join(map(str, group[:4])) + (", ..." if len(group) > 4 else "")

@@ -1,8 +1,8 @@
-"""Functions that treat the values of their arrays one by one, as found in what JAX traces of them.
+"""Elementwise functions, recognized by the jaxpr that JAX traces of them.
 
-Such a function may be computed in any arrangement of the values, for example with an axis that is
-split in blocks. What it was traced to is then evaluated again, and not the function called again:
-it may have read the shapes.
+An elementwise function can be computed on its arrays in any arrangement, for example with an axis
+split into blocks. The jaxpr is then evaluated on the rearranged arrays. The function itself is not
+called again, because it may have read the shapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,32 +12,19 @@ import jax
 from jax import lax
 from jax.extend.core import Literal
 
+from momentum_jax._jax import ELEMENTWISE_PRIMITIVES, called_jaxpr
 from momentum_jax._placement import reshard_like
-
-# Primitives of JAX whose results have, at each place, a value made of the arguments' values there.
-# fmt: off
-_PRIMITIVES = frozenset((
-    "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "convert_element_type",
-    "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2",
-    "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic",
-    "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pcast", "pow",
-    "pvary", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign", "sin", "sinh",
-    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-))
-# fmt: on
-# Those that call a function that was traced too.
-_CALLS = frozenset(("jit", "pjit", "closed_call"))
 
 
 def elementwise(function: Callable[..., Any], *args: Any) -> Callable[..., Any] | None:
-    """The function of these arguments, for arrays of any shape; None if it is not elementwise.
+    """A form of `function` that accepts arrays of any shape; None if it is not elementwise.
 
     Args:
-      function: of trees of arrays.
-      *args: what to trace it with: arrays of one shape that is not (), and scalars.
+      function: a function of trees of arrays.
+      *args: arguments to trace it with: scalars, and arrays of one shape other than ().
 
     Returns:
-      A function that does the same with arrays of another shape in the place of these.
+      A function that computes the same on arrays of another shape.
     """
     traced, result = jax.make_jaxpr(function, return_shape=True)(*args)
     (shape,) = {leaf.shape for leaf in jax.tree.leaves(args) if leaf.shape}
@@ -54,25 +41,21 @@ def elementwise(function: Callable[..., Any], *args: Any) -> Callable[..., Any] 
 
 
 def _is_elementwise(traced, shape):
-    """Whether all that is computed has this shape, or is a scalar that the arrays meet as one."""
+    """Whether every value has this shape, or is a scalar."""
     if any(jax.numpy.ndim(x) for x in traced.consts):
         return False
-    return all(_is_one_by_one(equation, shape) for equation in traced.jaxpr.eqns)
+    return all(_is_elementwise_equation(equation, shape) for equation in traced.jaxpr.eqns)
 
 
-def _is_one_by_one(equation, shape):
-    name, values = equation.primitive.name, (*equation.invars, *equation.outvars)
-    if any(value.aval.shape not in ((), shape) for value in values):
+def _is_elementwise_equation(equation, shape):
+    if any(x.aval.shape not in ((), shape) for x in (*equation.invars, *equation.outvars)):
         return False
-    if name in _CALLS:
-        return _is_elementwise(equation.params[_called(equation)], shape)
-    if name == "broadcast_in_dim":
+    inner = called_jaxpr(equation)
+    if inner is not None:
+        return _is_elementwise(inner, shape)
+    if equation.primitive.name == "broadcast_in_dim":
         return equation.invars[0].aval.shape == ()
-    return name in _PRIMITIVES
-
-
-def _called(equation):
-    return "jaxpr" if "jaxpr" in equation.params else "call_jaxpr"
+    return equation.primitive.name in ELEMENTWISE_PRIMITIVES
 
 
 def _evaluated(
@@ -85,13 +68,13 @@ def _evaluated(
 
     for equation in jaxpr.eqns:
         operands = [read(variable) for variable in equation.invars]
-        if equation.primitive.name in _CALLS:
-            inner = equation.params[_called(equation)]
+        inner = called_jaxpr(equation)
+        if inner is not None:
             results = _evaluated(inner.jaxpr, inner.consts, operands, like)
         elif equation.primitive.name == "broadcast_in_dim":
             results = [reshard_like(lax.broadcast(operands[0], like.shape), like)]
         else:
-            found = equation.primitive.bind(*operands, **equation.params)
-            results = found if equation.primitive.multiple_results else [found]
+            result = equation.primitive.bind(*operands, **equation.params)
+            results = result if equation.primitive.multiple_results else [result]
         values.update(zip(equation.outvars, results, strict=True))
     return [read(variable) for variable in jaxpr.outvars]

@@ -1,14 +1,14 @@
-"""How learning_rate and mu arrive: a number, a scalar array or a schedule, checked if possible.
+"""Hyperparameters: numbers, scalar arrays or schedules, checked where their value is known.
 
-Python and NumPy numbers become Python floats, so that no type of number compiles anew; JAX
-arrays pass as they are.
+Python and NumPy numbers become Python floats, so that the type of a number never causes a new
+compilation. JAX arrays are passed on unchanged.
 """
 
 import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,11 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-# A number, in any type that holds one.
+from momentum_jax._jax import is_x64_enabled
+
+# A number of any type.
 Number: TypeAlias = jax.typing.ArrayLike | np.generic
 Hyperparameter: TypeAlias = Number | optax.Schedule
-_State = TypeVar("_State")
 
 
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
@@ -55,23 +56,23 @@ _RULES = {
         "0 is no decay, 1e-4 is usual",
     ),
 }
-# Each of several has an index in its name: mus[0].
+# Each of several mus has an index in its name: mus[0].
 _RULES["mus"] = _RULES["mu"]
-# What other frameworks call them, and allow.
+# The names and the ranges of other frameworks.
 _RULES["lr"] = _RULES["base_lr"] = _RULES["learning_rate"]
 _RULES["momentum"] = (lambda x: 0 <= x <= 1, "must be in [0, 1]", _RULES["mu"][2])
 
 
 def _rule(name):
-    """The rule of a hyperparameter; of a name that is not known, that of any number."""
+    """The rule of a hyperparameter; for unknown names, the rule of any number."""
     unknown = (math.isfinite, "must be finite", f"Give {name} a number or a schedule")
     return _RULES.get(name.partition("[")[0], unknown)
 
 
 def require(name: str, value: Any, fits: Callable[[float], bool], rule: str) -> float:
-    """Returns a number as a Python float, in whatever type it comes; raises with value and rule.
+    """A number of any type as a Python float; raises with the value and the rule.
 
-    For what is computed on the host: a traced value is refused.
+    For computations on the host: a traced value is refused.
     """
     _refuse_traced(name, value)
     _check_type(name, value, "a real number", "a float")
@@ -82,7 +83,7 @@ def require(name: str, value: Any, fits: Callable[[float], bool], rule: str) -> 
 
 
 def require_whole(name: str, value: Any, least: int) -> int:
-    """Returns an integer of any type as a Python int; raises with the value and the rule."""
+    """An integer of any type as a Python int; raises with the value and the rule."""
     _refuse_traced(name, value)
     try:
         whole = None if isinstance(value, bool) else operator.index(value)
@@ -94,28 +95,28 @@ def require_whole(name: str, value: Any, least: int) -> int:
 
 
 def check(name: str, given: Any, *, display_name: str = "") -> Any:
-    """A factory's argument: a schedule passes, a value is checked.
+    """Checks a factory's argument, unless it is a schedule, and returns it.
 
-    `display_name` is the user's word for it, where it is not the name whose rule holds.
+    `display_name` is the name in error messages, if it is not `name`, whose rule is applied.
     """
     return given if callable(given) else check_value(name, given, display_name=display_name)
 
 
 def resolve(name: str, given: Any, override: Any, count: Any, *, display_name: str = "") -> Any:
-    """The value for this step: the override if there is one, else what the factory was given."""
+    """The value for this step: the override, or else the factory's argument."""
     if override is not None:
         return check_value(name, override, display_name=display_name)
     if callable(given):
-        # Reading an array that depends on count would wait for the step in flight.
+        # Reading an array that depends on the count would wait for the step that is running.
         display_name = f"the schedule's {display_name or name}"
         return check_value(name, given(count), display_name=display_name, read_arrays=False)
     return given
 
 
 class Function:
-    """A function that is equal to another one if both were made of equal parts.
+    """A function that equals another one if both were made of equal parts.
 
-    Schedules and transformations with equal arguments are equal, and may be static arguments of
+    So schedules and transformations with equal arguments are equal, and can be static arguments of
     jit.
     """
 
@@ -141,14 +142,14 @@ class Function:
 def by_value(
     tx: optax.GradientTransformationExtraArgs, *parts: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation, equal to others that are made of equal parts."""
+    """The transformation, which equals others that are made of equal parts."""
     return optax.GradientTransformationExtraArgs(
         Function(tx.init, "init", *parts), Function(tx.update, "update", *parts)
     )
 
 
 class _Identity:
-    """Compares something without a hash by identity, and keeps it alive."""
+    """Compares an object without a hash by identity, and keeps it alive."""
 
     def __init__(self, value):
         self._value = value
@@ -165,48 +166,29 @@ def _comparable(part):
         hash(part)
     except TypeError:
         return _Identity(part)
-    # 0.0 == -0.0 == False and 1 == 1.0 == True, which are not one hyperparameter.
+    # 0.0 == -0.0 == False and 1 == 1.0 == True, but they are different hyperparameters.
     return (type(part), repr(part) if isinstance(part, float) else part)
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Raises a TypeError unless it is a boolean, of Python or NumPy."""
+    """The value as a bool; raises a TypeError unless it is a boolean of Python or NumPy."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}={value!r} must be True or False.")
     return bool(value)
 
 
-def check_transformation(inner: Any) -> None:
-    """Raises a TypeError unless it is an Optax transformation, for what goes around one."""
-    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
-        raise TypeError(
-            f"inner={inner!r} must be an Optax transformation, for example "
-            "momentum_jax.momentum(0.1)."
-        )
-
-
-def check_state(state: Any, state_type: type[_State]) -> _State:
-    """The state of what goes around a transformation; raises a TypeError if it is another."""
-    if not isinstance(state, state_type):
-        raise TypeError(
-            f"the state is {type(state).__name__}, but must be the {state_type.__name__} that init "
-            "or the last update returned."
-        )
-    return state
-
-
 def is_known(value: Any) -> bool:
-    """Whether a checked hyperparameter is a number that can be read: no schedule, not traced."""
+    """Whether a checked hyperparameter is a number whose value can be read now."""
     return isinstance(value, float) or (isinstance(value, jax.Array) and _can_be_read(value))
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a checked hyperparameter is 0 and stays so."""
+    """Whether a checked hyperparameter is known to be 0 in every step."""
     return is_known(value) and float(value) == 0
 
 
 def check_value(name: str, value: Any, *, display_name: str = "", read_arrays: bool = True) -> Any:
-    """Returns a Python float or a scalar JAX array; raises on what no step can use.
+    """A Python float or a scalar JAX array; raises if no step could use the value.
 
     Of a traced value only the dtype and the shape are checked.
     """
@@ -224,7 +206,7 @@ def check_value(name: str, value: Any, *, display_name: str = "", read_arrays: b
     fits, rule, remedy = _rule(name)
     if not fits(number):
         raise ValueError(f"{display_name}={number} {rule}. {remedy}.")
-    if abs(number) > _LARGEST_FLOAT32 and not jax.config.read("jax_enable_x64"):
+    if abs(number) > _LARGEST_FLOAT32 and not is_x64_enabled():
         raise ValueError(
             f"{display_name}={number} is beyond float32, in which it would be infinite. Give at "
             f"most {_LARGEST_FLOAT32:.7g}, or set jax.config.update('jax_enable_x64', True) first."
@@ -237,7 +219,7 @@ def _can_be_read(array):
 
 
 def _check_type(display_name, value, wanted, remedy):
-    """Raises on all that is not a real scalar, by what is known of it without its value."""
+    """Raises unless it is a real scalar, by its type, dtype and shape."""
     if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
         raise TypeError(f"{display_name}={value!r} must be {wanted}.")
     dtype = getattr(value, "dtype", None) or np.dtype(type(value))
@@ -255,8 +237,8 @@ def _check_type(display_name, value, wanted, remedy):
 def _refuse_traced(name, value):
     if isinstance(value, Tracer):
         raise TypeError(
-            f"{name}={value} is traced, but must be known: it is computed with outside JAX. Give a "
-            "float, and make no argument of jit, grad or vmap of it."
+            f"{name}={value} is traced, but must be known: it is used outside JAX. Give a float, "
+            "and do not pass it as an argument of jit, grad or vmap."
         )
 
 

@@ -1,4 +1,4 @@
-"""Training in 16 bits: what rounding takes from each param is kept for the next step."""
+"""Compensated (Kahan) summation: bfloat16 and float16 params that keep what rounding takes."""
 
 from typing import Any, NamedTuple
 
@@ -6,24 +6,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import export, lax
 
-from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf, inlined_jit
-from momentum_jax._hyperparameters import by_value, check_state, check_transformation
-from momentum_jax._placement import in_memory_of, on_device
+from momentum_jax._dispatch import jit_by_leaf
+from momentum_jax._jax import inlined_jit
+from momentum_jax._leaves import (
+    SAME_PARAMS,
+    check_arrays,
+    expect_pair,
+    map_leaves,
+    materialize,
+    only_where,
+    path_text,
+)
+from momentum_jax._placement import (
+    isolate_input,
+    shard_like,
+    to_device_memory,
+    to_memory_of,
+    zeros_like,
+)
+from momentum_jax._rounding import round_to_nearest
+from momentum_jax._state_types import wrapper_state
 from momentum_jax._states import replace
+from momentum_jax._wrapper import wrapper
 
 PyTree = Any
 
 
+@wrapper_state("kahan")
 class KahanState(NamedTuple):
-    """What `kahan` carries from step to step.
+    """The state of `kahan`.
 
     Attributes:
-      inner_state: the state of the transformation around which it is.
-      compensation: a tree like the params: what each is short of, in bfloat16 and in its sharding;
-        `optax.MaskedNode` where the param is neither bfloat16 nor float16.
+      inner_state: the state of the inner transformation.
+      compensation: a tree like the params: bfloat16, what rounding has taken from each param, in
+        the param's shape and sharding; `optax.MaskedNode` for params that are neither bfloat16 nor
+        float16.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax
@@ -36,45 +54,41 @@ class KahanState(NamedTuple):
     compensation: Any
 
 
-export.register_namedtuple_serialization(KahanState, serialized_name="momentum_jax.KahanState")
-
-
 def kahan(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets bfloat16 and float16 params learn from updates too small for them.
+    """Adds updates to bfloat16 and float16 params with compensated (Kahan) summation.
 
-        r <- r + update             r starts at 0
-        new w = w + r, rounded      which is what apply_updates makes of the update new w - w
-        r <- r - (new w - w)
+        c <- c + update             the compensation c starts at 0
+        new w = w + c, rounded      the returned update is new w - w
+        c <- c - (new w - w)
 
-    A bfloat16 has 8 bits: 1.0 does not change when 0.001 is added, however often. With the 8 bits
-    of the compensation, params move as if they had 16, for 2 bytes more each; what is smaller than
-    about 1 / 100,000 of the param is still lost. After params were set by hand (pruned, loaded,
-    projected), the compensation still belongs to the old ones: `reset_velocity` with a `where` of
-    these params clears it, along with their velocity.
+    A bfloat16 has 8 significant bits: adding 0.001 to 1.0 does not change it, however often. With
+    the 8 bits of the compensation, params behave as if they had 16, for 2 more bytes each. Updates
+    below about 1 / 100,000 of the param are still lost. If you set params by hand (prune, load,
+    project), the compensation still belongs to the old values: `reset_velocity` with a `where` of
+    these params sets it to 0, along with their velocity.
 
-    With other wrappers, inside (`wrapper(kahan(...))`) and around
-    (`kahan(wrapper(...))`). Right means: param + compensation is what a float32 param would be
-    under the same wrapper and gradients, to what the compensation rounds. What makes a row wrong is
-    what the wrapper does to the update afterwards. `kahan` cannot see that, so nothing is
-    raised.
+    With Optax's wrappers, inside (`wrapper(kahan(...))`) and around (`kahan(wrapper(...))`).
+    "Right" means: param + compensation is what a float32 param would be under the same wrapper and
+    gradients, up to the rounding of the compensation. A row is wrong if the wrapper changes the
+    update afterwards. `kahan` cannot detect that, so nothing is raised.
 
-    - `MultiSteps`: both are right. Before Optax 0.2.8, only around can be carried by a loop, such
-      as `jax.lax.scan`.
-    - `adaptive_restart`: both are right, and equal, but the movement is that of the rounded
-      params. Restarts can come at other steps than with float32 params, and none comes after a
-      step in which no param changed.
+    - `MultiSteps`: both are right. Before Optax 0.2.8, only around works in loops such as
+      `jax.lax.scan`.
+    - `adaptive_restart`: both are right, and equal, but they see the movement of the rounded
+      params. Restarts can happen at other steps than with float32 params, and none happens after
+      a step in which no param changed.
     - `apply_if_finite`: both are right. Inside, the gradients must be float32, or JAX raises a
       TypeError: prefer around.
     - `chain`: inside, right if it is last. Wrong if anything after it changes the update, such as
       `optax.scale`. Around is right.
     - `conditionally_mask`: as `apply_if_finite`.
     - `conditionally_transform`: inside, the gradients must be float32, and a step that is not
-      transformed is rounded without a compensation. Around is right: prefer around.
+      transformed is rounded without compensation. Around is right: prefer around.
     - `inject_hyperparams`: both are right. It rounds the learning rate to the params' dtype,
       unless it is given `hyperparam_dtype=jnp.float32`.
     - `lookahead`: inside is wrong: the slow params and the jump to them are rounded. Around, the
       slow and the fast params each have a compensation, and are right to the last bit of the param.
-    - `masked`: inside, the params under the mask are right, and the others are rounded without a
+    - `masked`: inside, the params under the mask are right, and the others are rounded without
       compensation. Around, all are right.
     - `partition`: both are right.
     - `schedule_free`: inside is wrong: the update is rounded for the params, but added to z.
@@ -84,20 +98,21 @@ def kahan(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
       as the params are.
 
     Args:
-      inner: any Optax transformation. This one comes last: what it returns is to be applied as it
-        is, so the rest of a chain belongs inside.
+      inner: any Optax transformation. `kahan` comes last: its updates must be applied unchanged, so
+        the rest of a chain belongs inside.
 
     Returns:
-      An Optax transformation whose state is a `KahanState`. `update` needs the params; it
-      returns, for params of 16 bits, float32 updates whose sums with them are numbers of 16 bits:
-      `optax.apply_updates` and `apply_updates` round nothing. Every one is to be applied. Other
-      params, and those without an update, pass.
+      An Optax transformation whose state is a `KahanState`. `update` needs the params. For 16-bit
+      params it returns float32 updates whose sum with the param is a 16-bit number, so that
+      `optax.apply_updates` and `apply_updates` round nothing. Every update must be applied. The
+      updates of other params are returned unchanged.
 
     Raises:
-      ValueError: no params; trees or shapes that do not match; a state of params of which others
-        have 16 bits.
-      TypeError: a param with an update that is not an array. Without one it may be anything, such
-        as the activation functions of an Equinox model whose arrays alone `init` was given.
+      ValueError: no params; trees or shapes that do not match; a state whose 16-bit params are not
+        those of the params.
+      TypeError: a param with an update that is not an array. A param without an update can be any
+        object, such as an activation function of an Equinox model, if `init` was given the arrays
+        of the model only.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax
@@ -115,40 +130,29 @@ def kahan(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
       Kahan (1965), Further remarks on reducing truncation errors; Zamirai, Zhang, Aberger and
       De Sa (2020), Revisiting BFloat16 training, algorithm 3.
     """
-    check_transformation(inner)
-    given, inner = inner, optax.with_extra_args_support(inner)
+    return wrapper(
+        KahanState, inner, _init, _update, needs_params="the rounding depends on the params"
+    )
 
-    def init(params: optax.Params) -> KahanState:
-        inner_state = _with_wide_averages(inner.init(params))
-        return KahanState(inner_state, _zero_compensations((), (_velocity.materialize(params),))[0])
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, KahanState]:
-        state = check_state(state, KahanState)
-        if params is None:
-            raise ValueError(
-                "params=None, but what rounding takes depends on the params. Call "
-                "update(grads, state, params)."
-            )
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        _velocity.check_arrays("update", updates)
-        arrays = _velocity.only_where("updates", updates, params)
-        (updates, compensation), _ = _kept((), (updates, arrays, state.compensation))
-        return updates, KahanState(inner_state, compensation)
+def _init(inner, params):
+    inner_state = _with_wide_averages(inner.init(params))
+    return KahanState(inner_state, _zero_compensations((), (materialize(params),))[0])
 
-    tx = optax.GradientTransformationExtraArgs(init, update)
-    return by_value(tx, "kahan", given)
+
+def _update(inner, updates, state, params, extra_args):
+    updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+    check_arrays("update", updates)
+    arrays = only_where("updates", updates, params)
+    (updates, compensation), _ = _compensated((), (updates, arrays, state.compensation))
+    return updates, KahanState(inner_state, compensation)
 
 
 def _with_wide_averages(state):
-    """The state, with what `schedule_free` sums in float32: in 16 bits, small terms are lost."""
+    """The state, with the sums of `schedule_free` in float32: 16 bits would lose small terms."""
 
     def widen(leaf):
-        return leaf.astype(np.float32) if _is_narrow(leaf) else leaf
+        return leaf.astype(np.float32) if _is_16_bit(leaf) else leaf
 
     def part(node):
         if not isinstance(node, optax.contrib.ScheduleFreeState):
@@ -159,73 +163,59 @@ def _with_wide_averages(state):
     return replace(state, part)
 
 
-def _is_narrow(param):
+def _is_16_bit(param):
     return jnp.asarray(param).dtype in (jnp.bfloat16, jnp.float16)
 
 
-@by_leaf
+@jit_by_leaf
 def _zero_compensations(_, trees, __):
     def leaf(param):
-        if not _is_narrow(param):
+        if not _is_16_bit(param):
             return optax.MaskedNode()
-        return _velocity.zeros_like(param, np.dtype(jnp.bfloat16))
+        return zeros_like(param, np.dtype(jnp.bfloat16))
 
     return jax.tree.map(leaf, *trees), ()
 
 
-@by_leaf
-def _kept(_, trees, __):
+@jit_by_leaf
+def _compensated(_, trees, __):
     updates, params, compensation = trees
 
     def leaf(path, given, param, compensation):
-        if _velocity.is_absent(given):
-            return given, compensation
-        update, param = _velocity.expect_pair("update", path, given, "param", param)
-        if _is_narrow(param) == isinstance(compensation, optax.MaskedNode):
-            there = "none" if _is_narrow(param) else "one"
+        update, param = expect_pair(path, "update", given, "param", param)
+        if _is_16_bit(param) == isinstance(compensation, optax.MaskedNode):
+            needs, there = ("a", "none") if _is_16_bit(param) else ("no", "one")
             raise ValueError(
-                f"the param {_velocity.path_text(path)} is {param.dtype}, and such a param has "
-                f"{'a' if _is_narrow(param) else 'no'} compensation, but the state has {there} of "
-                f"it. {_velocity.SAME_PARAMS}"
+                f"the param {path_text(path)} is {param.dtype}, which needs {needs} compensation, "
+                f"but the state has {there} for it. {SAME_PARAMS}"
             )
-        if not _is_narrow(param):
+        if not _is_16_bit(param):
             return given, compensation
-        param, compensation = _velocity.expect_pair(
-            "param", path, param, "compensation", compensation
-        )
-        return _kept_leaf(update, param, compensation)
+        param, compensation = expect_pair(path, "param", param, "compensation", compensation)
+        return _compensated_leaf(update, param, compensation)
 
-    treedef, found = _velocity.zip_leaves("updates", updates, "params", params)
-    _, held = _velocity.zip_leaves("params", params, "compensation", compensation)
-    compensations = (compensation for _, _, compensation in held)
-    pairs = [leaf(*each, kept) for each, kept in zip(found, compensations, strict=True)]
-    updates, compensations = zip(*pairs, strict=True) if pairs else ((), ())
-    return (treedef.unflatten(updates), treedef.unflatten(compensations)), ()
+    return map_leaves(
+        leaf,
+        ("updates", updates),
+        ("params", params),
+        ("compensation", compensation),
+        absent=lambda update, param, compensation: (update, compensation),
+        outputs=2,
+    ), ()
 
 
 @inlined_jit
-def _kept_leaf(update, param, compensation):
+def _compensated_leaf(update, param, compensation):
     given = update, compensation
-    update, param, compensation = on_device((update, param, compensation))
+    update, param, compensation = to_device_memory((update, param, compensation))
     wide = param.astype(np.float32)
-    wanted = _velocity.take_in(update, param).astype(np.float32)
-    wanted = wanted + _velocity.hold_like(compensation, param).astype(np.float32)
-    update = _rounded(wide + wanted, param.dtype) - wide
-    # The new param, computed as apply_updates computes it: compiled together, the two are one
-    # value, and XLA makes one kernel of a step on a TPU; with `wanted - update` it makes two. XLA
-    # for GPUs drops the two casts, and then too `moved - wide` is `update` to the last bit.
+    wanted = isolate_input(update, param).astype(np.float32)
+    wanted = wanted + shard_like(compensation, param).astype(np.float32)
+    update = round_to_nearest(wide + wanted, param.dtype) - wide
+    # The new param, computed as apply_updates computes it: then the compiler computes both once,
+    # and makes one kernel of the step on a TPU, where it makes two of `wanted - update`. XLA for
+    # GPUs removes both casts; then too `moved - wide` equals `update` to the last bit.
     moved = (wide + update).astype(param.dtype).astype(np.float32)
-    short = wanted - (moved - wide)
-    short = jnp.where(jnp.isfinite(short), short, np.float32(0)).astype(compensation.dtype)
-    return in_memory_of(given, (update, _velocity.hold_like(short, compensation)))
-
-
-def _rounded(total, dtype):
-    """Rounds as a cast to `dtype` and back, which XLA may drop (`xla_allow_excess_precision`)."""
-    if dtype == jnp.bfloat16:
-        return lax.reduce_precision(total, exponent_bits=8, mantissa_bits=7)
-    normal = lax.reduce_precision(total, exponent_bits=5, mantissa_bits=10)
-    # That makes 0 of what is below the normal numbers, where float16 counts in units.
-    unit = np.float32(jnp.finfo(dtype).smallest_subnormal)
-    low = lax.round(total / unit, lax.RoundingMethod.TO_NEAREST_EVEN) * unit
-    return jnp.where(jnp.abs(total) < np.float32(jnp.finfo(dtype).tiny), low, normal)
+    rest = wanted - (moved - wide)
+    rest = jnp.where(jnp.isfinite(rest), rest, np.float32(0)).astype(compensation.dtype)
+    return to_memory_of(given, (update, shard_like(rest, compensation)))

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from momentum_jax._momentum import TraceState
 from momentum_jax._moving import decode
-from momentum_jax._recurrence import has_velocity, velocities_in
+from momentum_jax._state_types import has_velocity, velocities_in
 from momentum_jax._states import Held, find_within, held_by, is_count, optax_name
 
 PyTree = Any

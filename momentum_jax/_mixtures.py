@@ -7,7 +7,8 @@ import jax
 import optax
 
 from momentum_jax._hyperparameters import Hyperparameter
-from momentum_jax._recurrence import holds_velocity, transformation
+from momentum_jax._recurrence import transformation
+from momentum_jax._state_types import holds_velocity
 
 
 @holds_velocity("qhm")

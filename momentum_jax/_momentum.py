@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf
 from momentum_jax._hyperparameters import Hyperparameter, check, check_flag, is_zero
-from momentum_jax._recurrence import holds_velocity, transformation
+from momentum_jax._recurrence import transformation
+from momentum_jax._state_types import holds_velocity
 
 
 def _momentum_step(v, g, learning_rate, mu):
@@ -237,41 +236,6 @@ def trace(
     )
 
 
-def apply_updates(params: Any, updates: Any) -> Any:
-    """Moves the params: `w <- w + update`, in one compiled call.
-
-    The sum is taken at least float32 wide and rounded once to the param's dtype. Each param
-    keeps its dtype, weak type and sharding. `optax.apply_updates` gives the same values to arrays.
-
-        param             updates that are added; all others are refused
-        floating point    floating point, integers (converted to at least float32)
-        complex           complex, floating point, integers
-        integer           integers of a dtype whose every value the param's dtype holds
-        bool              none
-
-    Args:
-      params: a tree of arrays.
-      updates: a tree of the same structure and shapes, as `update` returns it. None, an
-        `optax.MaskedNode` or float0 leaves the param as it is.
-
-    Returns:
-      The new params; the old ones are not donated.
-
-    Raises:
-      ValueError: trees or shapes that do not match.
-      TypeError: an update that the param's dtype would truncate or wrap around; a param that is
-        no array.
-
-    Example:
-      >>> import jax.numpy as jnp, momentum_jax as mj
-      >>> print(mj.apply_updates({"w": jnp.ones(2)}, {"w": jnp.array([-0.5, 1.0])}))
-      {'w': Array([0.5, 2. ], dtype=float32)}
-    """
-    _velocity.check_arrays("param", params)
-    _velocity.check_arrays("update", updates)
-    return _add((), (params, updates))[0]
-
-
 def _check_nesterov(nesterov, mu) -> bool:
     nesterov = check_flag("nesterov", nesterov)
     if nesterov and is_zero(check("mu", mu)):
@@ -280,8 +244,3 @@ def _check_nesterov(nesterov, mu) -> bool:
             "Give a mu above 0, or leave nesterov out."
         )
     return nesterov
-
-
-@by_leaf
-def _add(_, trees, __):
-    return _velocity.add(*trees), ()

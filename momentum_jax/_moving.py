@@ -12,8 +12,16 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 
 from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf, group_of, inlined_jit, replicated
-from momentum_jax._placement import hold_like, in_memory_of, on_device, set_apart, take_in, whole
+from momentum_jax._dispatch import group_of, jit_by_leaf, replicated
+from momentum_jax._jax import inlined_jit
+from momentum_jax._placement import (
+    isolate,
+    isolate_input,
+    replicate,
+    shard_like,
+    to_device_memory,
+    to_memory_of,
+)
 from momentum_jax._storage import Stored, codec_of, compute_dtype
 
 # Outside jit nothing new can be made on an Explicit mesh, as decoding 8 bits does.
@@ -127,7 +135,7 @@ def _put(x, beside):
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
-@by_leaf
+@jit_by_leaf
 def _moved(static, trees, factor):
     (modes,), (targets, sources) = static, trees
     results = [
@@ -141,10 +149,10 @@ def _moved(static, trees, factor):
 def _moved_leaf(target, source, mode, factor):
     was_velocity, is_velocity, is_converted = mode
     given = target
-    target, source = on_device((target, source))
+    target, source = to_device_memory((target, source))
     same = was_velocity == is_velocity and not is_converted
     if same and _types(source) == _types(target):
-        return in_memory_of(given, jax.tree.map(_copied_like, source, target)), None
+        return to_memory_of(given, jax.tree.map(_copied_like, source, target)), None
     value = codec_of(source).decode(source) if was_velocity else source.values
     before = value
     if is_converted:
@@ -154,15 +162,15 @@ def _moved_leaf(target, source, mode, factor):
         base = codec_of(target).decode(target) if is_velocity else target.values
         before = value = _overlapping(value, base)
     if is_velocity:
-        stored = _velocity.encoded(value, target)
+        stored = _velocity.encode(value, target)
     else:
         stored = Stored(value.astype(target.values.dtype))
     stored = jax.tree.map(_copied_like, stored, target)
     lost = None
     if is_converted or _narrows(value.dtype, stored.values.dtype):
         read = codec_of(stored).decode(stored) if is_velocity else stored.values
-        lost = jnp.sum(jnp.isfinite(take_in(before, read)) & ~jnp.isfinite(set_apart(read)))
-    return in_memory_of(given, stored), lost
+        lost = jnp.sum(jnp.isfinite(isolate_input(before, read)) & ~jnp.isfinite(isolate(read)))
+    return to_memory_of(given, stored), lost
 
 
 def _types(stored):
@@ -170,7 +178,7 @@ def _types(stored):
 
 
 def _copied_like(x, other):
-    return hold_like(jnp.copy(x), other)
+    return shard_like(jnp.copy(x), other)
 
 
 def _narrows(before, after):
@@ -181,5 +189,5 @@ def _overlapping(value, base):
     """The base, with the value where both shapes overlap."""
     dtype = jnp.promote_types(value.dtype, base.dtype)
     sizes = [min(pair) for pair in zip(value.shape, base.shape, strict=True)]
-    value = lax.slice(whole(value.astype(dtype)), [0] * len(sizes), sizes)
-    return lax.dynamic_update_slice(whole(base.astype(dtype)), value, [0] * len(sizes))
+    value = lax.slice(replicate(value.astype(dtype)), [0] * len(sizes), sizes)
+    return lax.dynamic_update_slice(replicate(base.astype(dtype)), value, [0] * len(sizes))

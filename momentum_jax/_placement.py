@@ -1,9 +1,9 @@
-"""Which sharding a result has, where the partitioner would be free to choose.
+"""The sharding, the memory and the devices of results, under every kind of mesh.
 
-On Explicit axes it is part of an array's type, and arrays are moved to the one that is wanted. On
-Auto axes the partitioner propagates shardings between all arrays of a program, also from what
-comes from outside (gradients, updates) to the state that they are added to. There they pass a
-propagation barrier of the partitioner. JAX has no function for it; this is its primitive.
+On Explicit axes the sharding is part of an array's type, and arrays are moved to the sharding that
+is wanted. On Auto axes the partitioner chooses: it propagates shardings between all arrays of a
+program, also from arrays that come from outside (gradients, updates) to the state to which they
+are added. A propagation barrier (`_jax.propagation_barrier`) prevents that.
 """
 
 import math
@@ -13,73 +13,79 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import jet
-from jax.extend.core import Primitive
-from jax.extend.mlir.dialects import sdy
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from momentum_jax._jax import default_device, memory_space, propagation_barrier, varying_axes
 
-def take_in(value: jax.Array, like: jax.Array) -> jax.Array:
+
+def isolate_input(value: jax.Array, like: jax.Array) -> jax.Array:
     """`value`, to be combined with `like`: its sharding does not propagate to the result.
 
-    The other way it does: where the sharding of `value` is open, it is the result's.
+    The sharding of the result propagates to `value`, if the partitioner may choose that.
     """
     return _barrier(reshard_like(value, like), "BACKWARD")
 
 
-def give_out(value: jax.Array) -> jax.Array:
-    """`value`, in its sharding; how others use it does not propagate to what it is made of."""
+def isolate_output(value: jax.Array) -> jax.Array:
+    """`value`; the shardings of its uses do not propagate to the arrays it was computed from."""
     return _barrier(value, "FORWARD")
 
 
-def set_apart(value: jax.Array) -> jax.Array:
-    """`value`; no sharding propagates between what it is made of and what is made of it."""
+def isolate(value: jax.Array) -> jax.Array:
+    """`value`; no sharding propagates from its uses to its sources, or from sources to uses."""
     return _barrier(value, "NONE")
 
 
-def hold_like(
+def shard_like(
     value: jax.Array, like: jax.Array, *, backward: bool | jax.Array = False
 ) -> jax.Array:
-    """`value`, in the sharding of `like`. Shapes must be equal.
+    """`value`, in the sharding of `like`, which has the same shape.
 
-    No sharding propagates between the two. With `backward` that of `like` does, to `value` and to
-    what it is computed from. If `backward` is an array, it does where that is an argument of the
-    program: then it has a sharding already, and cannot get that of `like` from its other uses.
+    Args:
+      value: an array.
+      like: an array.
+      backward: whether the sharding of `like` also propagates to the arrays from which `value` is
+        computed. An array stands for "if this array is an argument of the program": then it has a
+        sharding already, and cannot take the sharding of `like` from its other uses.
+
+    Returns:
+      An array equal to `value`.
     """
     value = reshard_like(value, like)
     if not _is_open(like) or like.ndim == 0:
         return value
     given = value
-    value, like = on_device((value, like))
+    value, like = to_device_memory((value, like))
     condition = () if isinstance(backward, bool) else (backward,)
     direction = "NONE" if backward is False else "BACKWARD"
     once = _barrier(value, direction, *condition)
     twice = _barrier(once, direction, *condition)
-    # Chosen by `like`, it takes its sharding. Until the shardings are known, no compiler sees that
-    # both choices are equal; then the barriers go, and with them the comparison and the choice.
-    return in_memory_of(given, jnp.where(like == jnp.zeros((), like.dtype), once, twice))
+    # The result of a choice that depends on `like` takes the sharding of `like`. The compiler sees
+    # that both alternatives are equal only after the shardings are chosen and the barriers are
+    # removed; then it removes the comparison and the choice too.
+    return to_memory_of(given, jnp.where(like == jnp.zeros((), like.dtype), once, twice))
 
 
 def reshard_like(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, in the sharding that is part of the type of `like`: on Explicit axes alone."""
+    """`value`, on Explicit axes in the sharding that the type of `like` has."""
     held = jax.typeof(like).sharding
     if not is_explicit(held.mesh) or jax.typeof(value).sharding == held:
         return value
     return jax.sharding.reshard(value, held)
 
 
-def whole(value: jax.Array) -> jax.Array:
-    """`value`, on Explicit axes whole on each device: so its parts may be cut anywhere."""
+def replicate(value: jax.Array) -> jax.Array:
+    """`value`, on Explicit axes replicated, so that it can be sliced anywhere."""
     mesh = jax.typeof(value).sharding.mesh
     return jax.sharding.reshard(value, NamedSharding(mesh, P())) if is_explicit(mesh) else value
 
 
 def split_axis(value: jax.Array, axis: int, length: int) -> jax.Array:
-    """`value` with an axis split in two: parts of this length, and places in them.
+    """`value` with one axis split into two: blocks, and positions within a block of this length.
 
-    On Explicit axes the parts are sharded as the axis was, or whole where that cuts a part.
+    On Explicit axes the blocks are sharded as the axis was, or replicated if that cut a block.
     """
     shape = (*value.shape[:axis], value.shape[axis] // length, length, *value.shape[axis + 1 :])
     held = jax.typeof(value).sharding
@@ -95,7 +101,7 @@ def split_axis(value: jax.Array, axis: int, length: int) -> jax.Array:
 
 
 def merge_axes(value: jax.Array, axis: int) -> jax.Array:
-    """`value` with an axis and the one after it, which is whole, made one."""
+    """`value` with an axis and the next one, which is not sharded, merged into one."""
     size = value.shape[axis] * value.shape[axis + 1]
     shape = (*value.shape[:axis], size, *value.shape[axis + 2 :])
     held = jax.typeof(value).sharding
@@ -107,40 +113,54 @@ def merge_axes(value: jax.Array, axis: int) -> jax.Array:
 
 def zeros_like(param: jax.Array, dtype: np.dtype) -> jax.Array:
     """Zeros of the param's shape, in its sharding and its memory."""
-    given, param = param, on_device(param)
-    # Under jit, fresh zeros would be whole on each device, and invariant within shard_map.
+    given, param = param, to_device_memory(param)
+    # Under jit, zeros that depend on nothing would be replicated, and invariant within shard_map.
     zero = jnp.zeros((), dtype)
     zeros = jnp.where(param == jnp.zeros((), param.dtype), zero, zero)
-    return in_memory_of(given, hold_like(zeros, param, backward=True))
+    return to_memory_of(given, shard_like(zeros, param, backward=True))
 
 
-def on_device(tree: Any) -> Any:
-    """The tree, with what is in the memory of the host brought to that of the device.
+def zeros_of(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros in place of an abstract array: of its shape and dtype, in its sharding and memory."""
+    sharding: Any = abstract.sharding
+    # `jax.eval_shape` gives an array that is not committed to a device the sharding of one that
+    # is. On the default device it is taken as not committed.
+    if sharding is None or sharding == SingleDeviceSharding(default_device()):
+        return jnp.zeros(abstract.shape, abstract.dtype)
+    # Outside jit, `jnp.zeros` accepts no memory kind of a single device.
+    device = sharding.with_memory_kind(None) if sharding.memory_kind else sharding
+    zeros = jnp.zeros(abstract.shape, abstract.dtype, device=device)
+    if isinstance(zeros, Tracer):
+        # Under jit, `device` alone is no constraint, and a constraint accepts no memory kind.
+        mesh = getattr(sharding, "mesh", None)
+        explicit = mesh is not None and is_explicit(mesh)
+        put = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+        zeros = put(zeros, device)
+    return zeros if device == sharding else jax.device_put(zeros, sharding)
 
-    No program computes with arrays of two memories, nor on every device with those of the host.
+
+def to_device_memory(tree: Any) -> Any:
+    """The tree, with arrays in host memory copied to device memory.
+
+    A program cannot compute with arrays of two memories, nor every device with host memory.
     """
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x, tree
     )
 
 
-def in_memory_of(like: Any, tree: Any) -> Any:
+def to_memory_of(like: Any, tree: Any) -> Any:
     """The tree, with each array in the memory of its counterpart in `like`."""
     return jax.tree.map(
-        lambda given, x: jax.device_put(x, _memory_of(given)) if _is_on_host(given) else x,
+        lambda given, x: jax.device_put(x, memory_space(given)) if _is_on_host(given) else x,
         like,
         tree,
     )
 
 
 def _is_on_host(x):
-    space = _memory_of(x)
+    space = memory_space(x)
     return space is not None and space != jax.memory.Space.Device
-
-
-def _memory_of(x):
-    """None where JAX does not say it in the array's type, as before 0.8."""
-    return getattr(jax.typeof(x), "memory_space", None)
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
@@ -149,34 +169,28 @@ def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
 
 
 def is_split(value: jax.Array, axis: int) -> bool:
-    """Whether its type says that an axis of it is sharded: on Explicit axes alone."""
+    """Whether the type of `value` says that this axis is sharded (on Explicit axes only)."""
     held = jax.typeof(value).sharding
     return is_explicit(held.mesh) and held.spec[axis] is not None
 
 
 def axes_that_differ(*trees: Any) -> set[str]:
-    """The manual axes, as within shard_map, along which a device may have values of its own.
+    """The manual axes, as within shard_map, along which devices may hold different values.
 
-    Where shard_map does not track that (`check_vma=False`, `jax.pmap` of JAX 0.10), these are all.
+    These are all of them where shard_map does not track it: with `check_vma=False`, and in the
+    `jax.pmap` of JAX 0.10.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = {name for name in mesh.manual_axes if mesh.shape[name] > 1}
-    # The index along an axis differs, so its type says so if any type does.
-    if all(name in _varying(jax.lax.axis_index(name)) for name in manual):
+    # The index along an axis differs by definition: if its type does not say so, no type does.
+    if all(name in varying_axes(jax.lax.axis_index(name)) for name in manual):
         leaves = [x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)]
-        manual &= set().union(*map(_varying, leaves))
+        manual &= set().union(*map(varying_axes, leaves))
     return manual
 
 
-def _varying(x):
-    kind = jax.typeof(x)
-    # JAX 0.10 and later; `vma` before.
-    manual = getattr(kind, "manual_axis_type", None)
-    return kind.vma if manual is None else manual.varying | manual.unreduced
-
-
 def axes(*entries: Any) -> Iterator[str]:
-    """The names of the axes in the entries of a PartitionSpec."""
+    """The names of the mesh axes in the entries of a PartitionSpec."""
     for entry in entries:
         if isinstance(entry, str):
             yield entry
@@ -185,50 +199,10 @@ def axes(*entries: Any) -> Iterator[str]:
 
 
 def _is_open(x):
-    """Whether the partitioner chooses a sharding: there are axes neither Explicit nor Manual."""
+    """Whether the partitioner chooses the sharding: some axes are neither Explicit nor Manual."""
     mesh = jax.typeof(x).sharding.mesh
     return mesh.empty or AxisType.Auto in mesh.axis_types
 
 
-def _barrier(x, direction, *given):
-    return _barrier_p.bind(x, *given, direction=direction) if x.ndim and _is_open(x) else x
-
-
-_barrier_p = Primitive("momentum_jax_propagation_barrier")
-_barrier_p.def_impl(lambda x, *given, direction: x)
-_barrier_p.def_abstract_eval(lambda x, *given, direction: x)
-
-
-def _lower(ctx, x, *given, direction):
-    # By the devices of the program, not of the process, which may compile for others. Without
-    # Shardy, JAX's partitioner from 0.7 on, the choice is left to its predecessor.
-    one = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
-    if one or not jax.config.values.get("jax_use_shardy_partitioner", True):
-        return [x]
-    if not all(_is_argument(value, ctx.module_context.module) for value in given):
-        direction = "NONE"
-    return [sdy.PropagationBarrierOp(x, getattr(sdy.PropagationDirection, direction)).result]
-
-
-def _is_argument(value, module):
-    """Whether a value is an argument of the whole program, not of a loop or function within it."""
-    return any(
-        value.owner == operation.regions[0].blocks[0]
-        for operation in module.body.operations
-        if "sym_name" in operation.attributes and str(operation.attributes["sym_name"]) == '"main"'
-    )
-
-
-def _batch(arguments, dimensions, *, direction):
-    return _barrier_p.bind(*arguments, direction=direction), dimensions[0]
-
-
-def _transpose(cotangent, x, *given, direction):
-    return [cotangent, *[None] * len(given)]
-
-
-# Not cached, as a lowering that is cached sees no arguments but its own.
-mlir.register_lowering(_barrier_p, _lower, cacheable=False)
-batching.primitive_batchers[_barrier_p] = _batch
-ad.deflinear2(_barrier_p, _transpose)
-jet.deflinear(_barrier_p)
+def _barrier(x, direction, *conditions):
+    return propagation_barrier(x, direction, *conditions) if x.ndim and _is_open(x) else x

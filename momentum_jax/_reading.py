@@ -7,8 +7,8 @@ import jax
 import optax
 
 from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf, one_level
-from momentum_jax._recurrence import STATE_TYPES, has_several, has_velocity, velocities_in
+from momentum_jax._dispatch import jit_by_leaf, one_level
+from momentum_jax._state_types import STATE_TYPES, has_several, has_velocity, velocities_in
 from momentum_jax._states import find
 from momentum_jax._storage import Stored
 
@@ -69,7 +69,7 @@ def velocities(state: Any) -> list[Any]:
     return found
 
 
-@by_leaf
+@jit_by_leaf
 def _read(_, trees, __):
     return [
         tuple(_velocity.decode(Stored(*pair)) for pair in zip(*each, strict=True))

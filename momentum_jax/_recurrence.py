@@ -1,69 +1,17 @@
-"""The transformation of a recurrence: anybody's method, with everything the contract promises."""
+"""The transformation of a recurrence: any momentum method, with every promise of the contract."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import export
 
 from momentum_jax import _velocity
-from momentum_jax._dispatch import by_leaf
 from momentum_jax._hyperparameters import Hyperparameter, by_value, check, resolve
-from momentum_jax._storage import Stored
-
-# What makes the states of each type that holds a velocity: a count, the values, the scales.
-STATE_TYPES: dict[type, str] = {}
-# Those of them in which values and scales are tuples, an entry for each of several velocities.
-_OF_SEVERAL: set[type] = set()
-_T = TypeVar("_T", bound=type)
-
-
-def holds_velocity(made_by: str, *, several: bool = False) -> Callable[[_T], _T]:
-    """Marks a type of state as one that holds a velocity, and registers it for `jax.export`."""
-
-    def mark(state_type: _T) -> _T:
-        STATE_TYPES[state_type] = made_by
-        if several:
-            _OF_SEVERAL.add(state_type)
-        export.register_namedtuple_serialization(
-            state_type, serialized_name=f"momentum_jax.{state_type.__name__}"
-        )
-        return state_type
-
-    return mark
-
-
-def has_velocity(node: Any) -> bool:
-    """Whether it is a state with a velocity of its own."""
-    return isinstance(node, tuple(STATE_TYPES))
-
-
-def has_several(state: Any) -> bool:
-    """Whether one of the `STATE_TYPES` has a tuple of velocities in place of one."""
-    return type(state) in _OF_SEVERAL
-
-
-def velocities_in(state: Any) -> list[Stored]:
-    """The velocities of one of the `STATE_TYPES`: one, or several."""
-    _, values, scales = state
-    if not has_several(state):
-        return [Stored(values, scales)]
-    return [Stored(*pair) for pair in zip(values, scales or [None] * len(values), strict=True)]
-
-
-def with_velocities(state: Any, count: Any, several: Sequence[Stored]) -> Any:
-    """A state of the same type."""
-    return _state_of(type(state), count, several)
-
-
-def _state_of(state_type, count, several):
-    values, scales = zip(*several, strict=True)
-    if state_type not in _OF_SEVERAL:
-        return state_type(count, *values, *scales)
-    return state_type(count, values, None if scales[0] is None else scales)
+from momentum_jax._leaves import check_arrays, materialize
+from momentum_jax._state_types import holds_velocity, state_of, velocities_in
+from momentum_jax._storage import check_dtype
 
 
 @holds_velocity("recurrence")
@@ -120,46 +68,49 @@ def recurrence(
     velocity_dtype: Any = None,
     **hyperparameters: Hyperparameter,
 ) -> optax.GradientTransformationExtraArgs:
-    """A method of your own, from the function that advances one array.
+    """Makes a transformation from your own recurrence, a function of one array.
 
         velocity, update = function(velocity, gradient, **hyperparameters)
 
-    The function is written for one array of the params, and knows nothing of trees, dtypes,
-    devices or schedules. What it makes keeps every promise of `momentum`: the same dtypes in each
-    step, missing gradients, shardings, one dispatch outside jit, hyperparameters that may be
-    schedules and are never compiled in, `read_velocity`, `reset_velocity` and the wrappers.
+    The function handles one array of the params. It need not handle trees, dtypes, devices or
+    schedules. The transformation keeps every promise of `momentum`: dtypes that do not change from
+    step to step, missing gradients, shardings, one dispatch outside jit, hyperparameters that can
+    be schedules and never cause a new compilation, `read_velocity`, `reset_velocity` and the
+    wrappers.
 
     Args:
-      function: `(velocity, gradient, **hyperparameters) -> (new velocity, update)`. All are arrays
-        of one dtype, at least float32 wide; velocity, gradient and results have the param's shape,
-        and hyperparameters are scalars. The velocity is 0 at first. The update is what is added to
-        the params. Hyperparameters are given by their names in the signature; its defaults are
-        theirs. It is compiled once for each function: define it in a module, or once in a
-        notebook. One that is made anew, such as a lambda in a loop, is compiled anew.
+      function: `(velocity, gradient, **hyperparameters) -> (new velocity, update)`. All arguments
+        and results are arrays of one dtype, at least float32 wide. The velocity, the gradient and
+        the results have the param's shape; hyperparameters are scalars. The first velocity is 0.
+        The update is added to the params. Hyperparameters are passed by their names in the
+        signature, whose defaults are used. The step is compiled once for each function object:
+        define the function in a module, or once in a notebook. A new function object, such as a
+        lambda in a loop, is compiled again.
 
-        It need not be elementwise: a norm over the array, or a product of matrices, is that of the
-        whole param under jit, also where the param is sharded, with the communication that this
-        takes. Within `jax.shard_map` the array is the device's own part of the param. Under vmap
-        it is one member's.
-      velocities: None, or how many there are, if the method has several, such as the two averages
-        of Adam. The function is then given a tuple of arrays in place of one, and returns one.
-      velocity_dtype: as for `momentum`; there the update is computed before the velocity is
-        rounded. For a function that is not elementwise, or that calls one with a derivative of its
-        own, such as `jax.nn.relu`, int8 is compiled in another way, which TPUs take longer for.
+        It need not be elementwise. Under jit, a norm or a matrix product over the array is over
+        the whole param, also if the param is sharded, with the communication that this requires.
+        Within `jax.shard_map` the array is the device's part of the param. Under vmap it is the
+        array of one member.
+      velocities: None for one velocity per param, or the number of velocities, such as 2 for the
+        two averages of Adam. With a number, the function takes and returns a tuple of arrays in
+        place of one velocity.
+      velocity_dtype: as for `momentum`. The update is computed before the new velocity is rounded.
+        For a function that is not elementwise, or that calls a function with a custom derivative
+        such as `jax.nn.relu`, int8 is compiled in another way, which is slower on TPUs.
       **hyperparameters: each a float, a scalar array (traced or not) or a schedule: a function of
         the number of steps taken, from 0. `learning_rate`, `mu`, `dampening`, `nu`,
-        `weight_decay`, `lr`, `momentum` and `scale` are checked as everywhere in this package,
+        `weight_decay`, `lr`, `momentum` and `scale` are checked as everywhere in this package;
         others must be finite.
 
     Returns:
-      An Optax transformation like that of `momentum`, whose state is a `RecurrenceState`, or with
-      `velocities` a `SeveralVelocitiesState`; `update` takes each hyperparameter as an overriding
-      keyword. The states of two functions have one type: giving one the state of the other is not
-      noticed.
+      An Optax transformation like that of `momentum`. Its state is a `RecurrenceState`, or with
+      `velocities` a `SeveralVelocitiesState`. `update` takes each hyperparameter as an overriding
+      keyword. The states of two functions have the same type: `update` cannot detect that it is
+      given the state of another function.
 
     Raises:
-      TypeError: a function that does not take these hyperparameters, or, in the first step, does
-        not return two arrays of the right shape and dtype; otherwise as for `momentum`.
+      TypeError: a function that does not take these hyperparameters, or that, in the first step,
+        does not return two arrays of the right shape and dtype; otherwise as for `momentum`.
       ValueError: as for `momentum`.
 
     Example:
@@ -193,7 +144,7 @@ _WANTED = "(velocity, gradient, hyperparameter, ...) -> (new velocity, update)"
 
 
 def _of_signature(function, given):
-    """All hyperparameters of a function, in its order: those that are given, and its defaults."""
+    """All hyperparameters of a function, in its order: the given values, and its defaults."""
     if not callable(function):
         raise TypeError(f"function={function!r} must be a function: {_WANTED}.")
     name = _velocity.name_of(function)
@@ -247,17 +198,23 @@ def transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """The Optax transformation of a recurrence.
 
-    Its states are a count, the values and the scales of what is stored; of several velocities both
-    are tuples. `by_name` makes of the extra arguments of `update` the hyperparameters among them.
-    It is equal to others of the same type of state that are made of equal parts.
+    It equals other transformations of the same state type that are made of equal arguments.
+
+    Args:
+      state_type: one of the `STATE_TYPES`.
+      function: the recurrence.
+      velocity_dtype: as for `momentum`.
+      hyperparameters: values or schedules by name.
+      velocities: None for one velocity per param, or the number of velocities.
+      by_name: takes the extra arguments of `update`, returns the overriding hyperparameters.
     """
-    velocity_dtype = _velocity.check_dtype(velocity_dtype)
+    velocity_dtype = check_dtype(velocity_dtype)
     given = {name: check(name, value) for name, value in hyperparameters.items()}
     number, is_tuple = velocities or 1, velocities is not None
 
     def init(params):
-        trees, count = _init((velocity_dtype, number), (_velocity.materialize(params),))
-        return _state_of(state_type, count, _several(trees))
+        columns, count = _velocity.start((velocity_dtype, number), (materialize(params),))
+        return state_of(state_type, count, _velocity.stored_in(columns, number))
 
     def update(
         updates: optax.Updates,
@@ -265,11 +222,11 @@ def transformation(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        # Optax hands each transform of a chain the same params and extra arguments.
+        # Optax passes the params and all extra arguments to every transformation of a chain.
         del params
         held: Any = state
         _check_state(updates, held, state_type)
-        _velocity.check_arrays("gradient", updates)
+        check_arrays("gradient", updates)
         if is_tuple:
             _check_number(held[1], number)
         overrides = by_name(extra_args)
@@ -277,19 +234,18 @@ def transformation(
             name: resolve(name, value, overrides.get(name), held.count)
             for name, value in given.items()
         }
-        trees, count = _update(
-            (function, is_tuple, velocity_dtype),
-            (updates, *_columns(velocities_in(held))),
-            (held.count, coefficients),
+        columns = _velocity.columns_of(velocities_in(held))
+        (updates, *columns), count = _velocity.advance(
+            (function, is_tuple, velocity_dtype), (updates, *columns), (held.count, coefficients)
         )
-        return trees[0], _state_of(state_type, count, _several(trees[1:]))
+        return updates, state_of(state_type, count, _velocity.stored_in(columns, number))
 
     parts = state_type, function, velocity_dtype, velocities, *given, *given.values()
     return by_value(optax.GradientTransformationExtraArgs(init, update), *parts)
 
 
 def _check_state(updates: Any, state: Any, state_type: type) -> None:
-    """Raises a TypeError that says what was given in the state's place."""
+    """Raises a TypeError that says what was given in place of the state."""
     if isinstance(state, state_type):
         return
     if isinstance(updates, state_type):
@@ -301,9 +257,9 @@ def _check_state(updates: Any, state: Any, state_type: type) -> None:
             "the state is None. Call `state = tx.init(params)` before the first update."
         )
     origin = remedy = ""
-    if isinstance(state, optax.TraceState):  # There is one of ours of the same name.
+    if isinstance(state, optax.TraceState):  # Our state type has the same name.
         origin = " of Optax"
-        remedy = " To continue a job of Optax, see momentum_jax.frameworks.load_optax."
+        remedy = " To resume a run of Optax, see momentum_jax.frameworks.load_optax."
     raise TypeError(
         f"the state is {type(state).__name__}{origin}, but must be the {state_type.__name__} that "
         "init or the last update of this transformation returned. In a chain, call the chain's "
@@ -319,39 +275,3 @@ def _check_number(values, number):
             f"the state must have {number} velocities, but has {held}. Give the state that this "
             "transformation's init returned."
         )
-
-
-def incremented(count: jax.Array) -> jax.Array:
-    """The count of the next step; it stops at its largest value."""
-    return jnp.asarray(optax.safe_increment(count))
-
-
-# Compiled once for all instances: a hyperparameter is an argument, not part of the program. Trees
-# are like the params, so that what belongs to one of them is under its path: `by_leaf`.
-@by_leaf
-def _init(static, trees, _):
-    (velocity_dtype, number), (params,) = static, trees
-    several = [_velocity.zeros(params, velocity_dtype) for _ in range(number)]
-    return _columns(several), jnp.zeros([], jnp.int32)
-
-
-@by_leaf
-def _update(static, trees, shared):
-    (function, is_tuple, velocity_dtype), (grads, *columns) = static, trees
-    count, hyperparameters = shared
-    updates, several = _velocity.advance(
-        function, is_tuple, grads, _several(columns), hyperparameters, count, velocity_dtype
-    )
-    return (updates, *_columns(several)), incremented(count)
-
-
-def _columns(several):
-    """The values of each velocity, then the scales of each."""
-    values, scales = zip(*several, strict=True)
-    return *values, *scales
-
-
-def _several(columns):
-    """The same, back."""
-    number = len(columns) // 2
-    return [Stored(*pair) for pair in zip(columns[:number], columns[number:], strict=True)]

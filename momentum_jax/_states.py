@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from momentum_jax import _velocity
-from momentum_jax._recurrence import has_several, has_velocity, velocities_in, with_velocities
+from momentum_jax._state_types import has_several, has_velocity, velocities_in, with_velocities
 from momentum_jax._storage import Stored
 
 PyTree = Any

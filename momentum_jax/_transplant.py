@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from momentum_jax import _velocity
 from momentum_jax._hyperparameters import check_flag
+from momentum_jax._leaves import ARRAYS, path_text
 from momentum_jax._matching import (
     BY_SHAPE,
     Arrays,
@@ -27,7 +27,6 @@ from momentum_jax._matching import (
 )
 from momentum_jax._momentum import MomentumState, TraceState
 from momentum_jax._moving import Move, has_moved, like, moved
-from momentum_jax._recurrence import STATE_TYPES, has_velocity
 from momentum_jax._report import (
     DROPPED,
     FRESH,
@@ -38,6 +37,7 @@ from momentum_jax._report import (
     TransplantRow,
 )
 from momentum_jax._restart import AdaptiveRestartState
+from momentum_jax._state_types import STATE_TYPES, has_velocity
 from momentum_jax._states import REMEMBERED, held_by, optax_name, replace, with_held
 from momentum_jax._storage import Stored, decoded_dtype
 
@@ -281,9 +281,9 @@ def _check_lost(entries, lost):
 
 def _check_state(name, state):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if not isinstance(leaf, _velocity.ARRAYS):
+        if not isinstance(leaf, ARRAYS):
             raise TypeError(
-                f"{name} {_velocity.path_text(path)} is {type(leaf).__name__}, not an array. Give "
+                f"{name} {path_text(path)} is {type(leaf).__name__}, not an array. Give "
                 "a state that init or update returned."
             )
     if type(state) in (tuple, list, dict, type(None)) and not state:
@@ -489,7 +489,7 @@ def _is_complex(dtype):
 def _check_made(place, made):
     where, shape = place.path or "the root", np.shape(place.held.stored.values)
     wanted = _dtype_of(place)
-    if not isinstance(made, _velocity.ARRAYS):
+    if not isinstance(made, ARRAYS):
         raise TypeError(
             f"resize must return an array for {where}, or None, but returned {type(made).__name__}."
         )

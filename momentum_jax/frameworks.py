@@ -84,9 +84,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from momentum_jax import _carry, _velocity
+from momentum_jax import _carry
 from momentum_jax._carry import ToParams
-from momentum_jax._dispatch import inlined_jit
 from momentum_jax._hyperparameters import (
     Hyperparameter,
     by_value,
@@ -97,11 +96,19 @@ from momentum_jax._hyperparameters import (
     is_zero,
     resolve,
 )
+from momentum_jax._jax import inlined_jit
+from momentum_jax._leaves import (
+    check_arrays,
+    check_gradient_dtype,
+    expect_pair,
+    is_absent,
+    map_leaves,
+)
 from momentum_jax._momentum import MomentumState, TraceState, momentum, trace
 from momentum_jax._moving import has_moved, to_host
-from momentum_jax._placement import in_memory_of, on_device
-from momentum_jax._recurrence import incremented
+from momentum_jax._placement import isolate_input, isolate_output, to_device_memory, to_memory_of
 from momentum_jax._transplant import Conversion, carried_velocities
+from momentum_jax._velocity import incremented
 
 PyTree = Any
 # The names of the weights in the optimizer's order, or the weights by name in that order.
@@ -809,7 +816,7 @@ def _scale(learning_rate):
         del params
 
         def leaf(path, g):
-            _velocity.check_gradient_dtype(path, g.dtype, np.promote_types(g.dtype, np.float32))
+            check_gradient_dtype(path, g.dtype, np.promote_types(g.dtype, np.float32))
             return _scaled_leaf(g, rate)
 
         return jax.tree_util.tree_map_with_path(leaf, updates)
@@ -858,28 +865,25 @@ def _decayed(updates, params, *factors):
     """The updates plus the product of the params and the factors."""
     if params is None:
         raise ValueError("weight_decay needs the params: update(grads, state, params).")
-    treedef, pairs = _velocity.zip_leaves("gradients", updates, "params", params)
 
     def leaf(path, g, w):
-        if g is None:
-            return None
-        g, w = _velocity.expect_pair("gradient", path, g, "param", w)
-        _velocity.check_gradient_dtype(path, g.dtype, w.dtype, "param")
+        g, w = expect_pair(path, "gradient", g, "param", w)
+        check_gradient_dtype(path, g.dtype, w.dtype, "param")
         return _decayed_leaf(g, w, *factors)
 
-    return treedef.unflatten(leaf(*pair) for pair in pairs)
+    return map_leaves(leaf, ("gradients", updates), ("params", params))
 
 
 @inlined_jit
 def _decayed_leaf(g, w, *factors):
     given = g
-    g, w = on_device((g, w))
+    g, w = to_device_memory((g, w))
     dtype = np.promote_types(g.dtype, w.dtype)
     product = w.astype(dtype)
     for factor in factors:
         product = jnp.asarray(factor, dtype) * product
-    total = _velocity.take_in(g, w).astype(dtype) + product
-    return in_memory_of(given, _velocity.give_out(total))
+    total = isolate_input(g, w).astype(dtype) + product
+    return to_memory_of(given, isolate_output(total))
 
 
 @inlined_jit
@@ -915,14 +919,14 @@ def _chain(*steps, has_velocity=True):
     tx = optax.chain(*steps)
 
     def widened(g):
-        if _velocity.is_absent(g):
+        if is_absent(g):
             return None
         g = jnp.asarray(g)
         floats = jnp.issubdtype(g.dtype, jnp.inexact)
         return g.astype(np.promote_types(g.dtype, np.float32)) if floats else g
 
     def narrowed(g, update):
-        return g if _velocity.is_absent(g) else update.astype(jnp.asarray(g).dtype)
+        return g if is_absent(g) else update.astype(jnp.asarray(g).dtype)
 
     def update(updates, state, params=None, **extra_args):
         mu = extra_args.get("mu")
@@ -931,22 +935,24 @@ def _chain(*steps, has_velocity=True):
                 f"mu={mu} has no effect, because without momentum there is no velocity. Make the "
                 "transformation with a momentum, or with jnp.zeros([]) to begin without."
             )
-        _velocity.check_arrays("gradient", updates)
+        check_arrays("gradient", updates)
         if params is not None and not has_velocity:
             _check_params(updates, params)
-        wide = jax.tree.map(widened, updates, is_leaf=_velocity.is_absent)
+        wide = jax.tree.map(widened, updates, is_leaf=is_absent)
         moved, state = tx.update(wide, state, params, **extra_args)
-        return jax.tree.map(narrowed, updates, moved, is_leaf=_velocity.is_absent), state
+        return jax.tree.map(narrowed, updates, moved, is_leaf=is_absent), state
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _check_params(grads, params):
     """What a velocity would be compared with, where there is none."""
-    for path, g, w in _velocity.zip_leaves("gradients", grads, "params", params)[1]:
-        if not _velocity.is_absent(g):
-            g, w = _velocity.expect_pair("gradient", path, g, "param", w)
-            _velocity.check_gradient_dtype(path, g.dtype, w.dtype, "param")
+
+    def leaf(path, g, w):
+        g, w = expect_pair(path, "gradient", g, "param", w)
+        check_gradient_dtype(path, g.dtype, w.dtype, "param")
+
+    map_leaves(leaf, ("gradients", grads), ("params", params))
 
 
 class _Job:

@@ -14,10 +14,11 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from momentum_jax import _velocity
-from momentum_jax._dispatch import inlined_jit
-from momentum_jax._hyperparameters import by_value, check_flag, check_transformation
-from momentum_jax._placement import axes, hold_like, is_explicit, reshard_like
+from momentum_jax._hyperparameters import by_value, check_flag
+from momentum_jax._jax import inlined_jit
+from momentum_jax._leaves import check_arrays, is_absent, path_text
+from momentum_jax._placement import axes, is_explicit, reshard_like, shard_like
+from momentum_jax._wrapper import check_transformation
 
 PyTree = Any
 Path = tuple[Any, ...]
@@ -135,7 +136,7 @@ def zero1(
             )
         owners = tuple(_owners(params, mesh).items())
         arrays = jax.tree.map(lambda x: None if isinstance(x, jax.ShapeDtypeStruct) else x, params)
-        _velocity.check_arrays("param", arrays)
+        check_arrays("param", arrays)
         leaves, treedef = jax.tree.flatten(params)
         abstract = tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in leaves)
         arrays = treedef.flatten_up_to(arrays)
@@ -268,7 +269,7 @@ def _own(path, param, mesh) -> Entries:
         spec = sharding.spec
     elif isinstance(param, jax.Array) and not isinstance(param, Tracer):
         raise ValueError(
-            f"the param {_velocity.path_text(path)} is not on the mesh {mesh}, but on {sharding}. "
+            f"the param {path_text(path)} is not on the mesh {mesh}, but on {sharding}. "
             "Put it there: jax.device_put(params, NamedSharding(mesh, PartitionSpec())) replicates "
             "all."
         )
@@ -284,7 +285,7 @@ def _check_on_mesh(path, held, mesh, devices):
         on_mesh = sharding is not None and sharding.device_set == devices
     if not on_mesh:
         raise ValueError(
-            f"the state {_velocity.path_text(path)} is not on the mesh {mesh}, so that it would "
+            f"the state {path_text(path)} is not on the mesh {mesh}, so that it would "
             "not stay split. Give the state that init returned; after a restore, give the "
             "restoring function init(params) as its target, or put each array into the sharding it "
             "has there."
@@ -333,7 +334,7 @@ def _init(inner_init, mesh, axis, owners, treedef, abstract, arrays):
         shape, own = ((), ()) if owner is None else owners[owner]
         if owner is not None and _HIDDEN in own and np.shape(leaf) == shape:
             # It takes from the param the axes that are hidden here.
-            leaf = hold_like(leaf, parts[owner], backward=True)
+            leaf = shard_like(leaf, parts[owner], backward=True)
         return place(path, leaf)
 
     parts: dict[Path, Any] = {
@@ -430,7 +431,7 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, params: Any = ())
     """The tree with each array in the sharding of what is held under its path, if anything is."""
 
     def leaf(path, x):
-        if path not in held or np.shape(x) != np.shape(held[path]) or _velocity.is_absent(x):
+        if path not in held or np.shape(x) != np.shape(held[path]) or is_absent(x):
             return x
         like = held[path]
         if not isinstance(x, Tracer) and not isinstance(like, Tracer):
@@ -443,6 +444,6 @@ def _alike(tree: PyTree, held: dict[Path, Any], mesh: Mesh, *, params: Any = ())
             return reshard_like(x, like)
         if any(jnp.issubdtype(array.dtype, jax.dtypes.extended) for array in (x, like)):
             return x  # Keys of random numbers.
-        return hold_like(x, like, backward=jnp.asarray(params[path]) if path in params else False)
+        return shard_like(x, like, backward=jnp.asarray(params[path]) if path in params else False)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

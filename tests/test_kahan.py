@@ -773,13 +773,13 @@ OTHER_PARAMS: dict[str, Any] = {
     "none of bfloat16": (
         WIDE,
         NARROW,
-        r"\['w'\] is bfloat16, .* a compensation, .* has none of it",
+        r"\['w'\] is bfloat16, .* a compensation, .* has none for it",
     ),
-    "one of float32": (NARROW, WIDE, r"\['w'\] is float32, .* no compensation, .* has one of it"),
+    "one of float32": (NARROW, WIDE, r"\['w'\] is float32, .* no compensation, .* has one for it"),
     "one of float8": (
         NARROW,
         {"w": jnp.ones((2, 3), "float8_e4m3fn")},
-        r"\['w'\] is float8_e4m3fn, .* no compensation, .* has one of it",
+        r"\['w'\] is float8_e4m3fn, .* no compensation, .* has one for it",
     ),
     "a shape that would be broadcast": (
         {"w": jnp.ones((1, 3), "bfloat16")},

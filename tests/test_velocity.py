@@ -101,7 +101,7 @@ def test_c9_gradients_of_another_structure(case, traced):
     """Which leaves are where, and what to do about it."""
     grads, params, parts = STRUCTURES[case]
     rule = "the gradients and the velocity must be trees of one structure"
-    remedies = ["Call init with the very params", "give None where a param has no gradient"]
+    remedies = ["Call init with the params", "give None where a param has no gradient"]
     check_refused(grads, params, ValueError, rule, *parts, *remedies, traced=traced)
 
 
@@ -138,7 +138,7 @@ def test_c9_gradient_where_init_saw_no_param(grads, params, there, traced):
 )
 def test_c9_gradient_of_another_shape(grads, params, parts, traced):
     """Also where broadcasting would have let it pass."""
-    remedy = "They must be equal. Call init with the very params"
+    remedy = "They must be equal. Call init with the params"
     check_refused(grads, params, ValueError, "the gradient", *parts, remedy, traced=traced)
 
 

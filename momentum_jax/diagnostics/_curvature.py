@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from momentum_jax import _velocity
-from momentum_jax._dispatch import inlined_jit
 from momentum_jax._hyperparameters import require_whole
-from momentum_jax._placement import hold_like
+from momentum_jax._jax import inlined_jit
+from momentum_jax._leaves import check_arrays
+from momentum_jax._placement import shard_like
 from momentum_jax._storage import compute_dtype
 
 PyTree = Any
@@ -95,7 +95,7 @@ def curvature(
       Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
     steps = require_whole("steps", steps, 2)
-    _velocity.check_arrays("param", params)
+    check_arrays("param", params)
     key = jax.random.key(0) if key is None else key
     diagonal, off_diagonal, along_gradient = _lanczos(loss, model, steps, params, batch, key)
     return _ritz(diagonal, off_diagonal, along_gradient)
@@ -224,7 +224,7 @@ def _joined(treedef, varied, fixed):
 
 
 def _normal_like(key, x):
-    return hold_like(jax.random.normal(key, x.shape, x.dtype), x, backward=True)
+    return shard_like(jax.random.normal(key, x.shape, x.dtype), x, backward=True)
 
 
 def _dot(xs, ys):

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from momentum_jax import _velocity
-from momentum_jax._dispatch import at_once, by_leaf, gathered, inlined_jit
+from momentum_jax import _inner_products
+from momentum_jax._dispatch import jit_by_leaf, jit_whole, on_one_group
 from momentum_jax._hyperparameters import check_value
+from momentum_jax._jax import inlined_jit
+from momentum_jax._leaves import check_arrays
 
 PyTree = Any
 
@@ -96,7 +98,7 @@ def measure(
       Qian (1999), On the momentum term in gradient descent learning algorithms, for the ball.
     """
     learning_rate, mu = _check(learning_rate, mu)
-    _velocity.check_arrays("gradient", grads)
+    check_arrays("gradient", grads)
     return _measure(grads, velocity, learning_rate, mu, loss)
 
 
@@ -133,7 +135,7 @@ def measure_by_leaf(
       "['head']"
     """
     learning_rate, mu = _check(learning_rate, mu)
-    _velocity.check_arrays("gradient", grads)
+    check_arrays("gradient", grads)
     found, _ = _measure_by_leaf((), (grads, velocity), (learning_rate, mu))
     leaves = jax.tree_util.tree_leaves_with_path(
         found, is_leaf=lambda node: isinstance(node, Measurement)
@@ -177,42 +179,42 @@ def measure_near(
 def _largest(several):
     # Where all is 0 it is the least of the dtype, and another group's counts.
     return tuple(
-        functools.reduce(jnp.maximum, each) for each in zip(*gathered(several), strict=True)
+        functools.reduce(jnp.maximum, each) for each in zip(*on_one_group(several), strict=True)
     )
 
 
-@functools.partial(by_leaf, combine=_largest)
+@functools.partial(jit_by_leaf, combine=_largest)
 def _exponents(_, trees, __):
-    return (), _velocity.exponents(*trees)
+    return (), _inner_products.exponents(*trees)
 
 
-@at_once
+@jit_whole
 def _measure(grads, velocity, learning_rate, rest, loss, exponents=None):
     exponents = exponents or _exponents((), (grads, velocity))[1]
     _, products = _products((), (grads, velocity), exponents)
-    return _of_products(*gathered([products, learning_rate, rest, loss]))
+    return _of_products(*on_one_group([products, learning_rate, rest, loss]))
 
 
 def _sum(several):
-    return _velocity.sum_of_products(gathered(several))
+    return _inner_products.sum_of_products(on_one_group(several))
 
 
-@functools.partial(by_leaf, combine=_sum)
+@functools.partial(jit_by_leaf, combine=_sum)
 def _products(_, trees, exponents):
-    found = _velocity.products(trees[0], trees[1], exponents)
-    return (), _velocity.sum_of_products(jax.tree.leaves(found, is_leaf=_is_products))
+    found = _inner_products.products(trees[0], trees[1], exponents)
+    return (), _inner_products.sum_of_products(jax.tree.leaves(found, is_leaf=_is_products))
 
 
-@by_leaf
+@jit_by_leaf
 def _measure_by_leaf(_, trees, shared):
-    found = _velocity.products(*trees)
+    found = _inner_products.products(*trees)
     return jax.tree.map(
         lambda one: _of_products(one, *shared, None), found, is_leaf=_is_products
     ), ()
 
 
 def _is_products(node):
-    return isinstance(node, _velocity.Products)
+    return isinstance(node, _inner_products.Products)
 
 
 @inlined_jit
@@ -221,9 +223,9 @@ def _of_products(products, learning_rate, rest, loss):
     learning_rate, rest = (jnp.asarray(value, vv.dtype) for value in (learning_rate, rest))
     g, v = jnp.sqrt(gg), jnp.sqrt(vv)
     # Powers of 2 come last, all at once: the parts of a result may be beyond the floats.
-    exponent = _velocity.exponent_of(learning_rate)
-    rate = _velocity.times_power_of_2(learning_rate, -exponent)
-    kinetic = _velocity.times_power_of_2(_ratio(vv, 2 * rate), 2 * v_exponent - exponent)
+    exponent = _inner_products.exponent_of(learning_rate)
+    rate = _inner_products.times_power_of_2(learning_rate, -exponent)
+    kinetic = _inner_products.times_power_of_2(_ratio(vv, 2 * rate), 2 * v_exponent - exponent)
     gain = _ratio(_ratio(v, rate), g)
     if loss is not None:
         loss = jnp.asarray(loss)
@@ -235,8 +237,8 @@ def _of_products(products, learning_rate, rest, loss):
         potential_energy=loss,
         total_energy=None if loss is None else kinetic + loss,
         alignment=jnp.clip(_ratio(_ratio(-gv, g), v), -1, 1),
-        gain=_velocity.times_power_of_2(gain, v_exponent - g_exponent - exponent),
-        speed=_velocity.times_power_of_2(_ratio(v, jnp.sqrt(learning_rate)), v_exponent),
+        gain=_inner_products.times_power_of_2(gain, v_exponent - g_exponent - exponent),
+        speed=_inner_products.times_power_of_2(_ratio(v, jnp.sqrt(learning_rate)), v_exponent),
         effective_learning_rate=jnp.where(
             learning_rate == 0, jnp.zeros_like(rest), learning_rate / rest
         ),

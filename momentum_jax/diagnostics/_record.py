@@ -12,13 +12,12 @@ from momentum_jax._hyperparameters import (
     by_value,
     check,
     check_flag,
-    check_state,
-    check_transformation,
     require_whole,
     resolve,
 )
-from momentum_jax._recurrence import incremented
 from momentum_jax._storage import compute_dtype
+from momentum_jax._velocity import incremented
+from momentum_jax._wrapper import check_transformation
 from momentum_jax.diagnostics._curvature import Curvature, curvature
 from momentum_jax.diagnostics._measure import Measurement, measure_near
 
@@ -145,7 +144,6 @@ def record(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RecordState]:
-        state = check_state(state, RecordState)
         rate, momentum = (
             resolve(name, value, extra_args.get(name), state.count)
             for name, value in (("learning_rate", learning_rate), ("mu", mu))
