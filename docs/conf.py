@@ -320,7 +320,7 @@ def interval(of: dict[str, float], form: str) -> str:
 GENERATED = {
     "benchmarks": benchmark_tables,
     "contract_tests": contract_tests,
-    "fewer_bits": precision_tables,
+    "low_precision": precision_tables,
     "recipes": recipes_costs,
     "works_with": clients_tables,
 }

@@ -30,7 +30,11 @@ _HINTS = {
     "they change, and give None where a param has no gradient.",
     "updates": "Give the first value that update returned for these params: "
     "`updates, state = tx.update(grads, state, params)`.",
-    "velocity": "Give the state that init or the last update returned.",
+}
+# The remedy if a tree of the state does not match.
+_STATE_HINTS = {
+    "compensation": SAME_PARAMS,
+    "scales": "Give the state that init or the last update returned.",
 }
 
 
@@ -195,5 +199,6 @@ def _structure_error(name, tree, other_name, other):
             f"only in the {other_name}: {only(others, leaves)}"
         )
     return ValueError(
-        f"the {name} and the {other_name} must be trees of one structure, but {what}. {_hint(name)}"
+        f"the {name} and the {other_name} must be trees of one structure, but {what}. "
+        f"{_STATE_HINTS.get(other_name) or _hint(name)}"
     )

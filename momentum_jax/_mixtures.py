@@ -1,4 +1,4 @@
-"""Other read-outs of one or several velocities: quasi-hyperbolic and aggregated momentum."""
+"""Updates that are mixtures: quasi-hyperbolic momentum and aggregated momentum."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from momentum_jax._state_types import holds_velocity
 
 @holds_velocity("qhm")
 class QHMState(NamedTuple):
-    """What `qhm` carries from step to step.
+    """The state of `qhm`.
 
     Attributes:
       count: the number of steps taken, an int32 scalar; schedules are functions of it.
-      velocity: the average of the gradients, stored as that of `MomentumState`.
+      velocity: the average of the gradients, stored like the velocity of `MomentumState`.
       scales: as in `MomentumState`.
 
     Example:
@@ -33,12 +33,13 @@ class QHMState(NamedTuple):
 
 @holds_velocity("aggmo", several=True)
 class AggMoState(NamedTuple):
-    """What `aggmo` carries from step to step.
+    """The state of `aggmo`.
 
     Attributes:
       count: the number of steps taken, an int32 scalar; schedules are functions of it.
-      velocity: a tuple of trees, one for each mu, each stored as that of `MomentumState`.
-      scales: None; with velocity_dtype int8 a tuple of trees, each as in `MomentumState`.
+      velocity: a tuple of trees, one for each mu, each stored like the velocity of
+        `MomentumState`.
+      scales: None, or with velocity_dtype int8 a tuple of trees, each as in `MomentumState`.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -63,24 +64,26 @@ def qhm(
     *,
     velocity_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Quasi-hyperbolic momentum: a mean of plain descent and of momentum.
+    """Quasi-hyperbolic momentum: an average of gradient descent and momentum.
 
         v <- mu * v + (1 - mu) * g
         update = -learning_rate * ((1 - nu) * g + nu * v)
 
-    At nu = 0 it is plain descent; at nu = 1 momentum, and at nu = mu Nesterov's, both with a
-    learning rate of learning_rate * (1 - mu). `momentum_jax.theory` has the settings at which
-    it is a PID controller, AccSGD, a synthesized Nesterov variant, robust or triple momentum.
+    With nu = 0 it is gradient descent. With nu = 1 it is momentum, and with nu = mu Nesterov's
+    momentum, both with a learning rate of learning_rate * (1 - mu). `momentum_jax.theory` has the
+    settings that make it a PID controller, AccSGD, a synthesized Nesterov variant, robust momentum
+    or triple momentum.
 
     Args:
-      learning_rate: as for `momentum`, but larger by 1 / (1 - mu): the velocity is an average.
-        A part of (1 - nu) of it meets each gradient at once, and must be stable on its own.
+      learning_rate: as for `momentum`, but larger by the factor 1 / (1 - mu), because the velocity
+        is an average. Each gradient acts at once with (1 - nu) * learning_rate, which must be
+        stable on its own.
       mu: as for `momentum`.
-      nu: how much of the update is the velocity's, given in the same ways; finite.
+      nu: the weight of the velocity in the update, given in the same ways; finite.
       velocity_dtype: as for `momentum`.
 
     Returns:
-      An Optax transformation like that of `momentum`, whose state is a `QHMState`; `update` takes
+      An Optax transformation like that of `momentum`, whose state is a `QHMState`. `update` takes
       `learning_rate`, `mu` and `nu` as overriding keywords.
 
     Raises:
@@ -114,25 +117,25 @@ def aggmo(
     *,
     velocity_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Aggregated momentum: the mean of several velocities, each with a mu of its own.
+    """Aggregated momentum: the mean of several velocities, each with its own mu.
 
         v_k <- mu_k * v_k - learning_rate * g        for each of K mus
         update = (v_1 + ... + v_K) / K
 
-    The slow velocities accelerate, the fast ones damp their oscillations. The paper takes
-    mu_k = 1 - 0.1^k for k = 0, 1, ..., K - 1.
+    Velocities with a large mu accelerate; velocities with a small mu damp the oscillations. The
+    paper uses mu_k = 1 - 0.1^k for k = 0, 1, ..., K - 1.
 
     Args:
       learning_rate: as for `momentum`.
       mus: one or more momentum coefficients, each as for `momentum`.
-      velocity_dtype: as for `momentum`; there are as many velocities as mus.
+      velocity_dtype: as for `momentum`, for each of the velocities.
 
     Returns:
-      An Optax transformation like that of `momentum`; its state is an `AggMoState`, and `update`
+      An Optax transformation like that of `momentum`, whose state is an `AggMoState`. `update`
       takes `learning_rate` and `mus` as overriding keywords.
 
     Raises:
-      ValueError, TypeError: as for `momentum`; no mus, or as an override not as many.
+      ValueError, TypeError: as for `momentum`; no mus; an override with another number of mus.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj

@@ -1,4 +1,4 @@
-"""The recurrence: a velocity that gathers gradients, with the learning rate inside or outside.
+"""The recurrence: `momentum`, with the learning rate in the velocity, and `trace`, without it.
 
 v <- mu * v - learning_rate * g        v starts at 0, mu is usually 0.9
 w <- w + v
@@ -24,8 +24,8 @@ def _nesterov_momentum_step(v, g, learning_rate, mu):
     return v, mu * v - learning_rate * g
 
 
-# The order of the sums is Optax's. A compiler fuses one of the two products with the sum, and it
-# chooses by the order: where the gradient ends in a product, another order is other bits.
+# The order of the sums is the order in Optax. A compiler fuses one of the two products with the
+# sum, and the order decides which one: in another order the result can differ in the last bit.
 def _trace_step(m, g, mu, dampening):
     m = _damped(g, dampening) + mu * m
     return m, m
@@ -37,22 +37,22 @@ def _nesterov_trace_step(m, g, mu, dampening):
 
 
 def _damped(g, dampening):
-    # Chosen, so that this product is not fused with the sum: the same bits whether the dampening
-    # is an argument of the program, as in a single step, or a constant of it, as in a loop.
+    # The select keeps this product from being fused with the sum. So the bits are the same if the
+    # dampening is an argument of the program, as in a single step, or a constant, as in a loop.
     return jax.lax.select_n(dampening == 0, (1 - dampening) * g, g)
 
 
 @holds_velocity("momentum")
 class MomentumState(NamedTuple):
-    """What `momentum` carries from step to step.
+    """The state of `momentum`.
 
     Attributes:
       count: the number of steps taken, an int32 scalar; schedules are functions of it.
       velocity: a tree like the params, each leaf with its param's shape and sharding. With
-        velocity_dtype int8 leaves are codes: `read_velocity` decodes them.
-      scales: None; with velocity_dtype int8 a tree like the params, each leaf with its param's
-        number of dimensions: bfloat16, one for each block of codes, and int8 ones in the param's
-        shape where the velocity is float32.
+        velocity_dtype int8 the leaves are codes, which `read_velocity` decodes.
+      scales: None, or with velocity_dtype int8 a tree like the params, each leaf with its param's
+        number of dimensions: one bfloat16 for each block of codes. Where the velocity is not
+        quantized, the leaf holds int8 ones of the param's shape.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -71,11 +71,12 @@ class MomentumState(NamedTuple):
 
 @holds_velocity("trace")
 class TraceState(NamedTuple):
-    """What `trace` carries from step to step.
+    """The state of `trace`.
 
     Attributes:
       count: the number of steps taken, an int32 scalar; schedules are functions of it.
-      trace: the velocity without a learning rate, stored as that of `MomentumState`.
+      trace: the velocity without a learning rate, stored like the velocity of
+        `MomentumState`.
       scales: as in `MomentumState`.
 
     Example:
@@ -96,57 +97,64 @@ def momentum(
     nesterov: bool = False,
     velocity_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum with the learning rate inside the velocity (Sutskever, Keras, Caffe).
+    """Momentum with the learning rate in the velocity (Sutskever, Keras, Caffe).
 
         v <- mu * v - learning_rate * g
         update = v
-        update = mu * v - learning_rate * g        with nesterov: the new v, once more
+        update = mu * v - learning_rate * g        with nesterov, where v is the new velocity
 
-    At a constant learning rate this equals `optax.sgd` and PyTorch's SGD. When the learning
-    rate changes it does not: here the velocity keeps the speed that the old one gave it.
-    After many gradients of 1 at learning_rate 0.1 and mu 0.9 the update is -1; if the
-    learning rate then drops to 0.01, the next update is 0.9 * -1 - 0.01 * 1 = -0.91 here,
-    and 0.01 * -10 = -0.1 in Optax and PyTorch. For theirs, see `trace`.
+    At a constant learning rate this equals `optax.sgd` and PyTorch's SGD. When the learning rate
+    changes, it differs: here the old gradients in the velocity keep the old learning rate. Example:
+    after many gradients of 1 at learning_rate 0.1 and mu 0.9, the update is -1. If the learning
+    rate then drops to 0.01, the next update is 0.9 * -1 - 0.01 * 1 = -0.91 here, and
+    0.01 * -10 = -0.1 in Optax and PyTorch. For their form, see `trace`.
 
     Args:
       learning_rate: a float, a scalar array (traced or not), or a schedule: a function of the
-        number of steps taken, from 0. Finite, at least 0. A learning rate of 0 does not stop
-        the params: the velocity coasts, v <- mu * v. To freeze a param, give None in place of
-        its gradient: its velocity waits. `reset_velocity` ends the motion.
+        number of steps taken, from 0. Finite, at least 0. A learning rate of 0 does not stop the
+        params: the velocity continues to decay, v <- mu * v. To freeze a param, give None as its
+        gradient: its velocity is kept. To stop a param, set its velocity to 0 with
+        `reset_velocity`.
       mu: the momentum coefficient, in (-1, 1], given in the same ways. Under
-        `optax.inject_hyperparams` give `hyperparam_dtype=jnp.float32` too, or Optax rounds both
-        to the params' dtype, where 0.999 may be 1. It also needs
+        `optax.inject_hyperparams`, also give `hyperparam_dtype=jnp.float32`, or Optax rounds both
+        hyperparameters to the params' dtype, in which 0.999 can become 1. It also needs
         `static_args=("nesterov", "velocity_dtype")`, or it takes a type such as `jnp.bfloat16`
-        for a schedule, because a type can be called.
+        for a schedule, because a type is callable.
       nesterov: whether the update looks one step ahead.
-      velocity_dtype: the dtype to store the velocities of real params in: float32, float64,
-        bfloat16, float16 or int8. None is the param's own, widened to at least float32. The 16-bit
-        ones and int8 are rounded stochastically, so that they are right on average: rounded to
-        nearest, a bfloat16 velocity stops at a quarter of its limit at mu 0.999. The random bits
-        are a hash of the count, the position of the value and its upper 16 bits: the same in each
-        run, on any backend and under any sharding (within shard_map the position is the one in
-        the device's part). Beyond them compilers differ in the last bit of the arithmetic, as they
-        do in float32. int8 takes 1.06 bytes per parameter: codes in `velocity`, and in `scales` a
-        bfloat16 for each block of 32 values along the axis before the last, or along another axis
-        if 32 does not divide that. Arrays of less than 4096 values, arrays that no block length
-        from 16 to 128 divides, and complex ones stay wide. int8 velocities are not differentiable.
-        `read_velocity` gives all of them as floats.
+      velocity_dtype: the dtype in which the velocities of real params are stored: float32, float64,
+        bfloat16, float16 or int8. With None it is the param's dtype, widened to at least float32.
+
+        The 16-bit dtypes and int8 use stochastic rounding, which is right on average. With rounding
+        to nearest, a bfloat16 velocity at mu 0.999 stops at a quarter of its limit. The random bits
+        are a hash of the count, the position of the value and its upper 16 bits. They are the same
+        in each run, on any backend and under any sharding. (Within shard_map, the position is the
+        position in the device's part of the array.) Apart from the random bits, compilers can
+        differ in the last bit of the arithmetic, as they do in float32.
+
+        int8 takes 1.06 bytes per parameter: codes in `velocity`, and in `scales` one bfloat16 for
+        each block of 32 values along the last axis but one, or along another axis if 32 does not
+        divide that. Not quantized are arrays with fewer than 4096 values, arrays that no block
+        length from 16 to 128 divides, and complex arrays. int8 velocities are not differentiable.
+        `read_velocity` returns all velocities as floats.
 
     Returns:
-      An Optax transformation. `init(params)` returns a `MomentumState` of zeros.
-      `update(grads, state, params=None, *, learning_rate=None, mu=None)` returns the updates,
-      in the gradients' dtypes, and the next state; the keywords override what was given here
-      for that call and never recompile. bfloat16 gradients have bfloat16 updates, which move
-      float32 params by up to 1 / 256 more or less than they should; the velocity is not
-      affected. For full updates convert the gradients first:
-      `jax.tree.map(lambda g: g.astype(jnp.float32), grads)`. For complex params give the
-      conjugate of what `jax.grad` returns, `jax.tree.map(jnp.conj, grads)`, which is the
-      direction of ascent. A gradient that is None, an `optax.MaskedNode` or
-      float0 means no update and an untouched velocity. Both functions are compiled. Values
-      that are traced (under jit or vmap) are used as they are, unchecked.
+      An Optax transformation. Both of its functions are compiled.
 
-      The velocity has its param's sharding and keeps it, also in loops, however the gradients
-      are sharded.
+      `init(params)` returns a `MomentumState` of zeros.
+
+      `update(grads, state, params=None, *, learning_rate=None, mu=None)` returns the updates, in
+      the gradients' dtypes, and the next state. The keywords override the hyperparameters for that
+      call and never cause a new compilation. Traced values (under jit or vmap) are used unchecked.
+
+      A gradient that is None, an `optax.MaskedNode` or float0 means no update and an unchanged
+      velocity. For complex params give the conjugate of what `jax.grad` returns,
+      `jax.tree.map(jnp.conj, grads)`, which is the direction of ascent. bfloat16 gradients have
+      bfloat16 updates, which can differ from the exact update by 1 / 256 of its size; the velocity
+      is not affected. To avoid that, convert the gradients first:
+      `jax.tree.map(lambda g: g.astype(jnp.float32), grads)`.
+
+      Each velocity has the sharding of its param and keeps it, also in loops, for any sharding of
+      the gradients.
 
     Raises:
       ValueError: a value out of range; trees or shapes that do not match; nesterov at mu 0.
@@ -186,32 +194,33 @@ def trace(
     dampening: Hyperparameter = 0.0,
     velocity_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The velocity without a learning rate, to be scaled afterwards (PyTorch, Optax).
+    """Momentum without a learning rate, which scales the update afterwards (PyTorch, Optax).
 
         m <- mu * m + (1 - dampening) * g
         update = m
-        update = g + mu * m        with nesterov: the new m
+        update = g + mu * m        with nesterov, where m is the new velocity
 
-    `optax.chain(mj.trace(mu), optax.scale_by_learning_rate(learning_rate))` is `optax.sgd`: in
-    float32 and float64 under jit to the bit, wherever the gradient is computed (tested on CPU).
-    With the learning rate outside, a change of it acts on the whole velocity at
-    once; with `momentum` it acts on new gradients only. What the states of the two store differs in
-    sign and scale, and neither takes the other's: see `frameworks.momentum_from_trace`.
+    `optax.chain(mj.trace(mu), optax.scale_by_learning_rate(learning_rate))` equals `optax.sgd`: in
+    float32 and float64 under jit to the last bit, also if the gradient is computed in the same
+    program (tested on CPU). A change of the learning rate acts on the whole velocity at once; with
+    `momentum` it acts on new gradients only. The states of `trace` and `momentum` differ in sign
+    and scale, and each refuses the state of the other: see `frameworks.momentum_from_trace`.
 
     Args:
       mu: the momentum coefficient, in (-1, 1]: a float, a scalar array (traced or not), or a
         schedule: a function of the number of steps taken, from 0.
       nesterov: whether the update looks one step ahead.
-      dampening: what part of each gradient is left out, given in the same ways; `mu` makes
-        the velocity an exponential average. PyTorch exempts its first step from it: give
-        `lambda count: jnp.where(count == 0, 0.0, dampening)` for that.
+      dampening: the fraction of each gradient that is left out, given in the same ways. With
+        dampening equal to mu, the velocity is an exponential average of the gradients. PyTorch does
+        not dampen its first step: `lambda count: jnp.where(count == 0, 0.0, dampening)` does the
+        same.
       velocity_dtype: as for `momentum`.
 
     Returns:
-      An Optax transformation like that of `momentum`, whose state is a `TraceState`; `update`
-      takes `mu` and `dampening` as overriding keywords. In a chain every transform is handed all
-      keywords and takes those it knows, so a `learning_rate` given to `update` has no effect here:
-      it is `scale_by_learning_rate` that holds it (`optax.inject_hyperparams` makes it adjustable).
+      An Optax transformation like that of `momentum`, whose state is a `TraceState`. `update`
+      takes `mu` and `dampening` as overriding keywords. A `learning_rate` given to `update` has no
+      effect here: `scale_by_learning_rate` holds it (`optax.inject_hyperparams` makes it
+      adjustable), and a chain passes all keywords to all of its transformations.
 
     Raises:
       ValueError, TypeError: as for `momentum`.
@@ -240,7 +249,7 @@ def _check_nesterov(nesterov, mu) -> bool:
     nesterov = check_flag("nesterov", nesterov)
     if nesterov and is_zero(check("mu", mu)):
         raise ValueError(
-            "nesterov=True has no effect at mu=0: there is no velocity to look ahead along. "
+            "nesterov=True has no effect at mu=0: there is no velocity to look ahead with. "
             "Give a mu above 0, or leave nesterov out."
         )
     return nesterov

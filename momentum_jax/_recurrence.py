@@ -16,11 +16,11 @@ from momentum_jax._storage import check_dtype
 
 @holds_velocity("recurrence")
 class RecurrenceState(NamedTuple):
-    """What `recurrence` carries from step to step.
+    """The state of `recurrence` with one velocity per param.
 
     Attributes:
       count: the number of steps taken, an int32 scalar; schedules are functions of it.
-      velocity: stored as that of `MomentumState`.
+      velocity: stored like the velocity of `MomentumState`.
       scales: as in `MomentumState`.
 
     Example:
@@ -39,12 +39,12 @@ class RecurrenceState(NamedTuple):
 
 @holds_velocity("recurrence", several=True)
 class SeveralVelocitiesState(NamedTuple):
-    """What a `recurrence` of several velocities carries from step to step.
+    """The state of `recurrence` with several velocities per param.
 
     Attributes:
       count: as in `RecurrenceState`.
-      velocity: a tuple of trees, each stored as the velocity of `MomentumState`.
-      scales: None; with velocity_dtype int8 a tuple of trees, each as in `MomentumState`.
+      velocity: a tuple of trees, each stored like the velocity of `MomentumState`.
+      scales: None, or with velocity_dtype int8 a tuple of trees, each as in `MomentumState`.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj

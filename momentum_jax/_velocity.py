@@ -94,7 +94,7 @@ def advance(static, trees, shared):
     (recurrence, is_tuple, velocity_dtype), (grads, *columns) = static, trees
     count, hyperparameters = shared
     number, seed = len(columns) // 2, seed_of(count)
-    columns = [column for column in columns if column is not None]
+    columns = [*columns[:number], *(scales for scales in columns[number:] if scales is not None)]
     names = ["velocity", "scales"]
 
     def leaf(path, grad, *arrays):

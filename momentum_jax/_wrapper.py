@@ -1,9 +1,10 @@
 """How a wrapper is made: a transformation around any other transformation.
 
-A wrapper is a type of state, marked with `wrapper_state`, an `init` and an `update`. `wrapper` adds
-what all wrappers need: the checks of their arguments, extra arguments for the inner transformation,
-and equality by value. The docstring of a wrapper has a table of Optax's wrappers that says what
-happens inside and around each of them. tests/test_wrapper.py checks all of this for each wrapper.
+A wrapper is a type of state, marked with `wrapper_state`, a function that makes it, and a step.
+`wrapper` adds what all wrappers need: the checks of their arguments, extra arguments for the inner
+transformation, and equality by value. The docstring of a wrapper has a table of Optax's wrappers
+that says what happens inside and around each of them. tests/test_wrapper.py checks all of this for
+each wrapper.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from momentum_jax._hyperparameters import by_value
 def wrapper(
     state_type: type | None,
     inner: optax.GradientTransformation,
-    init: Callable[..., Any],
-    update: Callable[..., tuple[Any, Any]],
+    make_state: Callable[..., Any],
+    step: Callable[..., tuple[Any, Any]],
     *parts: Any,
     needs_params: str = "",
 ) -> optax.GradientTransformationExtraArgs:
@@ -28,9 +29,9 @@ def wrapper(
       state_type: the type of its states, marked with `wrapper_state`; None if it has the states of
         the inner transformation.
       inner: the transformation that the user gave.
-      init: `(inner, params) -> state`.
-      update: `(inner, updates, state, params, extra_args) -> (updates, state)`. The inner
-        transformation that both get accepts extra arguments.
+      make_state: `(inner, params) -> state`.
+      step: `(inner, updates, state, params, extra_args) -> (updates, state)`. The inner
+        transformation that both functions get accepts extra arguments.
       *parts: the other arguments of the wrapper, and its name if it has no state type. Two wrappers
         are equal if their state types, their inner transformations and their parts are equal.
       needs_params: if update needs the params, the end of the sentence "params=None, but ...".
@@ -41,10 +42,10 @@ def wrapper(
     check_transformation(inner)
     extended = optax.with_extra_args_support(inner)
 
-    def init_wrapper(params: optax.Params) -> Any:
-        return init(extended, params)
+    def init(params: optax.Params) -> Any:
+        return make_state(extended, params)
 
-    def update_wrapper(
+    def update(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
@@ -57,9 +58,9 @@ def wrapper(
             )
         if params is None and needs_params:
             raise ValueError(f"params=None, but {needs_params}. Call update(grads, state, params).")
-        return update(extended, updates, state, params, extra_args)
+        return step(extended, updates, state, params, extra_args)
 
-    tx = optax.GradientTransformationExtraArgs(init_wrapper, update_wrapper)
+    tx = optax.GradientTransformationExtraArgs(init, update)
     return by_value(tx, state_type, inner, *parts)
 
 

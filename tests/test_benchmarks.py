@@ -165,7 +165,7 @@ def test_the_chosen_scheme_is_what_the_package_does():
 
 
 def test_the_page_about_low_precision_says_what_was_measured():
-    """What docs/fewer_bits.md says, in the committed numbers."""
+    """What docs/low_precision.md says, in the committed numbers."""
     results = json.loads((ROOT / "benchmarks" / "results" / "quantization.json").read_text())
     assert results["schemes"].keys() == SCHEMES.keys()
     ours = results["schemes"][results["chosen"]]

@@ -794,7 +794,7 @@ OTHER_PARAMS: dict[str, Any] = {
     "another tree": (
         {"w": NARROW["w"], "v": NARROW["w"]},
         NARROW,
-        r"the params and the compensation must be trees .*only in the compensation: \['v'\]",
+        r"the updates and the compensation must be trees .*only in the compensation: \['v'\]",
     ),
 }
 

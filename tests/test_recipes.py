@@ -136,7 +136,7 @@ def test_muon(shape):
 
 @pytest.mark.parametrize("velocity_dtype", VELOCITY_DTYPES)
 @pytest.mark.parametrize("section", RECURRENCES)
-def test_a_recipe_in_fewer_bits_is_near_that_in_float32(section, velocity_dtype):
+def test_a_recipe_in_low_precision_is_near_that_in_float32(section, velocity_dtype):
     """Its velocities after some steps."""
     make, params = makers()[section], numbers((64, 128))
     states = []

@@ -120,7 +120,7 @@ def test_c9_gradients_of_another_structure(case, traced):
 def test_c9_gradient_where_init_saw_no_param(grads, params, there, traced):
     """None at init, as for a leaf that is masked, and a real gradient later."""
     place, kind = there
-    message = [place, "is an array, but the velocity there is", kind, "Call init with the very"]
+    message = [place, "is an array, but the velocity there is", kind, "Call init with the params"]
     check_refused(grads, params, ValueError, "the gradient", *message, traced=traced)
 
 
