@@ -366,7 +366,7 @@ def readme_table(results: dict[str, Any]) -> str:
 
     lines = [f"| bytes per parameter | {' | '.join(README)} |", "| --- " * (len(README) + 1) + "|"]
     platforms = in_order(results)
-    lines.append(cells("least", platforms[0], "least_bytes_per_param"))
+    lines.append(cells("minimum", platforms[0], "least_bytes_per_param"))
     lines += [cells(of["device"], of, "bytes_per_param") for of in platforms]
     return "\n".join(lines)
 
