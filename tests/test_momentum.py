@@ -845,7 +845,8 @@ def public_functions():
             yield pytest.param(value, id=f"mj.{name}")
             continue
         for inner, function in inspect.getmembers(value, callable):
-            if function.__module__ == value.__name__ and not inner.startswith("_"):
+            module = function.__module__.partition("._")[0]
+            if module == value.__name__ and not inner.startswith("_"):
                 yield pytest.param(function, id=f"mj.{name}.{inner}")
 
 
@@ -856,7 +857,7 @@ def test_every_public_name_is_documented_with_an_example(documented):
     assert "Example:\n" in doc
     assert ">>> " in doc
     for name, parameter in inspect.signature(documented).parameters.items():
-        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         assert f"  {stars}{name}: " in doc, name
 
 

@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md, each against what the page says it is."""
+"""The recipes of docs/recipes.md, compared with the implementations that the page names."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from processes import run_job
 import momentum_jax
 from benchmarks.recipes import PROGRAMS, RECURRENCES, makers, run
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Optax declares trees as unions of types that have no arithmetic.
 STEPS = 5
 VELOCITY_DTYPES = ("bfloat16", "int8")
 
@@ -25,7 +25,7 @@ def numbers(shape, seed=0):
 
 
 def updates_of(tx: Any, params) -> Any:
-    """Those of some steps, on gradients that do not depend on the params."""
+    """The updates of several steps, with gradients that do not depend on the params."""
     state, found, update = tx.init(params), [], jax.jit(tx.update)
     for i in range(STEPS):
         grads = jax.tree.map(lambda w, i=i: numbers(w.shape, 1 + i), params)
@@ -88,7 +88,7 @@ def quadratic(w):
 
 
 def test_nesterov_in_the_variables_of_the_paper():
-    """And its point ahead is what `momentum(nesterov=True)` holds."""
+    """Its look-ahead point equals the params of `momentum(nesterov=True)`."""
     names = run("Nesterov's method in the paper's variables")
     params = held = {"w": jnp.ones(3)}
     state, nesterov = names["tx"].init(params), mj.momentum(0.1, 0.9, nesterov=True)
@@ -105,7 +105,7 @@ def test_nesterov_in_the_variables_of_the_paper():
 
 
 def test_storm():
-    """D <- g + mu (d - g of the last params on this batch), w <- w - rate d; at first d is g."""
+    """D <- g + mu (d - g of the previous params on this batch), w <- w - rate d; first d is g."""
     names = run("STORM: less variance from two gradients")
     targets = np.random.default_rng(0).normal(size=(20, 3))
 
@@ -136,8 +136,8 @@ def test_muon(shape):
 
 @pytest.mark.parametrize("velocity_dtype", VELOCITY_DTYPES)
 @pytest.mark.parametrize("section", RECURRENCES)
-def test_a_recipe_in_low_precision_is_near_that_in_float32(section, velocity_dtype):
-    """Its velocities after some steps."""
+def test_a_low_precision_recipe_is_close_to_float32(section, velocity_dtype):
+    """Compares the velocities after several steps."""
     make, params = makers()[section], numbers((64, 128))
     states = []
     for dtype in (None, velocity_dtype):
@@ -151,10 +151,10 @@ def test_a_recipe_in_low_precision_is_near_that_in_float32(section, velocity_dty
         assert 0 < error < 0.03
 
 
-# Over a slow network. --------------------------------------------------------------------
+# SlowMo and DiLoCo. -----------------------------------------------------------------------
 
-# What one process or several run: `train(mesh)` returns the params after each outer step, and the
-# compiled programs of both steps.
+# A program for one or several processes: `train(mesh)` returns the params after each outer step,
+# and the compiled programs of both steps.
 DILOCO = (
     PROGRAMS["SlowMo and DiLoCo: momentum over a slow network"]
     + """
@@ -208,7 +208,7 @@ def train(mesh, outer_steps=3, inner_steps=4):
 
 
 def diloco(replicas, names, outer_steps=3, inner_steps=4):
-    """The same in float64, replica by replica."""
+    """The same training in float64, one replica after the other."""
     start, outer_velocity = np.ones((3, 2)), np.zeros((3, 2))
     velocities = np.zeros((replicas, 3, 2))
     found = []
@@ -227,14 +227,14 @@ def diloco(replicas, names, outer_steps=3, inner_steps=4):
 
 
 def collectives(text):
-    """Each collective of a compiled program, with the devices that take part together."""
+    """The groups of devices of each collective in a compiled program."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     lines = re.findall(rf"^.* (?:{kinds})(?:-start)?\(.*$", text, re.MULTILINE)
     return [re.findall(r"replica_groups=(.*?), [a-z_]+=", line)[0] for line in lines]
 
 
 def groups(text):
-    """The sets of devices that XLA's text names, in each of the three ways in which it does."""
+    """Parses groups of devices, which XLA writes in one of three formats."""
     if text.startswith("{"):
         return {frozenset(map(int, each.split(","))) for each in re.findall(r"\{([\d,]+)\}", text)}
     if text.startswith("mesh"):
@@ -253,7 +253,7 @@ def groups(text):
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
 def test_diloco_on_several_devices(shape):
-    """And over the slow axis it has no collective inside, and one outside."""
+    """The inner step has no collective over the slow axis, the outer step has one."""
     names: dict[str, Any] = {}
     exec(DILOCO, names)
     mesh = jax.make_mesh(shape, ("replica", "data"), axis_types=(names["AxisType"].Auto,) * 2)
@@ -282,7 +282,7 @@ jax.distributed.initialize(coordinator, int(processes), int(index))
 
 
 def test_diloco_in_two_processes(tmp_path):
-    """The slow axis is that between them."""
+    """The slow axis connects the two processes."""
     script = tmp_path / "job.py"
     printed = """
 mesh = jax.make_mesh((2, 2), ("replica", "data"), axis_types=(AxisType.Auto,) * 2)
