@@ -29,26 +29,3 @@ from momentum_jax.theory._tuning import gradient_descent as gradient_descent
 from momentum_jax.theory._tuning import heavy_ball as heavy_ball
 from momentum_jax.theory._tuning import nesterov as nesterov
 from momentum_jax.theory._tuning import triple_momentum as triple_momentum
-
-# In the order of the reference page.
-__all__ = [
-    "Tuning",
-    "TripleMomentumTuning",
-    "gradient_descent",
-    "heavy_ball",
-    "nesterov",
-    "triple_momentum",
-    "stability_limit",
-    "spectral_radius",
-    "no_escape_bound",
-    "effective_learning_rate",
-    "friction",
-    "StationaryVariance",
-    "stationary_variance",
-    "QHMSettings",
-    "qhm_from_pid",
-    "qhm_from_accsgd",
-    "qhm_from_synthesized_nesterov",
-    "qhm_from_robust_momentum",
-    "qhm_from_triple_momentum",
-]

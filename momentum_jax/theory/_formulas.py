@@ -6,7 +6,6 @@ xarray arrays. Values are not checked here: functions for users check their argu
 """
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -82,8 +81,8 @@ def stability_limit(mu: Any, *, nesterov: bool) -> Any:
     Exact for a fraction. A JAX array is widened to at least float32.
 
     Example:
-      >>> stability_limit(Fraction(1, 2), nesterov=True)
-      Fraction(3, 2)
+      >>> stability_limit(0.5, nesterov=True)
+      1.5
     """
     mu = _widened(mu)
     if not nesterov:
@@ -113,7 +112,7 @@ def share_of_limit(learning_rate: Any, curvature: Any, limit: Any) -> Any:
 
 
 def largest_stable_learning_rate(curvature: float, limit: float) -> float:
-    """limit / curvature; infinite if the largest curvature is not above 0.
+    """The learning rate at the limit: limit / curvature; infinite if curvature is not above 0.
 
     Example:
       >>> largest_stable_learning_rate(2.0, stability_limit(0.0, nesterov=False))
