@@ -59,7 +59,7 @@ def _is_pair(node):
     return isinstance(node, optax.LookaheadParams)
 
 
-def check_on_mesh(path: Path, leaf: Any, mesh: Mesh, devices: set[jax.Device]) -> None:
+def check_on_mesh(path: Path, leaf: Any, mesh: Mesh, devices: set[Any]) -> None:
     """Raises if an array of the state is not on the mesh. Traced arrays show it on Explicit axes.
 
     Args:
