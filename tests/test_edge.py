@@ -1,4 +1,4 @@
-"""How far a step is from the edge, against what training then does."""
+"""Compares `edge` with theory and with what training then does."""
 
 import itertools
 import math
@@ -85,7 +85,7 @@ def test_the_command_says_that_a_direction_grows_although_the_loss_falls(tmp_pat
 @pytest.mark.parametrize("nesterov", [False, True], ids=["heavy ball", "nesterov"])
 @pytest.mark.parametrize("fraction", [0.95, 1.05])
 def test_a_network_just_below_and_above_the_edge(x64, nesterov, fraction):
-    """The distance to a minimum along the sharpest direction: a step multiplies it as predicted."""
+    """Each step multiplies the distance along the sharpest direction by the predicted factor."""
     keys = jax.random.split(jax.random.key(3), 4)
     params = {"a": jax.random.normal(keys[0], (4, 5)) / 2, "b": jax.random.normal(keys[1], (5, 2))}
     x = jax.random.normal(keys[2], (30, 4))
@@ -115,12 +115,12 @@ def test_a_network_just_below_and_above_the_edge(x64, nesterov, fraction):
     flat, back = ravel_pytree(minimum)
     _, vectors = np.linalg.eigh(jax.hessian(lambda flat: loss(back(flat)))(flat))
     tx = mj.momentum(fraction * limit, mu, nesterov=nesterov)
-    # Above the edge it grows out of the quadratic, below it falls to the rounding.
+    # Above the edge it leaves the quadratic region, below it falls to the rounding error.
     start, windows = (1e-6, (8, 22, 36)) if fraction < 1 else (1e-9, (8, 14, 20))
     path = jax.jit(lambda params: run(tx, params, 40))(back(flat + start * vectors[:, -1]))[1]
     path = jax.vmap(lambda params: ravel_pytree(params)[0])(path)
     distance = np.abs((np.asarray(path) - flat) @ vectors[:, -1])
-    # The largest in a window, as it turns its sign.
+    # The largest distance in a window, because the sign changes.
     before, after = (distance[a:b].max() for a, b in itertools.pairwise(windows))
     growth = (after / before) ** (1 / (windows[1] - windows[0]))
     assert growth == pytest.approx(found.growth, rel=5e-3)

@@ -1,4 +1,4 @@
-"""The last measurement in the state of an optimizer: what measuring by hand finds."""
+"""The measurement in the optimizer state equals one made outside the optimizer."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ INNER: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", INNER)
 def test_it_holds_what_is_measured_by_hand(name: str):
-    """And changes nothing of the steps."""
+    """The steps are not changed."""
     alone, tx = INNER[name], record(INNER[name], 0.1, 0.9)
     step = jax.jit(stepper(tx))
     params, state = PARAMS, tx.init(PARAMS)
@@ -64,7 +64,7 @@ def test_it_holds_what_is_measured_by_hand(name: str):
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_gradients_whose_squares_are_beyond_the_floats(size):
-    """From the second step on, whose size is known from the first."""
+    """They are accurate from the second step, whose size is known from the first."""
     tx = record(mj.momentum(1.0, 0.0), 1.0, 0.0)
     params = {"w": jnp.zeros(3)}
     state = tx.init(params)
@@ -84,7 +84,7 @@ def test_gradients_whose_squares_are_beyond_the_floats(size):
 
 
 def test_the_curvature_is_measured_every_so_many_steps():
-    """In the first, and then again: the fraction is that of the learning rate of that step."""
+    """Starting with the first step; the fraction uses the learning rate of that step."""
     schedule = lambda count: 0.1 / (1 + count)  # noqa: E731
     tx = record(mj.momentum(schedule, 0.9), schedule, 0.9, every=3)
     step = jax.jit(stepper(tx))
@@ -112,7 +112,7 @@ def test_the_fraction_is_that_of_edge(nesterov, mu):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("every", [None, 2])
 def test_c2_the_state_is_stable(every, dtype):
-    """In a loop, with and without a loss, in 16 bits too."""
+    """In a loop, with and without a loss, and for 16-bit params."""
     params = jax.tree.map(lambda w: w.astype(dtype), PARAMS)
     tx = record(mj.momentum(0.1), 0.1, every=every)
     step, state = stepper(tx), tx.init(params)
@@ -130,7 +130,7 @@ def test_without_a_loss_the_energies_are_not_known():
 
 
 def test_between_two_curvatures_a_step_costs_what_it_costs_without():
-    """The products with the Hessian are in a branch, which is not taken."""
+    """The Hessian-vector products are in a branch that is not taken."""
     tx = record(mj.momentum(0.1), 0.1, every=100)
     lowered = jax.jit(stepper(tx)).lower(PARAMS, tx.init(PARAMS)).as_text()
     assert lowered.count("stablehlo.case") + lowered.count("stablehlo.if") == 1
@@ -201,7 +201,7 @@ def test_bad_calls_are_refused(as_shipped):
 
 
 def test_a_step_of_zeros_is_not_what_the_next_one_is_near():
-    """As where a step was skipped: small gradients are measured as before it."""
+    """For example after a skipped step: small gradients are measured as before it."""
     tx = mj.diagnostics.record(mj.momentum(0.1, 0.0), 0.1, 0.0)
     state = tx.init(jnp.ones(2))
     for size in (1e-12, 1e-20, 0.0, 1e-20):
