@@ -12,6 +12,7 @@ import pytest
 
 import momentum_jax
 from momentum_jax import theory
+from momentum_jax.theory import _formulas
 
 mj: Any = momentum_jax  # Any: Optax's types of trees are too wide for arithmetic.
 
@@ -495,6 +496,53 @@ def test_spectral_radius_at_the_ends(mu, nesterov, digits):
         # The reference has finite precision too: if it is 1 to 390 digits, it is taken as 1.
         exact = side(expected) if abs(expected - 1) > decimal.Decimal("1e-390") else 0
         assert side(got) == exact, (rate, curvature, got)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mu", MUS)
+def test_formulas_of_traced_values_equal_those_of_floats(mu, nesterov):
+    """Diagnostics computes with arrays what theory computes with floats."""
+
+    def formulas(rate, mu):
+        rest = _formulas.one_minus_mu(mu)
+        limit = _formulas.stability_limit(mu, nesterov=nesterov)
+        return (
+            rest,
+            limit,
+            _formulas.friction(rate, rest),
+            _formulas.kinetic_energy(rate, 3.0),
+            _formulas.speed(rate, 3.0),
+            _formulas.share_of_limit(rate, 2.0, limit),
+            _formulas.share_of_limit(rate, -2.0, limit),
+        )
+
+    # At mu -1/3 rounding may select the other branch of the limit, which is equal there.
+    np.testing.assert_allclose(jax.jit(formulas)(0.1, mu), formulas(0.1, mu), rtol=1e-14)
+    assert formulas(0.1, mu)[1] == pytest.approx(theory.stability_limit(mu, nesterov=nesterov))
+    assert all(np.isfinite(x) for x in jax.jacobian(formulas, 1)(0.1, mu))
+    if mu < 1:
+        rest = _formulas.one_minus_mu(mu)
+        expected = theory.effective_learning_rate(0.1, mu)
+        assert _formulas.effective_learning_rate(0.1, rest) == expected
+        got = jax.jit(_formulas.effective_learning_rate)(0.1, rest)
+        np.testing.assert_allclose(got, expected, rtol=1e-14)
+
+
+def test_formulas_at_a_learning_rate_of_0_are_0():
+    """Their derivatives are finite."""
+    for formula in (_formulas.friction, _formulas.kinetic_energy, _formulas.speed):
+        assert formula(0.0, 0.1) == jax.jit(formula)(0.0, 0.1) == 0
+        assert jax.grad(formula, 1)(0.0, 0.1) == 0
+    assert jax.jit(_formulas.effective_learning_rate)(0.0, 0.0) == 0
+    assert jax.jit(_formulas.effective_learning_rate)(0.1, 0.0) == math.inf
+
+
+def test_1_minus_mu_is_computed_before_rounding():
+    """In low precision too."""
+    assert _formulas.one_minus_mu(1 - 1e-12) == pytest.approx(1e-12, rel=1e-4)
+    rest = _formulas.one_minus_mu(jnp.asarray(0.99, jnp.bfloat16))
+    assert rest.dtype == jnp.float32
+    assert float(rest) == 1 - float(jnp.asarray(0.99, jnp.bfloat16))
 
 
 def test_a_radius_beyond_the_floats_is_infinite():

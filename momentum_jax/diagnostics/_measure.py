@@ -238,11 +238,11 @@ def _of_products(products, learning_rate, rest, loss):
     # All powers of 2 are applied last and at once, as intermediate results may overflow.
     exponent = _velocity.exponent_of(learning_rate)
     rate = _velocity.times_power_of_2(learning_rate, -exponent)
-    energy = _formulas.kinetic_energy(vv, rate)
+    energy = _formulas.kinetic_energy(rate, vv)
     kinetic = _velocity.times_power_of_2(energy, 2 * v_exponent - exponent)
     gain = _formulas.divide(_formulas.divide(v, rate), g)
     alignment = _formulas.divide(_formulas.divide(-gv, g), v)
-    speed = _formulas.speed(v, learning_rate)
+    speed = _formulas.speed(learning_rate, v)
     if loss is not None:
         loss = jnp.asarray(loss)
         kinetic, loss = (

@@ -49,25 +49,25 @@ def friction(learning_rate: Any, one_minus_mu: Any) -> Any:
     return divide(one_minus_mu, _sqrt(learning_rate))
 
 
-def kinetic_energy(squared_norm: Any, learning_rate: Any) -> Any:
+def kinetic_energy(learning_rate: Any, squared_norm: Any) -> Any:
     """|v|^2 / (2 learning_rate), in the unit of the loss; 0 at a learning rate of 0.
 
     Args:
-      squared_norm: |v|^2, summed over all params.
       learning_rate: the learning rate of the step.
+      squared_norm: |v|^2, summed over all params.
 
     Example:
-      >>> kinetic_energy(4.0, 0.5)
+      >>> kinetic_energy(0.5, 4.0)
       4.0
     """
     return divide(squared_norm, 2 * learning_rate)
 
 
-def speed(norm: Any, learning_rate: Any) -> Any:
+def speed(learning_rate: Any, norm: Any) -> Any:
     """|v| / sqrt(learning_rate), in distance per time; 0 at a learning rate of 0.
 
     Example:
-      >>> speed(2.0, 0.25)
+      >>> speed(0.25, 2.0)
       4.0
     """
     return divide(norm, _sqrt(learning_rate))
