@@ -129,7 +129,7 @@ def test_without_a_loss_the_energies_are_not_known():
     assert np.isfinite(state.measurement.gain)
 
 
-def test_between_two_curvatures_a_step_costs_what_it_costs_without():
+def test_a_step_between_measurements_does_not_compute_the_curvature():
     """The Hessian-vector products are in a branch that is not taken."""
     tx = record(mj.momentum(0.1), 0.1, every=100)
     lowered = jax.jit(stepper(tx)).lower(PARAMS, tx.init(PARAMS)).as_text()
@@ -200,7 +200,7 @@ def test_bad_calls_are_refused(as_shipped):
         record(0.1, 0.1)
 
 
-def test_a_step_of_zeros_is_not_what_the_next_one_is_near():
+def test_a_step_of_zeros_does_not_set_the_scale_of_the_next_step():
     """For example after a skipped step: small gradients are measured as before it."""
     tx = mj.diagnostics.record(mj.momentum(0.1, 0.0), 0.1, 0.0)
     state = tx.init(jnp.ones(2))

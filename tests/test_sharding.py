@@ -492,7 +492,7 @@ def test_a_learning_rate_may_be_an_array_on_the_mesh(number):
 
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_nothing_of_an_instance_outlives_it(axis_type, wrap):
+def test_an_instance_is_freed_completely(axis_type, wrap):
     """Compiled programs keep what their functions refer to, and are freed with the instance."""
 
     class Held:
@@ -706,7 +706,7 @@ def print_traffic_on_tpus():
     print(json.dumps([bytes_moved(program) for program in programs]))
 
 
-def test_tpus_scatter_what_they_sum():
+def test_tpus_use_reduce_scatter():
     """Needs only the compiler: `pip install libtpu`, in the version that jax[tpu] requires."""
     pytest.importorskip("libtpu")
     alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "XLA_FLAGS": ""}
@@ -877,7 +877,7 @@ def test_params_that_nothing_divides_are_listed_and_strict_refuses_them():
     assert tx.init({"c": params["c"]}).count == 0
 
 
-def test_the_own_sharding_of_a_param_is_counted():
+def test_the_sharding_of_the_param_is_applied_first():
     """6 rows over 2 devices leave 3, which is not divisible by 4: the columns are sharded."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO,) * 2)
     param = jax.device_put(np.zeros((6, 8), np.float32), NamedSharding(mesh, P("model")))
@@ -950,7 +950,7 @@ def job(coordinator, processes, index, folder):
         np.savez(pathlib.Path(folder) / "whole.npz", *whole)
 
 
-def test_two_processes_train_alike_and_their_checkpoint_goes_on_elsewhere(tmp_path):
+def test_a_checkpoint_of_two_processes_is_restored_on_other_devices(tmp_path):
     """From four devices to two or eight: restored bit by bit, and trained on as without a break."""
     run_job(__file__, str(tmp_path))
     inner = INNER["chain"]

@@ -52,7 +52,7 @@ TUNINGS = {
 
 
 @pytest.mark.parametrize("name", TUNINGS)
-def test_the_measured_rate_is_the_rate(name):
+def test_the_measured_rate_is_the_predicted_rate(name):
     """The largest spectral radius over the curvatures is the same, up to rounding."""
     make, nesterov = TUNINGS[name]
     tuning = make(SMOOTHNESS, STRONG_CONVEXITY)
@@ -67,7 +67,7 @@ def test_the_measured_rate_is_the_rate(name):
     assert max(radii) == pytest.approx(tuning.rate, rel=1e-7)
 
 
-def test_the_methods_in_order():
+def test_the_order_of_the_methods_by_rate():
     """On an ill-conditioned quadratic, each method is faster than the previous one."""
     rates = [make(1000.0, 1.0).rate for make, _ in TUNINGS.values()]
     gradient, ball, standard, tuned = rates
@@ -340,7 +340,7 @@ RELATIVES = {
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_the_relatives_of_qhm(name):
+def test_methods_that_qhm_includes(name):
     """QHM equals 60 steps of the source algorithm in float64 NumPy, to 1e-12."""
     settings, run = RELATIVES[name]
     np.testing.assert_allclose(by_qhm(settings), run(), rtol=1e-10, atol=1e-12)
@@ -575,7 +575,7 @@ def test_the_numbers_of_the_ball_at_the_ends(mu, rate):
         theory.stationary_variance(rate, mu, math.nextafter(limit, math.inf), 1e-3)
 
 
-def test_the_variance_of_nothing_is_0_and_is_not_lost_on_the_way():
+def test_small_variances_do_not_underflow():
     """The square of 1e-200 underflows, but the result is accurate where such factors cancel."""
     assert theory.stationary_variance(0.1, 0.9, 1.0, 0.0) == (0, 0)
     found = theory.stationary_variance(1e-200, 0.5, 1.0, 1e-150)
@@ -585,7 +585,7 @@ def test_the_variance_of_nothing_is_0_and_is_not_lost_on_the_way():
 
 
 @pytest.mark.parametrize("size", [1e-200, 1e-30, 1.0, 1e30, 1e200])
-def test_the_relatives_of_qhm_at_the_ends(size):
+def test_methods_that_qhm_includes_at_the_ends(size):
     """Compared with exact fractions; mu is below 1."""
     s = Fraction(size)
     found = theory.qhm_from_pid(-size, size, 3 * size)
@@ -623,7 +623,7 @@ def test_robust_and_triple_momentum_at_the_ends(big, small):
         np.testing.assert_allclose(settings[2], settings[0], rtol=1e-3, atol=1e-15)
 
 
-def test_no_friction_is_between_converging_and_diverging():
+def test_the_radius_is_1_without_friction():
     """At mu 1, up to the limit, the radius is exactly 1."""
     for a in (1e-30, 1.0, 4.0):
         assert theory.spectral_radius(a, 1.0, 1.0) == 1
