@@ -155,7 +155,7 @@ def motion(updates, state, params=None, **given):
 
 
 def train_measured(tx, of_state):
-    """Returns the measurements in the state of ten jitted steps, and the expected ones."""
+    """Runs ten jitted steps of a chain, and checks the measurements in its state."""
 
     @jax.jit
     def step(w, state):
