@@ -45,7 +45,7 @@ def test_the_first_program(capsys):
     assert capsys.readouterr().out.splitlines() == said(program) == ["True"]
 
 
-PRINTED = {"conventions": 3, "fewer_bits": 12, "changed_models": 11, "edge_of_stability": 7}
+PRINTED = {"conventions": 3, "fewer_bits": 12, "changed_models": 11, "edge_of_stability": 8}
 
 
 @pytest.mark.parametrize("page", PRINTED)

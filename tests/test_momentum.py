@@ -856,7 +856,7 @@ def test_every_public_name_is_documented_with_an_example(documented):
     assert "Example:\n" in doc
     assert ">>> " in doc
     for name, parameter in inspect.signature(documented).parameters.items():
-        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         assert f"  {stars}{name}: " in doc, name
 
 
