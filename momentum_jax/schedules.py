@@ -1,6 +1,6 @@
-"""Momentum over time: schedules of `mu`, as Optax's schedules are, functions of the count from 0.
+"""Schedules of `mu`. Like Optax's schedules, they are functions of the step count, from 0.
 
-Each works on Python ints and on traced arrays, and is given in place of a number:
+Each accepts Python ints and traced arrays. Give a schedule in place of a number:
 `momentum_jax.momentum(0.1, mu=schedules.sutskever())`.
 """
 
@@ -15,19 +15,20 @@ from momentum_jax._hyperparameters import Function, Number, require, require_who
 
 
 def sutskever(mu_max: Number = 0.99, period: Number = 250) -> optax.Schedule:
-    """Momentum that rises by steps: mu = min(1 - 2^(-1 - log2(floor(count / period) + 1)), mu_max).
+    """Raises mu stepwise: mu = min(1 - 2^(-1 - log2(floor(count / period) + 1)), mu_max).
 
-    That is 1/2, 3/4, 5/6, 7/8, ... for `period` steps each, up to `mu_max`.
+    The values are 1/2, 3/4, 5/6, 7/8, ... for `period` steps each, up to `mu_max`.
 
     Args:
-      mu_max: what mu does not exceed, in [0, 1]. The paper has 0, 0.9, 0.99, 0.995 and 0.999.
-      period: for how many steps a value holds, at least 1.
+      mu_max: the largest mu, in [0, 1]; 0.99 by default. The paper uses 0, 0.9, 0.99, 0.995 and
+        0.999.
+      period: the number of steps at each value, a whole number of at least 1; 250 by default.
 
     Returns:
       A function of the number of steps taken.
 
     Raises:
-      ValueError: a value out of range.
+      ValueError: a value is out of range.
 
     Example:
       >>> from momentum_jax.schedules import sutskever
@@ -44,19 +45,19 @@ def sutskever(mu_max: Number = 0.99, period: Number = 250) -> optax.Schedule:
 
     def mu(count):
         count = jnp.asarray(count)
-        # A period beyond the counts would be beyond their dtype.
+        # A period above the largest count would not fit into the dtype of the count.
         periods = count // length if length <= _most(count) else jnp.zeros_like(count)
-        # 1 is added to a float: to the largest count it would be the smallest.
+        # Convert to float before adding 1: the largest integer count would overflow.
         return jnp.minimum(1 - 0.5 / (_float(periods) + 1), highest)
 
     return Function(mu, "sutskever", highest, length)
 
 
 def nesterov_convex() -> optax.Schedule:
-    """Nesterov's momentum for convex functions: mu = count / (count + 3).
+    """Nesterov's schedule for convex functions: mu = count / (count + 3).
 
-    Give it with `nesterov=True`; on an L-smooth convex function and with a learning rate of
-    1 / L the loss then falls as 1 / count^2.
+    Use it with `nesterov=True`. On an L-smooth convex function with a learning rate of 1 / L, the
+    loss then approaches its minimum as 1 / count^2.
 
     Returns:
       A function of the number of steps taken.
@@ -73,29 +74,30 @@ def nesterov_convex() -> optax.Schedule:
     """
 
     def mu(count):
-        # 3 is added to a float: to the largest counts it would be a negative number.
+        # Convert to float before adding 3: the largest integer counts would overflow.
         return jnp.minimum(_float(count) / (_float(count) + 3), 1)
 
     return Function(mu, "nesterov_convex")
 
 
 def demon(total_steps: Number, mu_init: Number = 0.9) -> optax.Schedule:
-    """Momentum that decays to 0: what a gradient adds in all to later updates falls linearly.
+    """Lowers mu to 0 so that the total contribution of a gradient to later updates falls linearly.
 
         left = 1 - count / total_steps
         mu = mu_init * left / (1 - mu_init + mu_init * left)
 
-    so that mu / (1 - mu) = left * mu_init / (1 - mu_init). From `total_steps` on mu is 0.
+    This contribution is mu / (1 - mu) = left * mu_init / (1 - mu_init). After `total_steps` steps
+    mu stays 0.
 
     Args:
-      total_steps: the length of training, at least 1.
-      mu_init: where mu starts, in [0, 1).
+      total_steps: the length of training in steps, a whole number of at least 1.
+      mu_init: the first mu, in [0, 1); 0.9 by default.
 
     Returns:
       A function of the number of steps taken.
 
     Raises:
-      ValueError: a value out of range.
+      ValueError: a value is out of range.
 
     Example:
       >>> from momentum_jax.schedules import demon
@@ -118,21 +120,21 @@ def demon(total_steps: Number, mu_init: Number = 0.9) -> optax.Schedule:
 
 
 def _part_left(count, total):
-    """1 - count / total, in [0, 1]; of integers the difference is taken before it is rounded."""
+    """Returns 1 - count / total, in [0, 1]; for integers, subtracts before rounding to float."""
     if not jnp.issubdtype(count.dtype, jnp.integer):
         return jnp.clip(1 - _float(count) / float(total), 0, 1)
-    last = min(total, _most(count))  # What is beyond the counts is beyond their dtype.
+    last = min(total, _most(count))  # A larger total would not fit into the dtype of the count.
     left = _float(last - jnp.clip(count, 0, last))
     left = left / min(float(total), float(jnp.finfo(left.dtype).max))
-    # Compiled, a division by a constant is a product, which may be above 1.
+    # The compiler may turn a division by a constant into a product, which may exceed 1.
     return jnp.minimum(left + (total - last) / total, 1)
 
 
 def _most(count):
-    """The largest count there can be."""
+    """Returns the largest possible count of this dtype."""
     return jnp.iinfo(count.dtype).max if jnp.issubdtype(count.dtype, jnp.integer) else math.inf
 
 
 def _float(count: Any) -> jax.Array:
-    """The count in the widest float that there is: 64-bit mode keeps its digits."""
+    """Returns the count in the widest available float; with 64-bit mode it keeps its digits."""
     return jnp.asarray(count, jnp.result_type(float))

@@ -1,4 +1,4 @@
-"""Extreme eigenvalues of Hessians: against known spectra, and numpy.linalg.eigh of the whole."""
+"""Compares extreme eigenvalues with known spectra and with numpy.linalg.eigh of the Hessian."""
 
 import re
 from typing import Any
@@ -41,7 +41,7 @@ def quadratic(eigenvalues, dtype=jnp.float32):
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_known_spectra(name, jitted):
-    """Both ends are within their errors, and with 96 products these are small."""
+    """Both eigenvalues are within their error bounds, which are small with 96 products."""
     eigenvalues = SPECTRA[name]
     loss = quadratic(eigenvalues)
     measure = lambda w: curvature(loss, w, steps=96)  # noqa: E731
@@ -58,7 +58,7 @@ def test_known_spectra(name, jitted):
 
 
 def test_too_few_steps_have_not_converged():
-    """And say how far they may be off."""
+    """The error bounds hold."""
     loss = quadratic(SPECTRA["spread"])
     few, many = (curvature(loss, jnp.ones(200), steps=steps) for steps in (8, 96))
     assert not few.converged
@@ -91,7 +91,7 @@ def network_loss(params, x, y):
 
 
 def whole(loss, params, *batch):
-    """The Hessian and the gradient, of all values in one array."""
+    """Returns the Hessian and the gradient with respect to all values in one array."""
     flat, back = ravel_pytree(params)
     hessian = jax.hessian(lambda flat: loss(back(flat), *batch))(flat)
     gradient = jax.grad(lambda flat: loss(back(flat), *batch))(flat)
@@ -133,7 +133,7 @@ def test_64_bit_params_have_64_bit_results(x64):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_params_of_16_bits_are_widened(dtype):
-    """The Hessian is that at these params, in float32."""
+    """The Hessian is computed in float32, at the 16-bit params."""
     params, batch = network()
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
@@ -187,7 +187,7 @@ def test_at_a_minimum_the_gradient_has_no_direction():
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_params_are_never_whole_on_a_device(axis_type):
-    """The numbers of one device; each device holds its part of every vector."""
+    """The numbers equal those of one device; each device holds its shard of every vector."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
     scale = jnp.linspace(1, 5, 512 * 64).reshape(512, 64)
 
@@ -243,13 +243,13 @@ print("all-gather" in text, len(re.findall(r"f32\\[1024,2048\\]|f32\\[2048,1024\
     ("run", "platform", "name"), [(run_for_tpu, "tpu", "v5e:2x2"), (run_for_gpu, "gpu", "1x1x4")]
 )
 def test_compiled_for_several_devices_no_param_is_gathered(run, platform, name, tmp_path):
-    """Without them: the program of a network whose layers are split over four."""
+    """A network with layers sharded over four devices, compiled without these devices."""
     (tmp_path / "program.py").write_text(SPLIT_PROGRAM)
     assert run(tmp_path / "program.py", platform, name).split() == ["False", "0"]
 
 
 def test_its_cost_is_that_of_its_products():
-    """In floating-point operations of the compiled programs: about three gradients a product."""
+    """Each product costs about three gradients, in floating-point operations as compiled."""
     layers, batch = jnp.ones((3, 64, 64)) / 64, jnp.ones((128, 64))
 
     def loss(layers, x):
@@ -270,7 +270,7 @@ def test_its_cost_is_that_of_its_products():
 
 
 def unrolled(loss, params, batch, products):
-    """As many products, one after the other: a loop's operations are counted once."""
+    """Computes the products without a loop, because operations in a loop are counted once."""
     from momentum_jax.diagnostics import _curvature
 
     gradient, product = _curvature._hessian(lambda w, x: loss(w[0], x), [params], (batch,))

@@ -1,4 +1,4 @@
-"""The measurements are those of their formulas, by hand in NumPy, and work in a training loop."""
+"""Compares measurements with their formulas in NumPy, and in training loops."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import momentum_jax
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Any: Optax's types of trees are too wide for arithmetic.
 measure, by_leaf = mj.diagnostics.measure, mj.diagnostics.measure_by_leaf
 
 SETTINGS: dict[str, Any] = dict(learning_rate=0.25, mu=0.75)
@@ -28,7 +28,7 @@ def random_tree(seed):
 
 
 def by_hand(g, v, learning_rate, mu, loss):
-    """In float64."""
+    """Returns the measurements by their formulas, in float64."""
     g, v = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (g, v))
     kinetic = v @ v / (2 * learning_rate)
     return {
@@ -46,7 +46,7 @@ def by_hand(g, v, learning_rate, mu, loss):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_measure_is_its_formulas(wrap):
-    """To 1e-12 in float64."""
+    """They agree to 1e-12 in float64."""
     g, v = random_tree(0), random_tree(1)
     found = wrap(lambda g, v, lr: measure(g, v, learning_rate=lr, mu=0.75, loss=1.5))(g, v, 0.3)
     for name, value in by_hand(g, v, 0.3, 0.75, 1.5).items():
@@ -56,7 +56,7 @@ def test_measure_is_its_formulas(wrap):
 
 @pytest.mark.usefixtures("x64")
 def test_measure_by_leaf_is_that_of_each():
-    """By its path; together they have the kinetic energy of the whole."""
+    """They are found by path, and their kinetic energies sum to the total."""
     g, v = random_tree(0), random_tree(1)
     found = jax.jit(lambda g, v: by_leaf(g, v, **SETTINGS))(g, v)
     assert list(found) == ["['a']", "['b'][0]", "['b'][1]"]
@@ -67,7 +67,7 @@ def test_measure_by_leaf_is_that_of_each():
 
 
 def test_without_a_loss_there_is_no_potential():
-    """None, not a number that means nothing."""
+    """It is None."""
     found = measure(jnp.ones(2), jnp.ones(2), **SETTINGS)
     assert found.potential_energy is None
     assert found.total_energy is None
@@ -75,7 +75,7 @@ def test_without_a_loss_there_is_no_potential():
 
 @pytest.mark.parametrize("zero", ["gradient", "velocity", "both", "learning rate", "friction"])
 def test_finite_where_something_is_zero(zero):
-    """Also what is differentiated through it."""
+    """Derivatives through the measurement are finite too."""
     g = jnp.zeros(2) if zero in ("gradient", "both") else jnp.ones(2)
     v = jnp.zeros(2) if zero in ("velocity", "both") else -jnp.ones(2)
     settings = {
@@ -91,7 +91,7 @@ def test_finite_where_something_is_zero(zero):
 
 
 def test_alignment_and_gain_under_a_constant_gradient():
-    """Downhill all the way, and worth 1 / (1 - mu) plain steps in the end."""
+    """The alignment is 1, and the gain rises to 1 / (1 - mu)."""
     tx, g = mj.momentum(0.5, 0.75), jnp.array([3.0, -4.0])
     state = tx.init(g)
     gains = []
@@ -106,7 +106,7 @@ def test_alignment_and_gain_under_a_constant_gradient():
 
 
 def test_what_has_no_gradient_is_left_out():
-    """As it is by the optimizer; half-precision is summed in float32."""
+    """The optimizer leaves it out too. Half-precision values are summed in float32."""
     g = {"w": jnp.full(1000, 300.0, jnp.bfloat16), "frozen": None, "masked": optax.MaskedNode()}
     v = {"w": jnp.full(1000, -300.0), "frozen": jnp.ones(2), "masked": optax.MaskedNode()}
     found = measure(g, v, **SETTINGS)
@@ -117,7 +117,7 @@ def test_what_has_no_gradient_is_left_out():
 
 
 def test_on_a_mesh():
-    """Of sharded arrays, the same numbers."""
+    """Sharded arrays give the same numbers."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     g, v = (np.random.default_rng(i).standard_normal((8, 4)).astype("float32") for i in (0, 1))
     placed = [jax.device_put(x, NamedSharding(mesh, P("d"))) for x in (g, v)]
@@ -128,7 +128,7 @@ def test_on_a_mesh():
 
 
 def test_in_a_training_loop_inside_scan():
-    """The energy never rises at the learning rate of `no_escape_bound`, as the theory says."""
+    """At the learning rate of `no_escape_bound` the energy never rises."""
     mu, smoothness = 0.9, 1.0
     rate = mj.theory.no_escape_bound(mu, smoothness)
     tx = mj.momentum(rate, mu)
@@ -150,12 +150,12 @@ def test_in_a_training_loop_inside_scan():
 
 
 def motion(updates, state, params=None, **given):
-    """What comes out of `momentum` without Nesterov is the velocity: one step, measured."""
+    """Measures one step; without Nesterov, the updates of `momentum` are the velocity."""
     return measure(given["grad"], updates, **SETTINGS, loss=given["value"]), state
 
 
 def train_measured(tx, of_state):
-    """Ten jitted steps of a chain, and what its state says of each beside what it should."""
+    """Runs ten jitted steps of a chain, and checks the measurements in its state."""
 
     @jax.jit
     def step(w, state):
@@ -208,13 +208,13 @@ def test_through_snapshot_inside_jit():
     ],
 )
 def test_bad_input_is_refused(call, message):
-    """As by the optimizer."""
+    """The rules are those of the optimizer."""
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         call()
 
 
 def exact(g, v, learning_rate, mu):
-    """The measurements of lists of floats, without rounding but for the roots."""
+    """Returns the measurements of lists of floats; only the roots are rounded."""
     lr, rest = Fraction(learning_rate), 1 - Fraction(mu)
     gg, gv, vv = (
         sum(Fraction(a) * Fraction(b) for a, b in zip(one, other, strict=True))
@@ -222,7 +222,7 @@ def exact(g, v, learning_rate, mu):
     )
 
     def root(x):
-        """To 100 digits."""
+        """Returns the square root to 100 digits."""
         shift = 10**400
         return Fraction(math.isqrt(x.numerator * shift**2 // x.denominator), shift)
 
@@ -242,7 +242,7 @@ SIZES = [1e-30, 1e-20, 1.0, 1e20, 1e30]
 @pytest.mark.parametrize("by", ["measure", "measure_by_leaf", "jit"])
 @pytest.mark.parametrize("mu", [0.0, 0.9, 1 - 1e-12])
 def test_at_the_ends_of_the_floats(by, mu):
-    """0 or infinite only where no float32 is near, though the squares of 1e-30 and 1e30 are."""
+    """A result is 0 or infinite only if it is out of range, although 1e-30 and 1e30 squared are."""
     calls = {
         "measure": measure,
         "measure_by_leaf": lambda g, v, **given: by_leaf(g, v, **given)["['w']"],
@@ -265,7 +265,7 @@ def test_at_the_ends_of_the_floats(by, mu):
 
 
 def test_leaves_of_very_different_sizes_are_summed():
-    """The largest counts, the others do no harm: neither zeros, nor the infinite."""
+    """The largest leaf decides the scale; zeros and infinite values do no harm."""
     g = {"a": jnp.full(3, 1e-30), "b": jnp.full(2, 1e-25), "zero": jnp.zeros(2)}
     v = {"a": jnp.full(3, -1e30), "b": jnp.zeros(2), "zero": jnp.zeros(2)}
     found = measure(g, v, learning_rate=1e30, mu=0.5)
@@ -278,7 +278,7 @@ def test_leaves_of_very_different_sizes_are_summed():
 
 @pytest.mark.parametrize("size", [2.0**126, 2.0**127, 3e38])
 def test_beyond_the_inverses_of_the_normal_numbers(size):
-    """A division by such a number may be compiled as a product with its inverse, which is 0."""
+    """A division may be compiled as a product with the inverse, which is 0 for these numbers."""
     found = jax.jit(lambda g, v: measure(g, v, learning_rate=0.25, mu=0.5))(
         {"w": jnp.full(3, size)}, {"w": jnp.full(3, -size)}
     )
@@ -286,7 +286,7 @@ def test_beyond_the_inverses_of_the_normal_numbers(size):
 
 
 def test_complex_velocities_at_the_ends():
-    """Modulus by modulus."""
+    """The modulus of each value counts."""
     g, v = jnp.array([1e30 + 1e30j]), jnp.array([-1e-30 - 1e-30j])
     found = measure(g, v, learning_rate=1e-30, mu=0.5)
     assert float(found.alignment) == pytest.approx(1)
@@ -296,7 +296,7 @@ def test_complex_velocities_at_the_ends():
 
 @pytest.mark.parametrize("mu", [0.5, 1.0])
 def test_a_learning_rate_of_0_has_no_effect(mu):
-    """0, not NaN, also without friction."""
+    """Results are 0, not NaN, also at mu 1."""
     found = measure(jnp.ones(2), jnp.ones(2), learning_rate=-0.0, mu=mu, loss=1.0)
     assert all(np.isfinite(value) for value in found)
     assert float(found.effective_learning_rate) == 0
@@ -304,7 +304,7 @@ def test_a_learning_rate_of_0_has_no_effect(mu):
 
 @pytest.mark.parametrize("kind", [float, np.float64, np.array])
 def test_a_mu_that_float32_would_round_to_1(kind):
-    """1 - mu is taken before."""
+    """1 - mu is computed before mu is rounded."""
     found = measure(jnp.ones(2), jnp.ones(2), learning_rate=0.25, mu=kind(1 - 1e-12))
     rest = 1 - (1 - 1e-12)
     assert float(found.effective_learning_rate) == pytest.approx(0.25 / rest, rel=1e-6)
@@ -312,7 +312,7 @@ def test_a_mu_that_float32_would_round_to_1(kind):
 
 
 def test_differentiable_through_the_scaling():
-    """The powers of 2 are constants."""
+    """The powers of 2 are constants for differentiation."""
     g = jnp.array([3.0, -4.0])
 
     def energy(v):
@@ -323,7 +323,7 @@ def test_differentiable_through_the_scaling():
 
 
 def test_zeros_on_one_device_leave_the_others_as_they_are():
-    """The power by which all are divided is that of the largest anywhere."""
+    """All arrays are divided by the same power of 2, that of the largest value on any device."""
     first, second = jax.devices()[:2]
     grads = {"a": jax.device_put(jnp.zeros(3), first), "b": jax.device_put(jnp.ones(3), second)}
     grads = jax.tree.map(lambda g: g * jnp.float32(1e-25), grads)

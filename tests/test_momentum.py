@@ -845,8 +845,7 @@ def public_functions():
             yield pytest.param(value, id=f"mj.{name}")
             continue
         for inner, function in inspect.getmembers(value, callable):
-            module = function.__module__.partition("._")[0]
-            if module == value.__name__ and not inner.startswith("_"):
+            if function.__module__.startswith(value.__name__) and not inner.startswith("_"):
                 yield pytest.param(function, id=f"mj.{name}.{inner}")
 
 

@@ -1,4 +1,4 @@
-"""The last measurement in the state of an optimizer: what measuring by hand finds."""
+"""The measurement in the optimizer state equals one made outside the optimizer."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from compiles import count_compiles
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tables import rows
 
 import momentum_jax
 
@@ -44,7 +45,7 @@ INNER: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", INNER)
 def test_it_holds_what_is_measured_by_hand(name: str):
-    """And changes nothing of the steps."""
+    """The steps are not changed."""
     alone, tx = INNER[name], record(INNER[name], 0.1, 0.9)
     step = jax.jit(stepper(tx))
     params, state = PARAMS, tx.init(PARAMS)
@@ -64,7 +65,7 @@ def test_it_holds_what_is_measured_by_hand(name: str):
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_gradients_whose_squares_are_beyond_the_floats(size):
-    """From the second step on, whose size is known from the first."""
+    """They are accurate from the second step, whose size is known from the first."""
     tx = record(mj.momentum(1.0, 0.0), 1.0, 0.0)
     params = {"w": jnp.zeros(3)}
     state = tx.init(params)
@@ -84,7 +85,7 @@ def test_gradients_whose_squares_are_beyond_the_floats(size):
 
 
 def test_the_curvature_is_measured_every_so_many_steps():
-    """In the first, and then again: the fraction is that of the learning rate of that step."""
+    """Starting with the first step; the fraction uses the learning rate of that step."""
     schedule = lambda count: 0.1 / (1 + count)  # noqa: E731
     tx = record(mj.momentum(schedule, 0.9), schedule, 0.9, every=3)
     step = jax.jit(stepper(tx))
@@ -112,7 +113,7 @@ def test_the_fraction_is_that_of_edge(nesterov, mu):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("every", [None, 2])
 def test_c2_the_state_is_stable(every, dtype):
-    """In a loop, with and without a loss, in 16 bits too."""
+    """In a loop, with and without a loss, and for 16-bit params."""
     params = jax.tree.map(lambda w: w.astype(dtype), PARAMS)
     tx = record(mj.momentum(0.1), 0.1, every=every)
     step, state = stepper(tx), tx.init(params)
@@ -129,8 +130,8 @@ def test_without_a_loss_the_energies_are_not_known():
     assert np.isfinite(state.measurement.gain)
 
 
-def test_between_two_curvatures_a_step_costs_what_it_costs_without():
-    """The products with the Hessian are in a branch, which is not taken."""
+def test_a_step_between_measurements_does_not_compute_the_curvature():
+    """The Hessian-vector products are in a branch that is not taken."""
     tx = record(mj.momentum(0.1), 0.1, every=100)
     lowered = jax.jit(stepper(tx)).lower(PARAMS, tx.init(PARAMS)).as_text()
     assert lowered.count("stablehlo.case") + lowered.count("stablehlo.if") == 1
@@ -200,8 +201,8 @@ def test_bad_calls_are_refused(as_shipped):
         record(0.1, 0.1)
 
 
-def test_a_step_of_zeros_is_not_what_the_next_one_is_near():
-    """As where a step was skipped: small gradients are measured as before it."""
+def test_a_step_of_zeros_does_not_set_the_scale_of_the_next_step():
+    """For example after a skipped step: small gradients are measured as before it."""
     tx = mj.diagnostics.record(mj.momentum(0.1, 0.0), 0.1, 0.0)
     state = tx.init(jnp.ones(2))
     for size in (1e-12, 1e-20, 0.0, 1e-20):
@@ -209,3 +210,115 @@ def test_a_step_of_zeros_is_not_what_the_next_one_is_near():
     measured: Any = optax.tree.get(state, "measurement")
     assert measured.alignment == pytest.approx(1)
     assert measured.gain == pytest.approx(1)
+
+
+# With the wrappers of Optax. --------------------------------------------------------------
+
+RATE = 0.5
+TREE = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+NOT_FINITE = jax.tree.map(lambda x: x * jnp.nan, TREE)
+
+
+def first_step(step: Any, **_):
+    return step == 0
+
+
+def of_step(factor=1.0, paths="ab"):
+    """The kinetic energy of an update of -RATE * factor * TREE, of the params at these paths."""
+    parts = [TREE[path] for path in paths]
+    return sum(float(jnp.sum((RATE * factor * part) ** 2)) for part in parts) / (2 * RATE)
+
+
+def of_gradient(paths):
+    """The same of an update that is the gradient."""
+    return of_step(1 / RATE, paths)
+
+
+# By the name of the wrapper: how it is made, two gradients, and the kinetic energies that are
+# recorded after each of both, inside and around.
+ROWS = {
+    "MultiSteps": (
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+        [TREE, jax.tree.map(lambda x: 3 * x, TREE)],
+        [[np.nan, of_step(2)], [0, of_step(2)]],
+    ),
+    "apply_if_finite": (
+        lambda tx: optax.apply_if_finite(tx, 3),
+        [TREE, NOT_FINITE],
+        [[of_step(), of_step()], [of_step(), 0]],
+    ),
+    "conditionally_mask": (
+        lambda tx: optax.conditionally_mask(tx, first_step),
+        [TREE, TREE],
+        [[of_step(), of_step()], [of_step(), 0]],
+    ),
+    "conditionally_transform": (
+        lambda tx: optax.conditionally_transform(tx, first_step),
+        [TREE, TREE],
+        [[of_step(), of_step()], [of_step(), of_gradient("ab")]],
+    ),
+    "masked": (
+        lambda tx: optax.masked(tx, {"a": True, "b": False}),
+        [TREE, TREE],
+        [[of_step(1, "a")] * 2, [of_step(1, "a") + of_gradient("b")] * 2],
+    ),
+    "partition": (
+        lambda tx: optax.partition({"one": tx, "other": tx}, {"a": "one", "b": "other"}),
+        [TREE, TREE],
+        [[of_step(1, "a")] * 2, [of_step()] * 2],
+    ),
+}
+
+
+def descent(learning_rate: Any = RATE):
+    return mj.momentum(learning_rate, 0.0)
+
+
+def recorded(inner):
+    return mj.diagnostics.record(inner, RATE, 0.0)
+
+
+def energies(tx, gradients):
+    """The kinetic energy in the state after each step, of the first of several measurements."""
+    params, state, found = TREE, tx.init(TREE), []
+    for grads in gradients:
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        measured: Any = optax.tree.get_all_with_path(state, "measurement")
+        found.append(float(measured[0][1].kinetic_energy))
+    return found
+
+
+def test_each_row_of_the_table_is_tested():
+    """Two rows have tests of their own."""
+    assert set(rows(mj.diagnostics.record)) == ROWS.keys() | {"lookahead", "schedule_free"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_record_and_wrappers(name):
+    """The table of the docstring, row by row."""
+    wrap, gradients, (inside, around) = ROWS[name]
+    np.testing.assert_allclose(energies(wrap(recorded(descent())), gradients), inside, rtol=1e-6)
+    np.testing.assert_allclose(energies(recorded(wrap(descent())), gradients), around, rtol=1e-6)
+
+
+def test_record_and_lookahead():
+    """The jump to the slow params, a quarter of two steps back, is not measured."""
+    params: Any = optax.LookaheadParams.init_synced(TREE)
+    tx = optax.lookahead(recorded(descent()), 2, 0.75)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(TREE, state, params)
+    measured: Any = optax.tree.get(state, "measurement")
+    assert measured.kinetic_energy == pytest.approx(of_step())
+    tx = recorded(optax.lookahead(descent(), 2, 0.75))
+    with pytest.raises(ValueError, match="must be trees of one structure"):
+        tx.update(TREE, tx.init(params), params)
+
+
+def test_record_and_schedule_free():
+    """Inside, z moves by the whole update; the params, a mean of z and its average, by less."""
+    inside = energies(optax.contrib.schedule_free(recorded(descent()), RATE, b1=0.5), [TREE] * 2)
+    around = energies(recorded(optax.contrib.schedule_free(descent(), RATE, b1=0.5)), [TREE] * 2)
+    np.testing.assert_allclose(inside, [of_step()] * 2, rtol=1e-5)
+    assert around[1] < 0.9 * inside[1]

@@ -1,4 +1,4 @@
-"""Momentum over time: the papers' formulas, from count 0, on ints and on traced counts."""
+"""Schedules of mu: the formulas of the papers, from count 0, for ints and traced counts."""
 
 import math
 from fractions import Fraction
@@ -11,7 +11,7 @@ import pytest
 
 import momentum_jax
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Any: Optax's types of trees are too wide for arithmetic.
 schedules = mj.schedules
 
 COUNTS = [0, 1, 2, 99, 100, 249, 250, 251, 500, 1000, 9_999, 123_456]
@@ -37,7 +37,7 @@ CASES = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", CASES)
 def test_the_formula(name):
-    """To 1e-12 in float64, as a Python int, a NumPy int, traced and in a batch."""
+    """To 1e-12 in float64, for a Python int, a NumPy int, a traced count and a batch."""
     schedule, formula = CASES[name]
     expected = [formula(t) for t in COUNTS]
     batch = jnp.array(COUNTS, jnp.int32)
@@ -53,7 +53,7 @@ def test_the_formula(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_mu_of_momentum(name):
-    """Accepted as it is, counted from 0, inside a scan."""
+    """It is accepted as mu inside a scan, and counts from 0."""
     schedule, formula = CASES[name]
     tx = mj.momentum(0.5, schedule)
     state = tx.init(jnp.float32(0))
@@ -85,13 +85,13 @@ def test_as_mu_of_momentum(name):
     ],
 )
 def test_what_is_out_of_range_is_refused(make, message):
-    """With the value and the rule."""
+    """The error has the value and the rule."""
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_what_a_gradient_adds_in_all_falls_linearly_under_demon():
-    """The sum of the powers of mu, from its own value on: mu / (1 - mu)."""
+    """The contribution is the sum of the powers of mu: mu / (1 - mu)."""
     schedule = schedules.demon(total_steps=10, mu_init=0.9)
     mu = np.array([schedule(t) for t in range(11)])
     np.testing.assert_allclose(mu / (1 - mu), 9 * (1 - np.arange(11) / 10), rtol=1e-5, atol=1e-6)
@@ -131,7 +131,7 @@ AT_THE_ENDS = {
 @pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", AT_THE_ENDS)
 def test_at_the_ends_of_the_counts(name, wide, request):
-    """Each mu to the last digits of the float, and in [0, 1], up to the largest count."""
+    """Each mu is accurate to the last digits and in [0, 1], up to the largest count."""
     if wide:
         request.getfixturevalue("x64")
     schedule, formula = AT_THE_ENDS[name]
@@ -145,7 +145,7 @@ def test_at_the_ends_of_the_counts(name, wide, request):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "float32"])
 def test_counts_of_other_dtypes(dtype):
-    """The dtype's largest count is no end of a schedule."""
+    """A schedule may be longer than the largest count of the dtype."""
     count = jnp.array(100, dtype)
     for schedule in (
         schedules.demon(1000),
@@ -160,6 +160,6 @@ WHOLES = [1000, np.int16(1000), np.int64(1000), np.uint32(1000), np.array(1000),
 
 @pytest.mark.parametrize("whole", WHOLES, ids=lambda whole: type(whole).__name__)
 def test_a_whole_number_may_be_of_any_integer_type(as_shipped, whole):
-    """As epochs * len(x) // batch is."""
+    """For example the result of epochs * len(x) // batch."""
     assert float(schedules.demon(whole)(500)) == float(schedules.demon(1000)(500))
     assert float(schedules.sutskever(period=whole)(1000)) == 0.75

@@ -1,6 +1,6 @@
-"""ZeRO-1: a part of the state on each device, the numbers and the params as they were.
+"""ZeRO-1: each device holds a shard of the state; numbers and params stay the same.
 
-Run as a program, this file is one process of a job of several, or compiles for TPUs.
+Run as a program, this file is one process of a job with several processes, or compiles for TPUs.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else getattr(jax.sharding, "
 
 zero1: Any = mj.sharding.zero1
 
-# Nothing divides the bias; along "model" the layers are sharded as tensor-parallel ones are.
+# The bias is not divisible. Along "model" the layers are sharded as in tensor parallelism.
 SHAPES = {"bias": (3,), "hidden": (64, 32), "out": (32, 16)}
 TENSOR_PARALLEL = {"bias": P(), "hidden": P(None, "model"), "out": P("model")}
 REPLICATED = dict.fromkeys(SHAPES, P())
@@ -86,7 +86,7 @@ def make_batch(index, mesh=None):
 
 def loss(params, x):
     def product(x, w):
-        """On Explicit axes JAX asks how a sum over a sharded dimension is to be sharded."""
+        """On Explicit axes JAX needs the sharding of a sum over a sharded dimension."""
         if AxisType.Explicit not in jax.typeof(w).sharding.mesh.axis_types:
             return x @ w
         columns = jax.typeof(w).sharding.spec[1]
@@ -105,7 +105,7 @@ def make_step(tx):
 
 
 def train(tx, params, state, steps, mesh=None):
-    """The params and the state after these steps, of a step that is traced once."""
+    """Returns the params and the state after these steps; the step must be traced once."""
     traces = []
 
     @jax.jit
@@ -115,7 +115,7 @@ def train(tx, params, state, steps, mesh=None):
 
     for index in steps:
         params, state = step(params, state, make_batch(index, mesh))
-        # The virtual devices of one CPU can hang with several programs under way.
+        # The virtual devices of one CPU can hang with several programs in flight.
         jax.block_until_ready(params)
     assert len(traces) == 1
     return params, state
@@ -142,7 +142,7 @@ def bytes_by_device(tree):
 
 @pytest.fixture(scope="module")
 def unsharded():
-    """What 50 steps on one device come to, by the name of the transformation."""
+    """Returns the result of 50 steps on one device, by the name of the transformation."""
     found = {}
 
     def result(name):
@@ -160,7 +160,7 @@ def unsharded():
     + [("adamw", *MESHES[1]), ("momentum", *MESHES[2]), ("restart", *MESHES[3])],
 )
 def test_50_steps_equal_the_unsharded_run(name, axis_type, axes, unsharded):
-    """To 1e-6, while every array stays where it was and the step is traced once."""
+    """They agree to 1e-6, every array keeps its sharding, and the step is traced once."""
     mesh = make_mesh(axis_type, axes)
     tx = zero1(INNER[name], mesh)
     with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
@@ -172,9 +172,9 @@ def test_50_steps_equal_the_unsharded_run(name, axis_type, axes, unsharded):
 
 
 def optimizers():
-    """Every optimizer of Optax by its name, as a function that makes it.
+    """Returns a function for every optimizer of Optax, by its name.
 
-    That is whatever takes a learning rate first, and what is made of others.
+    These are all functions whose first argument is a learning rate, and some combinations.
     """
     options: dict[str, dict[str, Any]] = {
         "adafactor": {"min_dim_size_to_factor": 4},
@@ -226,7 +226,7 @@ def optimizers():
 
 
 OPTIMIZERS = optimizers()
-# The others can be run on arrays that are split, with the types of Explicit axes.
+# All others run on sharded arrays with the types of Explicit axes.
 NEED_AUTO_AXES = {
     "adafactor",
     "contrib.dadapt_adamw",
@@ -242,13 +242,13 @@ NEED_AUTO_AXES = {
     "sm3",
     "two of one kind of noise",
 }
-# Half the time goes without what LLVM does to make programs fast.
+# Without LLVM's optimizations the tests take half as long.
 FAST = {"xla_backend_optimization_level": 0}
 SMALL = {"bias": (3,), "hidden": (16, 24), "out": (24, 8)}
 
 
 def follow(name, tx, params, wrap=jax.jit):
-    """The params, the state and the updates after three steps; each param is drawn to its half."""
+    """Returns params, state and updates after three steps, which move each param to its half."""
     ends = {k: jnp.asarray(np.asarray(w) / 2 + 0.01) for k, w in make_params(shapes=SMALL).items()}
 
     def loss(params, *_):
@@ -262,7 +262,7 @@ def follow(name, tx, params, wrap=jax.jit):
             extra = {"grad_fn": extra["grad_fn"]}
         elif name == "backtracking" or "line search" in name:
             extra = {k: extra[k] for k in ("value", "grad", "value_fn")}
-        if name == "contrib.dpsgd":  # A gradient of each example.
+        if name == "contrib.dpsgd":  # One gradient per example.
             grads = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), grads)
         updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
         return mj.apply_updates(params, updates), state, updates
@@ -280,7 +280,7 @@ def follow(name, tx, params, wrap=jax.jit):
 @pytest.mark.filterwarnings("ignore:.* is deprecated")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_of_optax_has_the_numbers_of_one_device(name):
-    """On Auto and on Explicit axes; arrays stay where they were."""
+    """On Auto and on Explicit axes; arrays keep their shardings."""
     tx = OPTIMIZERS[name]()
     params = make_params(shapes=SMALL)
     expected, _ = follow(name, tx, jax.tree.map(jnp.asarray, params))
@@ -294,7 +294,7 @@ def test_every_optimizer_of_optax_has_the_numbers_of_one_device(name):
                 continue
             result, like = follow(name, zero1(tx, mesh), params)
         assert_same_sharding(result, like)
-        # What the arithmetic makes of 1e-7 in a sum that is taken in parts.
+        # A sum that is computed in parts differs by 1e-7, which the arithmetic amplifies.
         assert_close(floats(result), floats(expected), 1e-5)
 
 
@@ -327,7 +327,7 @@ WRAPPERS: dict[str, Any] = {
     ),
     "schedule_free": lambda make: optax.contrib.schedule_free(make(), 0.05, b1=0.8),
 }
-# What of the wrapper's own is as large as the params.
+# The arrays of a wrapper that are as large as the params.
 OWN = {
     "MultiSteps": ".acc_grads",
     "adaptive_restart": ".previous_params",
@@ -335,7 +335,7 @@ OWN = {
     "schedule_free": ".z",
 }
 PLACES = ("inside", "around")
-# Zeros in an eager branch are not sharded as what they are like; nor are they without zero1.
+# In an eager branch, zeros_like does not keep the sharding, with or without zero1.
 NOT_EAGER = [("apply_if_finite", "inside"), ("conditionally_mask", "inside")]
 
 
@@ -348,7 +348,7 @@ def place_zero1(name, place, mesh):
 
 
 def start_of(name, mesh=None):
-    """The params, and the gradients of three steps, in the same shardings."""
+    """Returns the params, and the gradients of three steps in the same shardings."""
     params = make_params(mesh, SMALL)
     dtype = jnp.bfloat16 if name == "kahan" else jnp.float32
     params = {k: jnp.asarray(w).astype(dtype) for k, w in params.items()}
@@ -359,7 +359,7 @@ def start_of(name, mesh=None):
 
 
 def steps_of(tx, params, grads, wrap=jax.jit):
-    """The params, the state and the last updates."""
+    """Returns the params, the state and the last updates."""
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
@@ -386,7 +386,7 @@ def test_each_row_of_the_table_is_tested():
 @pytest.mark.parametrize(("axis_type", "axes"), [MESHES[0], MESHES[3]])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_zero1_and_wrappers(name, axis_type, axes, place):
-    """The table of the docstring, row by row, eager and jitted."""
+    """Each row of the table in the docstring holds, eager and jitted."""
     mesh = make_mesh(axis_type, axes)
     tx = place_zero1(name, place, mesh)
     with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
@@ -414,7 +414,7 @@ def test_zero1_and_wrappers(name, axis_type, axes, place):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager init", "jitted init"])
 def test_around_or_with_a_jitted_init_a_step_is_compiled_once(jitted, place):
-    """Or else the first step puts the wrapper's counts on the mesh."""
+    """Otherwise the first step moves the counts of the wrapper to the mesh, and compiles again."""
     mesh = make_mesh()
     tx = place_zero1("inject_hyperparams", place, mesh)
     params, grads = start_of("inject_hyperparams", mesh)
@@ -430,7 +430,7 @@ def test_around_or_with_a_jitted_init_a_step_is_compiled_once(jitted, place):
     "name", ["MultiSteps", "apply_if_finite", "conditionally_mask", "conditionally_transform"]
 )
 def test_wrappers_that_branch_need_gradients_sharded_as_the_params_are(name):
-    """On Explicit axes, and inside; around, any will do."""
+    """This is so inside, on Explicit axes. Around, gradients may have any sharding."""
     mesh = make_mesh(EXPLICIT)
     with set_mesh(mesh):
         params, (grads, *_) = start_of(name, mesh)
@@ -453,7 +453,7 @@ def floats(tree):
     )
 
 
-# Before, JAX has no public way to leave the types of Explicit axes for a part of a program.
+# Older JAX has no public way to use Auto axes for a part of a program on Explicit axes.
 CAN_LEAVE_EXPLICIT = hasattr(jax.sharding, "use_abstract_mesh")
 needs_auto_axes = pytest.mark.skipif(not CAN_LEAVE_EXPLICIT, reason="JAX is too old")
 
@@ -461,7 +461,7 @@ needs_auto_axes = pytest.mark.skipif(not CAN_LEAVE_EXPLICIT, reason="JAX is too 
 @needs_auto_axes
 @pytest.mark.parametrize("name", ["adafactor", "sm3"])
 def test_optimizers_that_need_auto_axes_run_on_explicit_ones_in_eager_steps(name):
-    """And with params that are split over another axis."""
+    """Also with params that are sharded over another axis."""
     tx = OPTIMIZERS[name]()
     params = make_params(shapes=SMALL)
     expected, _ = follow(name, tx, jax.tree.map(jnp.asarray, params))
@@ -476,7 +476,7 @@ def test_optimizers_that_need_auto_axes_run_on_explicit_ones_in_eager_steps(name
 @needs_auto_axes
 @pytest.mark.parametrize("number", [jnp.float32, np.float32])
 def test_a_learning_rate_may_be_an_array_on_the_mesh(number):
-    """As one is that is made within set_mesh; but not where Auto axes are needed."""
+    """For example one made within set_mesh. This is refused if Auto axes are needed."""
     mesh = make_mesh(EXPLICIT)
     with set_mesh(mesh):
         params = make_params(mesh, SMALL)
@@ -492,8 +492,8 @@ def test_a_learning_rate_may_be_an_array_on_the_mesh(number):
 
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_nothing_of_an_instance_outlives_it(axis_type, wrap):
-    """Compiled programs hold what their functions hold: they go with the instance."""
+def test_an_instance_is_freed_completely(axis_type, wrap):
+    """Compiled programs keep what their functions refer to, and are freed with the instance."""
 
     class Held:
         pass
@@ -520,7 +520,7 @@ def test_nothing_of_an_instance_outlives_it(axis_type, wrap):
 @pytest.mark.parametrize(("axis_type", "axes"), MESHES)
 @pytest.mark.parametrize(("name", "arrays"), [("momentum", 1), ("adam", 2), ("restart", 2)])
 def test_each_device_holds_an_eighth_of_the_state(name, arrays, axis_type, axes):
-    """And the count, and what nothing divides; with tensor-parallel params too."""
+    """Plus the count and the bias, which is not divisible; also with tensor-parallel params."""
     mesh = make_mesh(axis_type, axes)
     params = make_params(mesh)
     state = zero1(INNER[name], mesh).init(params)
@@ -542,7 +542,7 @@ def test_eager_steps_equal_the_jitted_ones(axis_type, axes):
 
 
 def arrays_in(compiled):
-    """Shapes of all arrays in a compiled program but its arguments, which the caller holds."""
+    """Returns the shapes of all arrays in a compiled program, except its arguments."""
     return [
         tuple(map(int, dims.split(",")))
         for line in compiled.as_text().splitlines()
@@ -554,14 +554,14 @@ def arrays_in(compiled):
 @pytest.mark.parametrize("name", ["momentum", "adam"])
 @pytest.mark.parametrize(("axis_type", "axes"), MESHES)
 def test_jitted_init_never_holds_a_whole_array_of_the_state(name, axis_type, axes):
-    """Read from the compiled program, and as bytes; eager init is such a program too."""
+    """Checked in the compiled program, and in bytes. Eager init is such a program too."""
     mesh = make_mesh(axis_type, axes)
     params = make_params(mesh)
     tx = zero1(INNER[name], mesh)
     with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
         compiled: Any = jax.jit(tx.init).lower(params).compile()
         state = jax.jit(tx.init)(params)
-    # On Auto axes jit hides that `out` has its rows over "model": they are over "data" alone.
+    # On Auto axes jit hides that the rows of `out` are sharded over "model": "data" is used alone.
     slices = {
         "hidden": 64 * 32 // 8,
         "out": 32 * 16 // (2 if (axis_type, axes) == (AUTO, "data, model") else 8),
@@ -573,7 +573,7 @@ def test_jitted_init_never_holds_a_whole_array_of_the_state(name, axis_type, axe
 
 
 def collectives(compiled):
-    """(kind, shape) of each collective operation of a compiled program, sorted."""
+    """Returns (kind, shape) of each collective operation of a compiled program, sorted."""
     found = re.findall(
         r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", compiled.as_text()
     )
@@ -589,9 +589,9 @@ def collectives(compiled):
     [("momentum", AUTO), ("momentum", EXPLICIT), ("chain", AUTO), ("adamw", EXPLICIT)],
 )
 def test_the_program_gathers_the_updates_and_nothing_else(name, axis_type):
-    """One all-gather a split param, whatever number of arrays the state has for it.
+    """There is one all-gather per sharded param, for any number of state arrays.
 
-    XLA for CPU has no pass that makes all-reduce and slice one reduce-scatter, as for TPU.
+    XLA for CPU has no pass that combines all-reduce and slice into one reduce-scatter, as for TPU.
     """
     mesh = make_mesh(axis_type)
     tx = zero1(INNER[name], mesh)
@@ -608,10 +608,10 @@ def test_the_program_gathers_the_updates_and_nothing_else(name, axis_type):
 
 
 def bytes_moved(compiled):
-    """Bytes of the float32 arrays that are summed or put together, by kind of collective.
+    """Returns the bytes of the float32 arrays in collectives, by kind of collective.
 
-    XLA for TPU writes a reduce-scatter as an all-reduce in a function of its own, and one gather
-    that runs beside other work several times, in the same channel.
+    XLA for TPU writes a reduce-scatter as an all-reduce in a separate function. A gather that
+    overlaps other work appears several times, in the same channel.
     """
     found, function = {}, ""
     for line in compiled.as_text().splitlines():
@@ -633,7 +633,7 @@ def bytes_moved(compiled):
 
 
 def program_of_the_guide(tx, mesh, split, shapes):
-    """The compiled step of `docs/devices.md`, for the devices of the mesh, which may be away."""
+    """Returns the compiled step of `docs/devices.md`; the devices of the mesh need not exist."""
 
     def place(shape, spec, dtype: Any = np.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -663,7 +663,7 @@ GUIDE = {"hidden": (32, 64), "out": (64, 8), "bias": (8,)}
     tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10), reason="other programs, other bytes"
 )
 def test_the_traffic_is_that_of_the_guide():
-    """The rows of its table: bytes in all-reduces, bytes in all-gathers."""
+    """The rows of its table hold: bytes in all-reduces, bytes in all-gathers."""
     inner: dict[str, Any] = {
         "no `zero1`": mj.momentum(0.1),
         "`mj.momentum`": mj.momentum(0.1),
@@ -692,7 +692,7 @@ def test_the_traffic_is_that_of_the_guide():
 
 
 def print_traffic_on_tpus():
-    """Compiled for eight TPUs that are not here."""
+    """Prints the traffic of programs that are compiled for eight TPUs, without TPUs."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
@@ -706,8 +706,8 @@ def print_traffic_on_tpus():
     print(json.dumps([bytes_moved(program) for program in programs]))
 
 
-def test_tpus_scatter_what_they_sum():
-    """Needs the compiler alone, `pip install libtpu` in the version that jax[tpu] names."""
+def test_tpus_use_reduce_scatter():
+    """Needs only the compiler: `pip install libtpu`, in the version that jax[tpu] requires."""
     pytest.importorskip("libtpu")
     alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "XLA_FLAGS": ""}
     alone |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
@@ -726,7 +726,7 @@ def test_tpus_scatter_what_they_sum():
 
 
 def test_a_value_may_be_held_in_two_shardings():
-    """The update of optax.trace is the state: whole as an update, split as the state."""
+    """The update of optax.trace is its state: replicated as an update, sharded as the state."""
     mesh = make_mesh()
     tx = zero1(optax.trace(0.9), mesh)
     params = make_params(mesh)
@@ -737,7 +737,7 @@ def test_a_value_may_be_held_in_two_shardings():
 
 @pytest.mark.parametrize(("axis_type", "axes"), MESHES)
 def test_a_whole_run_in_one_program_leaves_every_array_where_it_was(axis_type, axes):
-    """The params are carried by the loop: nothing but the step says how they are sharded."""
+    """The params are carried by the loop, so only the step determines their shardings."""
     mesh = make_mesh(axis_type, axes)
     tx = zero1(mj.momentum(0.1), mesh)
     params = make_params(mesh)
@@ -757,7 +757,7 @@ def test_a_whole_run_in_one_program_leaves_every_array_where_it_was(axis_type, a
 
 
 def test_init_from_abstract_params():
-    """Their shardings are seen inside jit too."""
+    """Their shardings are visible inside jit too."""
     mesh = make_mesh(AUTO, "data, model")
     params = make_params(mesh)
     for inner in (INNER["momentum"], INNER["adam"]):
@@ -772,7 +772,7 @@ def test_init_from_abstract_params():
 
 
 def test_what_is_sharded_over_the_axis_already_stays():
-    """Fully sharded params beside one that is not."""
+    """Replicated params and one that is sharded over the axis."""
     mesh = make_mesh()
     params = make_params(mesh)
     params["out"] = jax.device_put(params["out"], NamedSharding(mesh, P(None, "data")))
@@ -785,7 +785,7 @@ def test_what_is_sharded_over_the_axis_already_stays():
 
 @pytest.mark.parametrize(("axis_type", "axes"), [MESHES[0], MESHES[3]])
 def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
-    """50 steps with gradients that turn: codes and scales are those of one device, to the bit."""
+    """After 50 steps with gradients of both signs, params and state equal those of one device."""
     mesh = make_mesh(axis_type, axes)
     shapes = {"bias": (3,), "hidden": (64, 256), "out": (256, 64)}
     inner = mj.adaptive_restart(mj.momentum(0.05, velocity_dtype="int8"))
@@ -807,7 +807,7 @@ def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
         read = mj.read_velocity(moved[1])
     assert_same_sharding(moved, (params, state))
     held: Any = state.inner_state
-    # A byte and a sixteenth per parameter, an eighth of them here.
+    # 1 + 1/16 bytes per parameter, for an eighth of the parameters.
     eighth = 64 * 256 // 8
     assert bytes_by_device(held.velocity["hidden"]) == {eighth}
     assert bytes_by_device(held.scales["hidden"]) == {eighth // 16}
@@ -823,7 +823,7 @@ def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
     ("shape", "axis"), [((1001, 31), "data"), ((4097, 8), "data"), ((63, 151), "model")]
 )
 def test_scales_of_8_bits_may_be_split_where_codes_cannot_be(axis_type, shape, axis):
-    """Or the other way round: the numbers are those of one device."""
+    """And codes where scales cannot be. The numbers equal those of one device."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     inner = mj.adaptive_restart(mj.momentum(0.05, velocity_dtype="int8"))
     whole = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
@@ -834,7 +834,7 @@ def test_scales_of_8_bits_may_be_split_where_codes_cannot_be(axis_type, shape, a
         return updates, mj.read_velocity(state)
 
     found = run(zero1(inner, mesh, axis), jax.device_put(whole, NamedSharding(mesh, P())))
-    # The compiler may join a product and a sum, or not, by the shape of a part.
+    # Depending on the shape of a shard, the compiler may fuse a product and a sum.
     for a, b in zip(found, run(inner, whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -854,7 +854,7 @@ def test_params_without_a_gradient_are_left_alone():
 
 
 def test_params_and_gradients_from_the_host():
-    """Numbers and NumPy arrays are taken as replicated."""
+    """Numbers and NumPy arrays count as replicated."""
     mesh = make_mesh()
     params = {"gain": 2.0, "kernel": np.ones((8, 2), np.float32)}
     tx = zero1(optax.adamw(0.1), mesh)
@@ -877,8 +877,8 @@ def test_params_that_nothing_divides_are_listed_and_strict_refuses_them():
     assert tx.init({"c": params["c"]}).count == 0
 
 
-def test_the_own_sharding_of_a_param_is_counted():
-    """6 rows over 2 devices leave 3, which 4 do not divide: the columns are split."""
+def test_the_sharding_of_the_param_is_applied_first():
+    """6 rows over 2 devices leave 3, which is not divisible by 4: the columns are sharded."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO,) * 2)
     param = jax.device_put(np.zeros((6, 8), np.float32), NamedSharding(mesh, P("model")))
     state = zero1(mj.momentum(0.1), mesh).init(param)
@@ -935,7 +935,7 @@ STOP, END = 6, 12
 
 
 def job(coordinator, processes, index, folder):
-    """One process of several: they train and write one checkpoint, the first what they hold."""
+    """Runs one of several processes, which train and write a checkpoint together."""
     jax.distributed.initialize(coordinator, int(processes), int(index))
     assert jax.device_count() == 2 * jax.local_device_count() == 4
     mesh = make_mesh(devices=4)
@@ -950,8 +950,8 @@ def job(coordinator, processes, index, folder):
         np.savez(pathlib.Path(folder) / "whole.npz", *whole)
 
 
-def test_two_processes_train_alike_and_their_checkpoint_goes_on_elsewhere(tmp_path):
-    """On two devices, or eight, from four: restored to the bit, and trained on as if unbroken."""
+def test_a_checkpoint_of_two_processes_is_restored_on_other_devices(tmp_path):
+    """From four devices to two or eight: restored bit by bit, and trained on as without a break."""
     run_job(__file__, str(tmp_path))
     inner = INNER["chain"]
     params = jax.tree.map(jnp.asarray, make_params())

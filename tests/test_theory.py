@@ -1,4 +1,4 @@
-"""The theory is what the optimizer does: measured on quadratics, in noise, in energy."""
+"""Compares theory with measurements of the optimizer: rates, variances and energies."""
 
 import decimal
 import math
@@ -12,8 +12,9 @@ import pytest
 
 import momentum_jax
 from momentum_jax import theory
+from momentum_jax.theory import _formulas
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Any: Optax's types of trees are too wide for arithmetic.
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -22,7 +23,7 @@ SMOOTHNESS, STRONG_CONVEXITY = SPECTRUM[-1], SPECTRUM[0]
 
 
 def distances(tx, steps, curvatures=SPECTRUM):
-    """The distance to the minimum of a quadratic after each step, from ones."""
+    """Returns the distance to the minimum of a quadratic after each step, starting from ones."""
 
     def step(carry, _):
         w, state = carry
@@ -35,7 +36,7 @@ def distances(tx, steps, curvatures=SPECTRUM):
 
 
 def measured_rate(tx, steps=4000, curvatures=SPECTRUM):
-    """What the distance is multiplied by a step, over the last half of what float64 can hold."""
+    """Returns the factor per step for the distance, over the last half of the float64 range."""
     found = np.asarray(distances(tx, steps, curvatures))
     end = int(np.argmax(found < 1e-200)) or steps
     half = end // 2
@@ -51,23 +52,23 @@ TUNINGS = {
 
 
 @pytest.mark.parametrize("name", TUNINGS)
-def test_the_measured_rate_is_the_rate(name):
-    """And the largest spectral radius over the curvatures, to rounding."""
+def test_the_measured_rate_is_the_predicted_rate(name):
+    """The largest spectral radius over the curvatures is the same, up to rounding."""
     make, nesterov = TUNINGS[name]
     tuning = make(SMOOTHNESS, STRONG_CONVEXITY)
     tx = mj.momentum(tuning.learning_rate, tuning.mu, nesterov=nesterov and tuning.mu > 0)
-    # A double root adds a factor of the number of steps, which the measured rate feels.
+    # A double root adds a factor that grows with the number of steps to the measured rate.
     assert measured_rate(tx) == pytest.approx(tuning.rate, rel=2e-3)
     radii = [
         theory.spectral_radius(tuning.learning_rate, tuning.mu, c, nesterov=nesterov)
         for c in SPECTRUM
     ]
-    # At a double root the square root takes rounding to half its digits.
+    # At a double root, the square root leaves only half of the accurate digits.
     assert max(radii) == pytest.approx(tuning.rate, rel=1e-7)
 
 
-def test_the_methods_in_order():
-    """On an ill-conditioned quadratic each is faster than the one before."""
+def test_the_order_of_the_methods_by_rate():
+    """On an ill-conditioned quadratic, each method is faster than the previous one."""
     rates = [make(1000.0, 1.0).rate for make, _ in TUNINGS.values()]
     gradient, ball, standard, tuned = rates
     assert gradient > standard > tuned > ball
@@ -79,7 +80,7 @@ def test_the_methods_in_order():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mu", [0.0, 0.3, 0.9, 0.99, -0.2, -0.6])
 def test_spectral_radius_is_that_of_the_iteration(mu, nesterov):
-    """Beside NumPy's eigenvalues of one step of the optimizer, which is linear."""
+    """One step of the optimizer is linear: compare with its eigenvalues from NumPy."""
     for curvature in (-0.5, 0.0, 0.1, 1.0, 3.0):
         tx = mj.momentum(0.7, mu, nesterov=nesterov and mu != 0)
 
@@ -106,7 +107,7 @@ def test_stability_limit(mu, nesterov):
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, -0.3])
 def test_stationary_variance(mu):
-    """20,000 chains in noise, from the predicted state: it stays, and is what is measured."""
+    """20,000 runs in noise start from 0 and reach the predicted variances."""
     rate, curvature, noise = 0.4, 1.5, 0.3
     predicted = theory.stationary_variance(rate, mu, curvature, noise)
     tx = mj.momentum(rate, mu)
@@ -120,7 +121,7 @@ def test_stationary_variance(mu):
 
     keys = jax.random.split(jax.random.key(0), 400)
     w, state = jax.lax.scan(step, (start, tx.init(start)), keys)[0]
-    # The standard error of a variance of n normal values is sqrt(2 / n) of it: 1%.
+    # The standard error of a variance of n normal values is sqrt(2 / n) times it: 1%.
     assert float(w.var()) == pytest.approx(predicted.params, rel=0.04)
     assert float(state.velocity.var()) == pytest.approx(predicted.velocity, rel=0.04)
     ratio = (predicted.velocity / rate) / (curvature * predicted.params)
@@ -128,7 +129,7 @@ def test_stationary_variance(mu):
 
 
 def test_without_friction_the_modified_energy_is_conserved():
-    """Symplectic Euler: |v|^2 / (2 rate) + c w^2 / 2 - c w v / 2 stays what it was, to 1e-11."""
+    """Symplectic Euler: |v|^2 / (2 rate) + c w^2 / 2 - c w v / 2 is constant, to 1e-11."""
     rate, curvature = 0.3, 1.7
     tx = mj.momentum(rate, 1.0)
 
@@ -145,12 +146,12 @@ def test_without_friction_the_modified_energy_is_conserved():
 
 
 def lumpy(w):
-    """Hills and valleys; its curvatures are at most 9.2 in absolute value."""
+    """A function with hills and valleys; its curvatures are at most 9.2 in absolute value."""
     return jnp.sum(jnp.cos(3 * w)) + 0.1 * jnp.sum(w**2)
 
 
 def rise(learning_rate, mu, f, start, steps=500):
-    """By how much the energy f + mu |v|^2 / (2 learning_rate) rises at most in one step."""
+    """Returns the largest rise of the energy f + mu |v|^2 / (2 learning_rate) in one step."""
     tx = mj.momentum(learning_rate, mu)
 
     def step(carry, _):
@@ -165,7 +166,7 @@ def rise(learning_rate, mu, f, start, steps=500):
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, 0.99])
 def test_no_escape_bound(mu):
-    """At the bound the energy never rises, on a function with hills."""
+    """At the bound the energy never rises, also on a function with hills."""
     starts = jax.random.uniform(jax.random.key(1), (64, 2), minval=-4, maxval=4)
     bound = theory.no_escape_bound(mu, 9.2)
     rises = jax.jit(jax.vmap(lambda start: rise(bound, mu, lumpy, start)))(starts)
@@ -175,7 +176,7 @@ def test_no_escape_bound(mu):
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("factor", [0.999, 1.001])
 def test_no_escape_bound_is_sharp(mu, factor):
-    """On a quadratic the energy rises just above it, for some velocity that a run may have."""
+    """On a quadratic, just above the bound, the energy rises for some velocity."""
     curvature = 2.0
     rate = factor * theory.no_escape_bound(mu, curvature)
     tx = mj.momentum(rate, mu)
@@ -187,13 +188,13 @@ def test_no_escape_bound_is_sharp(mu, factor):
         updates, state = tx.update(curvature * w, mj.MomentumState(jnp.int32(0), v))
         return energy(w + updates, state.velocity) - energy(w, v)
 
-    # A quadratic form in (w, v): it rises somewhere if it has an eigenvalue above 0.
+    # The change is a quadratic form in (w, v): it is positive somewhere if an eigenvalue is.
     form = jax.hessian(lambda z: change(z[0], z[1]))(jnp.zeros(2))
     assert (float(jnp.linalg.eigvalsh(form).max()) > 1e-9) == (factor > 1)
 
 
 def test_momentum_cannot_cross_a_barrier_higher_than_its_start():
-    """What the bound is for: from rest no run leaves the well, whatever mu; above it, some do."""
+    """From velocity 0, at the bound, no run leaves the well, for any mu."""
 
     def double_well(w):  # with a barrier of 1 at 0
         return jnp.sum((w**2 - 1) ** 2)
@@ -219,7 +220,7 @@ def test_momentum_cannot_cross_a_barrier_higher_than_its_start():
 
 @pytest.mark.parametrize("mu", [0.3, 0.9, 1.0])
 def test_the_jacobian_of_a_step_has_determinant_mu_a_dimension(mu):
-    """For any function: momentum is conformal symplectic."""
+    """Momentum is conformal symplectic for any function."""
     tx = mj.momentum(0.1, mu)
 
     def step(z):
@@ -234,7 +235,7 @@ def test_the_jacobian_of_a_step_has_determinant_mu_a_dimension(mu):
     assert float(jnp.linalg.det(jax.jacobian(step)(z))) == pytest.approx(mu**3, rel=1e-9)
 
 
-# The relatives of QHM, each run beside it as its own paper has it. ------------------------
+# The methods that QHM includes, each written as in its own paper. -------------------------
 
 CURVATURE = np.array([[2.0, 0.3, 0.0], [0.3, 1.0, 0.1], [0.0, 0.1, 0.4]])
 START = np.array([1.0, -2.0, 0.5])
@@ -242,12 +243,12 @@ STEPS = 60
 
 
 def grad(w, t):
-    """Of a quadratic, under a force that changes with time."""
+    """Returns the gradient of a quadratic, with an added force that changes with time."""
     return CURVATURE @ w + 0.1 * np.cos(t + np.arange(3.0))
 
 
 def by_qhm(settings):
-    """The params at which the gradients are taken, step by step."""
+    """Returns the params at which the gradients are evaluated, for each step."""
     tx = mj.qhm(*settings)
     w = jnp.asarray(START)
     state = tx.init(w)
@@ -260,7 +261,7 @@ def by_qhm(settings):
 
 
 def by_pid(kp, ki, kd):
-    """The controller, its derivative smoothed."""
+    """Runs the controller, with a smoothed derivative."""
     smoothing = kd / (kd - kp)
     last, total, derivative, w = 0.0, 0.0, 0.0, START
     found = []
@@ -274,7 +275,7 @@ def by_pid(kp, ki, kd):
 
 
 def by_accsgd(delta, kappa, xi, epsilon):
-    """A short step and a running average of long ones."""
+    """Runs AccSGD: a short step, and a running average of long steps."""
     a = 1 - epsilon**2 * xi / kappa
     w = u = START
     found = []
@@ -287,7 +288,7 @@ def by_accsgd(delta, kappa, xi, epsilon):
 
 
 def by_look_ahead(rate, beta, gamma):
-    """The iterates x of a synthesized Nesterov variant, and its y, where gradients are taken."""
+    """Returns the y of a synthesized Nesterov variant, at which the gradients are evaluated."""
     x = last = START
     found = []
     y = START
@@ -304,7 +305,7 @@ def triple(smoothness, strong_convexity):
 
 
 def robust(big, small, r):
-    """As the paper prints it."""
+    """Returns the settings as in the formulas of the paper."""
     k = big / small
     return (
         k * (1 - r) ** 2 * (1 + r) / big,
@@ -339,14 +340,14 @@ RELATIVES = {
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_the_relatives_of_qhm(name):
-    """60 steps of the source algorithm in float64 NumPy, to 1e-12."""
+def test_methods_that_qhm_includes(name):
+    """QHM equals 60 steps of the source algorithm in float64 NumPy, to 1e-12."""
     settings, run = RELATIVES[name]
     np.testing.assert_allclose(by_qhm(settings), run(), rtol=1e-10, atol=1e-12)
 
 
 def test_robust_momentum_at_its_fastest_is_triple_momentum():
-    """Where the two papers meet."""
+    """The formulas of the two papers agree."""
     fastest = theory.triple_momentum(9.0, 1.0).rate
     expected = theory.qhm_from_triple_momentum(9.0, 1.0)
     got = theory.qhm_from_robust_momentum(9.0, 1.0, rate=fastest)
@@ -357,7 +358,7 @@ def test_robust_momentum_at_its_fastest_is_triple_momentum():
     ("condition", "rate"), [(10.0, None), (100.0, None), (10.0, 0.75), (10.0, 0.85)]
 )
 def test_triple_and_robust_momentum_reach_their_rate(condition, rate):
-    """On the quadratic of two curvatures, as QHM."""
+    """They are run as QHM, on a quadratic with two curvatures."""
     if rate is None:
         settings = theory.qhm_from_triple_momentum(condition, 1.0)
         rate = theory.triple_momentum(condition, 1.0).rate
@@ -396,13 +397,13 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_out_of_range_is_refused(case):
-    """With the value and the rule."""
+    """The error has the value and the rule."""
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
 
 
-# At the ends of the range, beside the formulas in 400 digits. --------------------------------
+# At the ends of the range, compared with the formulas in 400 digits. -----------------------
 
 CURVATURES = [
     (1.0, 1.0),
@@ -420,13 +421,13 @@ CURVATURES = [
 
 @pytest.fixture
 def digits():
-    """400 of them, and exponents without limit."""
+    """Sets the decimal precision to 400 digits, with a very large exponent range."""
     with decimal.localcontext(prec=400, Emin=-(10**6), Emax=10**6):
         yield
 
 
 def in_digits(big, small):
-    """Each tuning by its docstring."""
+    """Returns each tuning, computed by the formulas of the docstrings."""
     big, small = decimal.Decimal(big), decimal.Decimal(small)
     k, one = big / small, decimal.Decimal(1)
     root, root3 = k.sqrt(), (3 * k + 1).sqrt()
@@ -449,7 +450,7 @@ def in_digits(big, small):
 
 @pytest.mark.parametrize(("big", "small"), CURVATURES)
 def test_tunings_at_the_ends(big, small, digits):
-    """Each number to 1e-14 of itself; below 1 stays below 1, and the settings converge."""
+    """The relative error is at most 1e-14; values below 1 stay below 1; the settings converge."""
     expected = in_digits(big, small)
     for name, (make, nesterov) in TUNINGS.items():
         tuning = make(big, small)
@@ -471,14 +472,14 @@ MUS = [0.0, 0.5, 0.9, 1 - 1e-12, math.nextafter(1, 0), 1.0, -0.2, -1 / 3, -0.5, 
 
 
 def side(x):
-    """-1 where it converges, 1 where it diverges, 0 between."""
+    """Returns -1 if the radius is below 1 (it converges), 1 if above (it diverges), else 0."""
     return (x > 1) - (x < 1)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mu", MUS)
 def test_spectral_radius_at_the_ends(mu, nesterov, digits):
-    """To 1e-15 of itself, and never on the wrong side of 1, also an ulp from the limit."""
+    """The relative error is at most 1e-15, and the side of 1 is right one ulp from the limit."""
     limit = theory.stability_limit(mu, nesterov=nesterov)
     near = [limit, *(math.nextafter(limit, end) for end in (0, math.inf))]
     pairs = [(1.0, a) for a in (*near, 1e-12, 1e-20, 0.1, -1e-30, -1.0, (1 - mu) ** 2 / 4)]
@@ -492,9 +493,56 @@ def test_spectral_radius_at_the_ends(mu, nesterov, digits):
         )
         got = theory.spectral_radius(rate, mu, curvature, nesterov=nesterov)
         assert got == pytest.approx(float(expected), rel=1e-15), (rate, curvature)
-        # The digits of a root end too: what is 1 to 390 of them is 1.
+        # The reference has finite precision too: if it is 1 to 390 digits, it is taken as 1.
         exact = side(expected) if abs(expected - 1) > decimal.Decimal("1e-390") else 0
         assert side(got) == exact, (rate, curvature, got)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mu", MUS)
+def test_formulas_of_traced_values_equal_those_of_floats(mu, nesterov):
+    """Diagnostics computes with arrays what theory computes with floats."""
+
+    def formulas(rate, mu):
+        rest = _formulas.one_minus_mu(mu)
+        limit = _formulas.stability_limit(mu, nesterov=nesterov)
+        return (
+            rest,
+            limit,
+            _formulas.friction(rate, rest),
+            _formulas.kinetic_energy(rate, 3.0),
+            _formulas.speed(rate, 3.0),
+            _formulas.share_of_limit(rate, 2.0, limit),
+            _formulas.share_of_limit(rate, -2.0, limit),
+        )
+
+    # At mu -1/3 rounding may select the other branch of the limit, which is equal there.
+    np.testing.assert_allclose(jax.jit(formulas)(0.1, mu), formulas(0.1, mu), rtol=1e-14)
+    assert formulas(0.1, mu)[1] == pytest.approx(theory.stability_limit(mu, nesterov=nesterov))
+    assert all(np.isfinite(x) for x in jax.jacobian(formulas, 1)(0.1, mu))
+    if mu < 1:
+        rest = _formulas.one_minus_mu(mu)
+        expected = theory.effective_learning_rate(0.1, mu)
+        assert _formulas.effective_learning_rate(0.1, rest) == expected
+        got = jax.jit(_formulas.effective_learning_rate)(0.1, rest)
+        np.testing.assert_allclose(got, expected, rtol=1e-14)
+
+
+def test_formulas_at_a_learning_rate_of_0_are_0():
+    """Their derivatives are finite."""
+    for formula in (_formulas.friction, _formulas.kinetic_energy, _formulas.speed):
+        assert formula(0.0, 0.1) == jax.jit(formula)(0.0, 0.1) == 0
+        assert jax.grad(formula, 1)(0.0, 0.1) == 0
+    assert jax.jit(_formulas.effective_learning_rate)(0.0, 0.0) == 0
+    assert jax.jit(_formulas.effective_learning_rate)(0.1, 0.0) == math.inf
+
+
+def test_1_minus_mu_is_computed_before_rounding():
+    """In low precision too."""
+    assert _formulas.one_minus_mu(1 - 1e-12) == pytest.approx(1e-12, rel=1e-4)
+    rest = _formulas.one_minus_mu(jnp.asarray(0.99, jnp.bfloat16))
+    assert rest.dtype == jnp.float32
+    assert float(rest) == 1 - float(jnp.asarray(0.99, jnp.bfloat16))
 
 
 def test_a_radius_beyond_the_floats_is_infinite():
@@ -505,7 +553,7 @@ def test_a_radius_beyond_the_floats_is_infinite():
 @pytest.mark.parametrize("mu", [mu for mu in MUS if mu < 1])
 @pytest.mark.parametrize("rate", [1e-30, 0.1, 1e30])
 def test_the_numbers_of_the_ball_at_the_ends(mu, rate):
-    """Beside exact fractions."""
+    """Compared with exact fractions."""
     m, lr = Fraction(mu), Fraction(rate)
     assert theory.stability_limit(mu) == pytest.approx(float(2 * (1 + m)), rel=1e-15)
     effective = theory.effective_learning_rate(rate, mu)
@@ -527,18 +575,18 @@ def test_the_numbers_of_the_ball_at_the_ends(mu, rate):
         theory.stationary_variance(rate, mu, math.nextafter(limit, math.inf), 1e-3)
 
 
-def test_the_variance_of_nothing_is_0_and_is_not_lost_on_the_way():
-    """Squares of 1e-200 are 0, but not what is left when they cancel."""
+def test_small_variances_do_not_underflow():
+    """The square of 1e-200 underflows, but the result is accurate where such factors cancel."""
     assert theory.stationary_variance(0.1, 0.9, 1.0, 0.0) == (0, 0)
     found = theory.stationary_variance(1e-200, 0.5, 1.0, 1e-150)
-    assert found.params == pytest.approx(0.0, abs=0)  # 5e-351, below the floats
+    assert found.params == pytest.approx(0.0, abs=0)  # 5e-351, which is below the smallest float
     found = theory.stationary_variance(1e200, 0.0, 1e-200, 1e-300)
     np.testing.assert_allclose(found, (1e100, 2e100), rtol=1e-14)
 
 
 @pytest.mark.parametrize("size", [1e-200, 1e-30, 1.0, 1e30, 1e200])
-def test_the_relatives_of_qhm_at_the_ends(size):
-    """Beside exact fractions, with mu below 1."""
+def test_methods_that_qhm_includes_at_the_ends(size):
+    """Compared with exact fractions; mu is below 1."""
     s = Fraction(size)
     found = theory.qhm_from_pid(-size, size, 3 * size)
     assert found == pytest.approx((size, 0.75, 1 / 3), rel=1e-15)
@@ -561,7 +609,7 @@ def test_the_relatives_of_qhm_at_the_ends(size):
 
 @pytest.mark.parametrize(("big", "small"), [pair for pair in CURVATURES if pair[0] > pair[1]])
 def test_robust_and_triple_momentum_at_the_ends(big, small):
-    """All finite, mu in range, from the fastest rate to the slowest, however these are computed."""
+    """All settings are finite with mu in range, for rates computed in several ways."""
     k = big / small
     fastest, slowest = 1 - 1 / math.sqrt(k), 1 - small / big
     settings = [theory.qhm_from_triple_momentum(big, small)]
@@ -571,12 +619,12 @@ def test_robust_and_triple_momentum_at_the_ends(big, small):
         assert all(math.isfinite(x) for x in found)
         assert 0 <= found.mu < 1
         assert found.learning_rate > 0
-    if k < 1e24:  # Beyond, the last digit of mu is half of 1 - mu.
+    if k < 1e24:  # For larger k, the last digit of mu is half of 1 - mu.
         np.testing.assert_allclose(settings[2], settings[0], rtol=1e-3, atol=1e-15)
 
 
-def test_no_friction_is_between_converging_and_diverging():
-    """At mu 1, up to the limit, the radius is 1 and no more."""
+def test_the_radius_is_1_without_friction():
+    """At mu 1, up to the limit, the radius is exactly 1."""
     for a in (1e-30, 1.0, 4.0):
         assert theory.spectral_radius(a, 1.0, 1.0) == 1
     assert theory.spectral_radius(math.nextafter(4, 5), 1.0, 1.0) > 1

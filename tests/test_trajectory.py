@@ -127,8 +127,8 @@ def test_the_command_as_a_person_runs_it(own, tmp_path):
     assert lines[7:10] == [
         "after 20 steps, last measured:",
         "curvature 1 to 10: 13.2% of the stability limit is used",
-        "learning rate 0.05 at mu 0.9: at most 0.38 is stable; x 0.9487 a step along the sharpest "
-        "direction",
+        "learning rate 0.05 at mu 0.9: at most 0.38 is stable; sharpest direction x 0.9487 per "
+        "step",
     ]
     assert lines[-1] == "wrote my-bowl.png"
     assert (tmp_path / "my-bowl.png").read_bytes().startswith(b"\x89PNG")
@@ -174,12 +174,15 @@ REFUSED = {
     "no data": (["quadratic", "--batch-size", "8"], "--batch-size: quadratic has no data"),
     "no problem": (["nothing"], "no problem is called 'nothing'"),
     "no such object": (["{own}:a_number"], "a_number of .* must be a momentum_jax.study Problem"),
-    "mu": (["digits", "--mu", "1"], "--mu: '1' is not a number from 0 and below 1"),
+    "mu": (["digits", "--mu", "1"], r"--mu: '1' is not a number in \[0, 1\)"),
     "learning rate": (["digits", "--learning-rate", "0"], "'0' is not a number above 0"),
     "batch size": (["digits", "--batch-size", "9999"], "--batch-size 9999: digits has 1077"),
-    "folder": (["digits", "--out", "no/such/a.png"], "there is no folder no/such"),
-    "suffix": (["digits", "--out", "a.xyz"], "give a name that ends in .png, .svg or .pdf"),
-    "steps of Lanczos": (["digits", "--lanczos-steps", "1"], "--lanczos-steps 1: at least 2"),
+    "folder": (["digits", "--out", "no/such/a.png"], "the folder no/such does not exist"),
+    "suffix": (["digits", "--out", "a.xyz"], "the name must end in .png, .svg or .pdf"),
+    "steps of Lanczos": (
+        ["digits", "--lanczos-steps", "1"],
+        "--lanczos-steps 1: must be at least 2",
+    ),
 }
 
 

@@ -1,14 +1,15 @@
-"""What momentum is doing, and how far it is from diverging.
+"""Measures what momentum does during training, and how close it is to diverging.
 
 - `measure` and `measure_by_leaf`: energies, alignment and gain of a step, from the gradient and the
   velocity.
-- `curvature`: the largest and the smallest eigenvalue of the Hessian, from products with vectors.
-- `edge`: how near a step is to the largest that is stable at that curvature.
-- `record`: a wrapper that keeps the last measurement, and now and then the curvature, in the state
-  of the optimizer.
+- `curvature`: the largest and the smallest eigenvalue of the Hessian, from Hessian-vector products.
+- `edge`: compares the learning rate with the stability limit at that curvature.
+- `record`: a wrapper that keeps the last measurement in the state of the optimizer, and measures
+  the curvature every so many steps.
 
-All but `edge` works inside jit or outside. In a chain of Optax's, `optax.monitor` can measure
-behind `momentum` too: its updates are the velocity, the gradient is an extra argument.
+All of them work inside and outside jit, except `edge`, which works only outside. In an Optax chain,
+`optax.monitor` after `momentum` can measure too: its updates are the velocity, and the gradient is
+passed as an extra argument.
 """
 
 from momentum_jax.diagnostics._curvature import Curvature as Curvature

@@ -1,4 +1,4 @@
-"""The command: trains a problem briefly, prints and draws how near each step is to diverging."""
+"""The command: trains a problem briefly, and shows how close each step is to diverging."""
 
 import argparse
 import math
@@ -15,18 +15,19 @@ from momentum_jax.study.options import FALLBACKS, Parser, positive, whole
 from momentum_jax.study.problem import check
 from momentum_jax.study.sweep import describe_devices
 from momentum_jax.study.trajectory import draw, trajectory
+from momentum_jax.theory import _formulas
 
 PROGRAM = "python -m momentum_jax.diagnostics"
 DESCRIPTION = """\
-Does it diverge, or crawl? Trains a problem once with momentum, and measures on the way the loss,
-the sharpness (the largest eigenvalue of the Hessian), the share of the stability limit that is in
-use, and the alignment (the cosine of the update and the negative gradient). Loss and sharpness are
-those of the first 512 training rows. Prints a table, then what the last curvature means for the
-learning rate, and draws a picture."""
+Shows whether the learning rate is too large or too small. Trains a problem once with momentum.
+During training it measures the loss, the sharpness (the largest eigenvalue of the Hessian), the
+share of the stability limit in use, and the alignment (the cosine of the angle between the update
+and the negative gradient). Loss and sharpness are measured on the first 512 training rows. Prints
+a table, then compares the learning rate with the stability limit, and draws a figure."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what the command line says."""
+    """Runs the command with these arguments, by default those of the command line."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     fallbacks = FALLBACKS | dict(problem.defaults)
-    rate = options.learning_rate or fallbacks["learning_rate"] * (1 - options.mu)
+    rest = _formulas.one_minus_mu(options.mu)
+    rate = options.learning_rate or fallbacks["learning_rate"] * rest
     if options.batch_size and problem.data is None:
         parser.error(f"--batch-size: {problem.name} has no data to draw batches from")
     size = min(options.batch_size or fallbacks["batch_size"], problem.examples or 1)
@@ -45,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "examples"
         )
     if options.lanczos_steps < 2:
-        parser.error(f"--lanczos-steps {options.lanczos_steps}: at least 2")
+        parser.error(f"--lanczos-steps {options.lanczos_steps}: must be at least 2")
     out = options.out or Path("".join(c if c.isalnum() else "-" for c in problem.name) + ".png")
     if not out.parent.is_dir():
-        parser.error(f"--out {out}: there is no folder {out.parent}")
+        parser.error(f"--out {out}: the folder {out.parent} does not exist")
     if out.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        parser.error(f"--out {out}: give a name that ends in .png, .svg or .pdf")
+        parser.error(f"--out {out}: the name must end in .png, .svg or .pdf")
     _command.on_interrupt_say(f"{PROGRAM}: stopped")
     kind = "nesterov" if options.nesterov else "momentum"
     batches = f", batches of {size}" if problem.data is not None else ""
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OverflowError) as error:
         parser.error(str(error))
     if not all(map(_is_known, found)):
-        print("~: not known to 0.1%; more --lanczos-steps help")
+        print("~: the error may be above 0.1%; increase --lanczos-steps")
     _advise(found, rate, options)
     figure = Figure(figsize=(9, 6), layout="constrained")
     draw(found, figure)
@@ -106,21 +108,29 @@ def _is_known(point):
 
 
 def _advise(found, rate, options):
-    """What the last curvature means; or where the loss rose, the first that is above the limit."""
+    """Prints the verdict, and `edge` at the last point.
+
+    If the loss rose, it is `edge` at the first point above the stability limit instead, because the
+    loss of a network may be flat again far from its start.
+    """
     known = [point for point in found if math.isfinite(point.curvature.largest)]
     first, last = found[0], found[-1]
     if not known or not math.isfinite(first.loss):
         print("the loss or its curvature is not finite at the initial weights")
         return
+    chosen, where = known[-1], "last measured"
     if not math.isfinite(last.loss):
         print(f"diverged: the loss is not finite after {last.step} steps")
     elif last.loss > first.loss:
         print(f"the loss rose, from {first.loss:.4g} to {last.loss:.4g}")
-    chosen = known[-1]
-    if not last.loss <= first.loss:
-        # Further out a network may be flat again.
-        chosen = next((point for point in known if point.fraction > 1), chosen)
-    where = "first above the limit" if chosen.fraction > 1 else "last measured"
+    elif chosen.fraction > 1:
+        print(
+            f"the loss fell, from {first.loss:.4g} to {last.loss:.4g}, but the sharpest "
+            "direction is above the stability limit and grows unless the curvature falls"
+        )
+    above = [point for point in known if point.fraction > 1]
+    if above and not last.loss <= first.loss:
+        chosen, where = above[0], "first above the limit"
     print(f"after {chosen.step} steps, {where}:")
     print(edge(chosen.curvature, rate, options.mu, nesterov=options.nesterov))
 
@@ -141,37 +151,53 @@ def _parser() -> Parser:
         "--learning-rate",
         type=positive,
         metavar="X",
-        help="that of the update, inside the velocity (the problem's own effective learning rate "
-        "times 1 - mu)",
+        help="learning rate, applied inside the velocity (default: the effective learning rate of "
+        "the problem, times 1 - mu)",
     )
     add("--mu", type=_mu, default=0.9, metavar="X", help="momentum coefficient (%(default)s)")
-    add("--nesterov", action="store_true", help="Nesterov's form")
+    add("--nesterov", action="store_true", help="use the Nesterov form of momentum")
     add(
         "--steps",
         type=whole,
         metavar="N",
-        help="how many steps, rounded up to a multiple of --points (the problem's own)",
+        help="number of steps, rounded up to a multiple of --points (default: from the problem)",
     )
-    add("--points", type=whole, default=20, metavar="N", help="so many measurements (%(default)s)")
-    add("--batch-size", type=whole, metavar="N", help="examples per step (the problem's own)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights and data (%(default)s)")
+    add(
+        "--points",
+        type=whole,
+        default=20,
+        metavar="N",
+        help="number of measurements after the first one (%(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=whole,
+        metavar="N",
+        help="examples per step (default: from the problem)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the initial weights and the data order (%(default)s)",
+    )
     add(
         "--init-scale",
         type=positive,
         default=1.0,
         metavar="X",
-        help="what the initial weights are multiplied by, not biases or normalization "
-        "(%(default)s)",
+        help="factor for the initial weights, except biases and normalization (%(default)s)",
     )
     add(
         "--lanczos-steps",
         type=whole,
         default=96,
         metavar="N",
-        help="products of the Hessian with a vector in each measurement: the more, the smaller its "
-        "error (%(default)s)",
+        help="Hessian-vector products per measurement; more products give a smaller error "
+        "(%(default)s)",
     )
-    add("--out", type=Path, metavar="FILE", help="the picture (PROBLEM.png)")
+    add("--out", type=Path, metavar="FILE", help="file of the figure (PROBLEM.png)")
     return parser
 
 
@@ -181,7 +207,7 @@ def _mu(given: str) -> float:
     except ValueError:
         mu = math.nan
     if not 0 <= mu < 1:
-        raise argparse.ArgumentTypeError(f"{given!r} is not a number from 0 and below 1")
+        raise argparse.ArgumentTypeError(f"{given!r} is not a number in [0, 1)")
     return mu
 
 

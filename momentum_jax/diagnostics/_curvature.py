@@ -1,4 +1,4 @@
-"""The curvature of a loss: extreme eigenvalues of its Hessian, from products with vectors alone."""
+"""The largest and smallest eigenvalue of a loss's Hessian, from Hessian-vector products."""
 
 import functools
 from collections.abc import Callable
@@ -19,16 +19,16 @@ PyTree = Any
 
 
 class Curvature(NamedTuple):
-    """How a loss is curved at the params; scalars in float32, or float64 for such params.
+    """The curvature of a loss at the params: scalars in float32, or float64 for float64 params.
 
     Attributes:
       largest: the largest eigenvalue of the Hessian, with its sign: the sharpness.
-      smallest: the smallest, with its sign: below 0 at a saddle.
-      largest_error: an eigenvalue is at most so far from `largest`.
-      smallest_error: the same of `smallest`.
-      along_gradient: g^T H g / |g|^2, the curvature that the next plain step meets; 0 where the
-        gradient is 0.
-      converged: whether both errors are at most 0.1% of the larger magnitude of the two.
+      smallest: the smallest eigenvalue, with its sign; below 0 at a saddle.
+      largest_error: an error bound. Some eigenvalue is at most this far from `largest`.
+      smallest_error: the same bound for `smallest`.
+      along_gradient: g^T H g / |g|^2, the curvature along the gradient; 0 if the gradient is 0.
+      converged: whether both errors are at most 0.1% of the larger magnitude of the two
+        eigenvalues.
 
     Example:
       >>> from momentum_jax.diagnostics import Curvature
@@ -54,31 +54,32 @@ def curvature(
 ) -> Curvature:
     """Measures the largest and the smallest curvature of a loss.
 
-    Lanczos' method: in each step one product of the Hessian with a vector, which is the derivative
-    of the gradient along it. The vectors are trees like the params, in their shardings; nothing is
-    flattened or gathered.
+    Lanczos' method: each step computes one product of the Hessian with a vector, which is the
+    directional derivative of the gradient. The vectors are trees like the params and have their
+    shardings. No array is flattened or gathered.
 
     Cost: the gradient, and `steps` + 1 products, each about two to three gradients. Memory: seven
-    copies of the params in float32, beside what a gradient of a gradient takes.
+    copies of the params in float32, in addition to the memory of a second derivative.
 
     Args:
-      loss: `(params, *batch) -> scalar`, real. Compiled once for each function and shapes.
-      params: a tree of arrays; those that are not floating-point or complex are held fixed. What is
-        narrower than float32 is widened, as the Hessian has no digits there.
+      loss: `(params, *batch) -> scalar`, real. It is compiled once for each function and shapes.
+      params: a tree of arrays. Arrays that are not floating-point or complex are held fixed. Arrays
+        of lower precision than float32 are widened, because the Hessian would lose its digits.
       *batch: further arguments of the loss.
-      steps: how many products: the more, the smaller the errors.
-      key: of the vector that is started from; the same one in each call by default.
-      model: for the Gauss-Newton matrix J^T H J instead, which has no negative eigenvalues for a
-        convex loss: a function `(params, *batch) -> outputs`; the loss is then
-        `(outputs, *batch) -> scalar`, J the derivative of the model and H the Hessian of the loss.
+      steps: the number of products, at least 2; 48 by default. More products give smaller errors.
+      key: a key for the random start vector; by default the same in each call.
+      model: if given, the Gauss-Newton matrix J^T H J is measured instead. It has no negative
+        eigenvalues if the loss is convex. The model is a function `(params, *batch) -> outputs`,
+        and the loss is then `(outputs, *batch) -> scalar`. J is the derivative of the model and H
+        the Hessian of the loss.
 
     Returns:
-      A `Curvature`. Outside jit the small eigenvalue problem is solved in float64, inside in the
-      params' own width.
+      A `Curvature`. The small eigenvalue problem is solved in float64 outside jit, and in the
+      precision of the params inside jit.
 
     Raises:
-      TypeError: a loss that is not a real scalar; no params to differentiate by.
-      ValueError: steps that are not a whole number of at least 2.
+      TypeError: the loss is not a real scalar, or no param can be differentiated.
+      ValueError: `steps` is not a whole number of at least 2.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -103,7 +104,7 @@ def curvature(
 
 @functools.partial(inlined_jit, static_argnums=(0, 1, 2))
 def _lanczos(loss, model, steps, params, batch, key):
-    """The tridiagonal matrix of the Hessian in the basis of its powers on a random vector."""
+    """Returns the tridiagonal matrix of the Hessian in the Krylov basis of a random vector."""
     varied, treedef, fixed = _varied(params)
 
     def of_varied(function):
@@ -127,13 +128,13 @@ def _lanczos(loss, model, steps, params, batch, key):
         rest = [
             w - diagonal * v - off_diagonal * u for w, v, u in zip(image, now, last, strict=True)
         ]
-        # Once more: of what rounding left along the vector.
+        # Orthogonalize once more, to remove what rounding left along the vector.
         again = _dot(now, rest)
         rest = [w - again * v for w, v in zip(rest, now, strict=True)]
         size = jnp.maximum(size, jnp.abs(diagonal) + off_diagonal)
         norm = _norm(rest)
-        # An invariant subspace: all that the start has is found. What follows is a copy of the
-        # first diagonal element, which is between the extremes.
+        # The basis spans an invariant subspace, so Lanczos' method ends. The rest of the diagonal
+        # is filled with copies of its first element, which lies between the extremes.
         done = norm <= 8 * least * size
         norm = jnp.where(done, 0, norm)
         following = _scaled(rest, jnp.where(done, 0, 1 / jnp.where(done, 1, norm)))
@@ -149,7 +150,7 @@ def _lanczos(loss, model, steps, params, batch, key):
 
 
 def _ritz(diagonal, off_diagonal, along_gradient):
-    """The extreme eigenvalues of the tridiagonal matrix, and how far they may be off."""
+    """Returns the extreme eigenvalues of the tridiagonal matrix, with error bounds."""
     traced = isinstance(diagonal, Tracer)
     xp: Any = jnp if traced else np
     dtype = diagonal.dtype
@@ -163,7 +164,7 @@ def _ritz(diagonal, off_diagonal, along_gradient):
     values = values * unit
     size = xp.maximum(xp.abs(values[0]), xp.abs(values[-1]))
     rounding = len(diagonal) * float(jnp.finfo(dtype).eps) * size
-    # The residual of a Ritz vector is the last element of its small vector times what is left.
+    # The residual of a Ritz vector: the last element of its coefficients, times the last norm.
     errors = xp.abs(vectors[-1]) * off_diagonal[-1] + rounding
     converged = xp.maximum(errors[0], errors[-1]) <= 1e-3 * size
     numbers = (jnp.asarray(x, dtype) for x in (values[-1], values[0], errors[-1], errors[0]))
@@ -171,9 +172,9 @@ def _ritz(diagonal, off_diagonal, along_gradient):
 
 
 def _hessian(loss, varied, batch):
-    """The gradient, and the product of the Hessian with a vector.
+    """Returns the gradient, and a function that multiplies the Hessian by a vector.
 
-    Of complex params both are those of their real and imaginary parts, as complex numbers.
+    For complex params both refer to the real and imaginary parts, stored as complex numbers.
     """
     gradient_of = jax.grad(lambda leaves: _checked(loss(leaves, *batch)))
     return jax.linearize(lambda leaves: [x.conj() for x in gradient_of(leaves)], varied)
@@ -198,14 +199,14 @@ def _checked(value):
     value = jnp.asarray(value)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
-            f"the loss is {value.dtype}{list(value.shape)}, but must be a real scalar, such as a "
-            "mean over the batch."
+            f"the loss is {value.dtype}{list(value.shape)}, but must be a real scalar. Return, for "
+            "example, the mean over the batch."
         )
     return value
 
 
 def _varied(params):
-    """The arrays to differentiate by, widened; how they are put together with the others."""
+    """Returns the params to differentiate with respect to, widened; the treedef; the others."""
     leaves, treedef = jax.tree.flatten(params)
     leaves = [jnp.asarray(x) for x in leaves]
     moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
@@ -213,7 +214,10 @@ def _varied(params):
         x.astype(compute_dtype(x.dtype)) for x, each in zip(leaves, moves, strict=True) if each
     ]
     if not varied:
-        raise TypeError("params has no floating-point array, by which the loss could be bent.")
+        raise TypeError(
+            "params has no floating-point array, but the loss must be differentiated with respect "
+            "to at least one. Give the params as floating-point arrays."
+        )
     fixed = [None if each else x for x, each in zip(leaves, moves, strict=True)]
     return varied, treedef, fixed
 
@@ -228,14 +232,14 @@ def _normal_like(key, x):
 
 
 def _dot(xs, ys):
-    """The real inner product over all arrays."""
+    """Returns the real inner product over all arrays."""
     products = [jnp.sum(jnp.real(x.conj() * y)) for x, y in zip(xs, ys, strict=True)]
     dtype = functools.reduce(jnp.promote_types, [x.dtype for x in products])
     return functools.reduce(jnp.add, [x.astype(dtype) for x in products])
 
 
 def _norm(xs):
-    """The root of the sum of squares, also where the squares are beyond the floats."""
+    """Returns the root of the sum of squares, also if the squares overflow or underflow."""
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in xs])
     scale = jnp.where(largest > 0, largest, 1)
     parts = _scaled(xs, 1 / scale)

@@ -1,4 +1,4 @@
-"""How far a step is from the edge of stability, from the curvature that was measured."""
+"""Compares a learning rate with the stability limit at the measured curvature."""
 
 import math
 from typing import NamedTuple
@@ -6,28 +6,29 @@ from typing import NamedTuple
 from momentum_jax import theory
 from momentum_jax._hyperparameters import Number, check_flag, require
 from momentum_jax.diagnostics._curvature import Curvature
+from momentum_jax.theory import _formulas
 
 
 class Edge(NamedTuple):
-    """Where a step stands between too small and unstable. Printed, it is four lines.
+    """How a learning rate compares with the stability limit. Printed, it has five lines.
 
     Attributes:
-      learning_rate: that of the step.
-      mu: that of the step.
+      learning_rate: the learning rate of the step.
+      mu: the momentum coefficient of the step.
       largest: the largest curvature.
-      smallest: the smallest.
-      fraction: learning_rate over the largest stable one: the share of the limit that is in use.
-        0 where no curvature is above 0.
-      largest_learning_rate: above it the sharpest direction diverges at this mu; infinite where no
-        curvature is above 0.
-      growth: what the distance along the sharpest direction is multiplied by a step, in the long
-        run; above 1 it diverges.
-      heavy_ball: the `theory.Tuning` of momentum that is best for this range of curvatures; None if
-        the smallest is not above 0.
-      nesterov: the same with nesterov.
+      smallest: the smallest curvature.
+      fraction: learning_rate / largest_learning_rate, the share of the stability limit in use; 0 if
+        no curvature is above 0.
+      largest_learning_rate: the largest stable learning rate at this mu. Above it, the sharpest
+        direction diverges. Infinite if no curvature is above 0.
+      growth: the long-run factor per step for the distance along the sharpest direction. It
+        diverges if this is above 1.
+      heavy_ball: the best `theory.Tuning` of momentum for this range of curvatures. Its rate is
+        the factor along the slowest direction. None if the smallest curvature is not above 0.
+      nesterov: the same for the Nesterov form.
       scatter: the standard deviation of a param along the sharpest direction in gradient noise;
-        None if no variance was given, or it is unstable.
-      converged: whether the curvature had converged.
+        None if no variance was given, or if the step is unstable.
+      converged: whether the measured curvature had converged.
 
     Example:
       >>> from momentum_jax.diagnostics import Edge
@@ -48,38 +49,38 @@ class Edge(NamedTuple):
     converged: bool
 
     def __str__(self) -> str:
-        """What to do, in four lines."""
+        """Returns a summary in five lines."""
         unsure = "" if self.converged else " (not converged: give curvature more steps)"
         return "\n".join(
             [
-                f"curvature {self.smallest:.4g} to {self.largest:.4g}{unsure}: {self._used()}",
+                f"curvature {self.smallest:.4g} to {self.largest:.4g}{unsure}: {self._share()}",
                 f"learning rate {self.learning_rate:.4g} at mu {self.mu:.4g}: {self._limit()}",
-                f"best on a quadratic: {self._best()}",
-                f"scatter in noise: {self._noise()}",
+                f"best heavy ball on a quadratic: {_settings(self.heavy_ball)}",
+                f"best nesterov on a quadratic: {_settings(self.nesterov)}",
+                f"standard deviation in gradient noise: {self._noise()}",
             ]
         )
 
-    def _used(self):
+    def _share(self):
         if self.largest <= 0:
-            return "there is no limit, as none is above 0"
+            return "no stability limit, because no curvature is above 0"
         return f"{self.fraction:.1%} of the stability limit is used"
 
     def _limit(self):
         return (
-            f"at most {self.largest_learning_rate:.4g} is stable; x {self.growth:.4g} a step along "
-            "the sharpest direction"
+            f"at most {self.largest_learning_rate:.4g} is stable; sharpest direction "
+            f"x {self.growth:.4g} per step"
         )
 
-    def _best(self):
-        if self.heavy_ball is None or self.nesterov is None:
-            return "none, as the smallest curvature is not above 0"
-        (a, b, c), (d, e, f) = self.heavy_ball, self.nesterov
-        return f"{a:.4g} at mu {b:.4g} (x {c:.4g}), nesterov {d:.4g} at {e:.4g} (x {f:.4g})"
-
     def _noise(self):
-        if self.scatter is None:
-            return "not known"
-        return f"{self.scatter:.4g} along the sharpest direction"
+        return "unknown" if self.scatter is None else f"{self.scatter:.4g}, sharpest direction"
+
+
+def _settings(tuning):
+    if tuning is None:
+        return "unknown, because the smallest curvature is not above 0"
+    rate, mu, factor = tuning
+    return f"{rate:.4g} at mu {mu:.4g}; slowest direction x {factor:.4g} per step"
 
 
 def edge(
@@ -90,27 +91,32 @@ def edge(
     nesterov: bool = False,
     noise_variance: Number | None = None,
 ) -> Edge:
-    """How near a step of momentum is to the largest that is stable at this curvature.
+    """Compares a learning rate with the stability limit at the measured curvature.
 
         heavy ball: learning_rate * largest < 2 (1 + mu)
         nesterov:   learning_rate * largest < 2 (1 + mu) / (1 + 2 mu)
 
-    Exact on a quadratic. Training of a network with all examples in each step drives the sharpness
-    up to the limit and then stays there, where the loss still falls: a fraction near 1 is no fault.
+    (For nesterov with mu < -1/3: learning_rate * largest < 1 - 1 / mu.) The result is exact on a
+    quadratic. When a network is trained with all examples in each step, the sharpness rises to the
+    limit and stays there while the loss still falls. So a fraction near 1 is not an error.
+
+    Printed factors such as x 0.5195 multiply the distance to the minimum in each step. The factor
+    of the given learning rate is for the sharpest direction. The factors of the best settings are
+    for the slowest direction, so do not compare them with the first.
 
     Args:
-      curvature: as `curvature` measured it, outside jit.
+      curvature: the result of `curvature`, computed outside jit.
       learning_rate: at least 0.
       mu: the momentum coefficient, in (-1, 1).
-      nesterov: whether the update looks one step ahead.
-      noise_variance: that of the noise of one gradient along the sharpest direction, independent
-        from step to step; for heavy ball alone.
+      nesterov: whether the optimizer uses the Nesterov form; False by default.
+      noise_variance: the variance of the noise in one gradient along the sharpest direction,
+        independent from step to step; None by default. Only for heavy ball.
 
     Returns:
       An `Edge`.
 
     Raises:
-      ValueError: a value out of range; noise with nesterov.
+      ValueError: a value is out of range, or `noise_variance` is given with nesterov.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -119,9 +125,10 @@ def edge(
       >>> curvature = mj.diagnostics.curvature(loss, jnp.ones(2))
       >>> print(mj.diagnostics.edge(curvature, learning_rate=0.4, mu=0.9))
       curvature 1 to 10: 105.3% of the stability limit is used
-      learning rate 0.4 at mu 0.9: at most 0.38 is stable; x 1.5 a step along the sharpest direction
-      best on a quadratic: 0.2309 at mu 0.2699 (x 0.5195), nesterov 0.129 at 0.4714 (x 0.6408)
-      scatter in noise: not known
+      learning rate 0.4 at mu 0.9: at most 0.38 is stable; sharpest direction x 1.5 per step
+      best heavy ball on a quadratic: 0.2309 at mu 0.2699; slowest direction x 0.5195 per step
+      best nesterov on a quadratic: 0.129 at mu 0.4714; slowest direction x 0.6408 per step
+      standard deviation in gradient noise: unknown
 
     Source:
       Polyak (1964), as in `theory.stability_limit`; Cohen, Kaur, Li, Kolter and Talwalkar (2021),
@@ -135,10 +142,10 @@ def edge(
     limit = theory.stability_limit(mu, nesterov=nesterov)
     if nesterov and noise_variance is not None:
         raise ValueError(
-            f"noise_variance={noise_variance} has no effect with nesterov=True, for which there is "
-            "no formula here. Leave it out."
+            f"noise_variance={noise_variance} has no effect with nesterov=True, as there is no "
+            "formula for it. Leave it out."
         )
-    fraction = max(rate * largest / limit, 0.0)
+    fraction = _formulas.share_of_limit(rate, largest, limit)
     scatter = None
     if noise_variance is not None and 0 < fraction < 1:
         variance = theory.stationary_variance(rate, mu, largest, noise_variance).params
@@ -150,7 +157,7 @@ def edge(
         largest=largest,
         smallest=smallest,
         fraction=fraction,
-        largest_learning_rate=limit / largest if largest > 0 else math.inf,
+        largest_learning_rate=_formulas.largest_stable_learning_rate(largest, limit),
         growth=theory.spectral_radius(rate, mu, largest, nesterov=nesterov),
         heavy_ball=theory.heavy_ball(largest, smallest) if convex else None,
         nesterov=theory.nesterov(largest, smallest, tuned=True) if convex else None,

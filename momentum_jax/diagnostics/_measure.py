@@ -1,7 +1,8 @@
-"""What momentum is doing in a step, in a few scalars: energies, alignment, gain.
+"""Measures one step of momentum in a few scalars: energies, alignment, gain.
 
-All is computed from the gradient and the velocity, inside jit or outside: once for their largest
-values and once for their sums, so that nothing is 0 or infinite because its square is.
+Everything is computed from the gradient and the velocity, inside or outside jit. The arrays are
+read twice: once for their largest values, and once for sums that are scaled by these. So no result
+is 0 or infinite only because the square of a value underflows or overflows.
 """
 
 import functools
@@ -15,27 +16,28 @@ from momentum_jax._dispatch import jit_by_leaf, jit_whole, on_one_group
 from momentum_jax._hyperparameters import check_value
 from momentum_jax._jax import inlined_jit
 from momentum_jax._leaves import check_arrays
+from momentum_jax.theory import _formulas
 
 PyTree = Any
 
 
 class Measurement(NamedTuple):
-    """The state of motion after a step; scalars, at least float32.
+    """The measurements of one step: scalars, at least float32.
 
-    With unit mass and time steps of sqrt(learning_rate), so that energies are in the unit of
-    the loss.
+    The mass is 1 and a step takes the time sqrt(learning_rate). So energies are in the unit of the
+    loss.
 
     Attributes:
       kinetic_energy: |v|^2 / (2 learning_rate).
       potential_energy: the loss; None if it was not given.
       total_energy: the sum of both; None without the loss.
-      alignment: the cosine of v and -g, from -1 to 1: whether the motion is downhill. 0 where
-        either is 0.
-      gain: |v| / (learning_rate |g|): how many plain steps this step is worth. Under a constant
-        gradient it rises to 1 / (1 - mu). 0 where g is 0.
+      alignment: the cosine of the angle between v and -g, from -1 to 1. It is above 0 if the
+        velocity points downhill, and 0 if v or g is 0.
+      gain: |v| / (learning_rate |g|), the length of this step in steps of plain gradient descent.
+        Under a constant gradient it rises to 1 / (1 - mu). It is 0 if g is 0.
       speed: |v| / sqrt(learning_rate).
-      effective_learning_rate: learning_rate / (1 - mu); infinite at mu 1, but 0 at a learning
-        rate of 0.
+      effective_learning_rate: learning_rate / (1 - mu). It is infinite at mu 1, but 0 at a
+        learning rate of 0.
       friction: (1 - mu) / sqrt(learning_rate).
 
     Example:
@@ -65,13 +67,15 @@ def measure(
     """Measures the motion of all params together.
 
     Args:
-      grads: the gradients of the step; None, an `optax.MaskedNode` or float0 leaves a param out.
-      velocity: the velocity after the step, with the learning rate inside, such as the
-        `velocity` of the state of `momentum`; of an int8 one, give `read_velocity(state)`. For that
-        of `trace`, give its updates times -learning_rate.
-      learning_rate: that of the step, at least 0. At 0 what is divided by it is 0.
-      mu: that of the step, in (-1, 1].
-      loss: the loss, for the energies.
+      grads: the gradients of the step, a tree of arrays. A param with None, an `optax.MaskedNode`
+        or float0 is left out.
+      velocity: the velocity after the step, with the learning rate inside. This is the `velocity`
+        in the state of `momentum`; if it is stored in int8, give `read_velocity(state)`. For
+        `trace`, give its updates times -learning_rate.
+      learning_rate: the learning rate of the step, at least 0. If it is 0, every result that
+        divides by it is 0.
+      mu: the momentum coefficient of the step, in (-1, 1].
+      loss: the loss, for the energies; None by default.
 
     Returns:
       A `Measurement`.
@@ -97,9 +101,9 @@ def measure(
     Source:
       Qian (1999), On the momentum term in gradient descent learning algorithms, for the ball.
     """
-    learning_rate, mu = _check(learning_rate, mu)
+    learning_rate, rest = _check(learning_rate, mu)
     check_arrays("gradient", grads)
-    return _measure(grads, velocity, learning_rate, mu, loss)
+    return _measure(grads, velocity, learning_rate, rest, loss)
 
 
 def measure_by_leaf(
@@ -109,7 +113,7 @@ def measure_by_leaf(
     learning_rate: jax.typing.ArrayLike,
     mu: jax.typing.ArrayLike,
 ) -> dict[str, Measurement]:
-    """Measures the motion of each param: where is the layer that diverges?
+    """Measures the motion of each param separately, for example to find a layer that diverges.
 
     Args:
       grads: as for `measure`.
@@ -118,7 +122,7 @@ def measure_by_leaf(
       mu: as for `measure`.
 
     Returns:
-      A `Measurement`, without a loss, of each param that has a gradient, by its path.
+      A dict from the path of each param that has a gradient to its `Measurement`, without a loss.
 
     Raises:
       ValueError, TypeError: as for `momentum`.
@@ -134,9 +138,9 @@ def measure_by_leaf(
       >>> max(found, key=lambda path: found[path].kinetic_energy)
       "['head']"
     """
-    learning_rate, mu = _check(learning_rate, mu)
+    learning_rate, rest = _check(learning_rate, mu)
     check_arrays("gradient", grads)
-    found, _ = _measure_by_leaf((), (grads, velocity), (learning_rate, mu))
+    found, _ = _measure_by_leaf((), (grads, velocity), (learning_rate, rest))
     leaves = jax.tree_util.tree_leaves_with_path(
         found, is_leaf=lambda node: isinstance(node, Measurement)
     )
@@ -144,14 +148,13 @@ def measure_by_leaf(
 
 
 def _check(learning_rate, mu):
+    """Returns the learning rate and 1 - mu."""
     learning_rate, mu = check_value("learning_rate", learning_rate), check_value("mu", mu)
-    # 1 - mu before it is rounded to the arrays' width, where mu may be 1.
-    return learning_rate, 1.0 - mu if isinstance(mu, float) else _rest(mu)
+    of = _formulas.one_minus_mu if isinstance(mu, float) else _one_minus_mu
+    return learning_rate, of(mu)
 
 
-@inlined_jit
-def _rest(mu):
-    return 1 - mu.astype(jnp.promote_types(mu.dtype, jnp.float32))
+_one_minus_mu = inlined_jit(_formulas.one_minus_mu)
 
 
 def measure_near(
@@ -163,21 +166,33 @@ def measure_near(
     mu: jax.typing.ArrayLike,
     loss: jax.typing.ArrayLike | None,
 ) -> tuple[Measurement, tuple[jax.Array, jax.Array]]:
-    """As `measure`, near the exponents that the last call returned: arrays are read once.
+    """Measures as `measure` does, but scales by the given exponents, so arrays are read once.
 
-    Right up to the rounding if what is largest has not changed by more than 1e12.
+    The result is accurate up to rounding if the largest gradient and the largest velocity have not
+    changed by more than a factor of 1e12.
+
+    Args:
+      exponents: the second result of the previous call.
+      grads: as for `measure`.
+      velocity: as for `measure`.
+      learning_rate: as for `measure`.
+      mu: as for `measure`.
+      loss: as for `measure`.
+
+    Returns:
+      A `Measurement`, and the exponents for the next call.
     """
-    learning_rate, mu = _check(learning_rate, mu)
-    found = _measure(grads, velocity, learning_rate, mu, loss, exponents)
+    learning_rate, rest = _check(learning_rate, mu)
+    found = _measure(grads, velocity, learning_rate, rest, loss, exponents)
     least = jnp.finfo(found.gain.dtype).minexp
     now = _exponents((), (grads, velocity))[1]
-    # A step whose gradients are 0 or not finite says nothing of the next.
+    # After a step whose gradients are 0 or not finite, the old exponents predict the next better.
     g, v = (jnp.where(x > least, x, e) for x, e in zip(now, exponents, strict=True))
     return found, (g, v)
 
 
 def _largest(several):
-    # Where all is 0 it is the least of the dtype, and another group's counts.
+    # If all values of a group are 0, its exponent is the smallest: another group decides.
     return tuple(
         functools.reduce(jnp.maximum, each) for each in zip(*on_one_group(several), strict=True)
     )
@@ -222,11 +237,14 @@ def _of_products(products, learning_rate, rest, loss):
     gg, gv, vv, g_exponent, v_exponent = products
     learning_rate, rest = (jnp.asarray(value, vv.dtype) for value in (learning_rate, rest))
     g, v = jnp.sqrt(gg), jnp.sqrt(vv)
-    # Powers of 2 come last, all at once: the parts of a result may be beyond the floats.
+    # All powers of 2 are applied last and at once, as intermediate results may overflow.
     exponent = _inner_products.exponent_of(learning_rate)
     rate = _inner_products.times_power_of_2(learning_rate, -exponent)
-    kinetic = _inner_products.times_power_of_2(_ratio(vv, 2 * rate), 2 * v_exponent - exponent)
-    gain = _ratio(_ratio(v, rate), g)
+    energy = _formulas.kinetic_energy(rate, vv)
+    kinetic = _inner_products.times_power_of_2(energy, 2 * v_exponent - exponent)
+    gain = _formulas.divide(_formulas.divide(v, rate), g)
+    alignment = _formulas.divide(_formulas.divide(-gv, g), v)
+    speed = _formulas.speed(learning_rate, v)
     if loss is not None:
         loss = jnp.asarray(loss)
         kinetic, loss = (
@@ -236,19 +254,9 @@ def _of_products(products, learning_rate, rest, loss):
         kinetic_energy=kinetic,
         potential_energy=loss,
         total_energy=None if loss is None else kinetic + loss,
-        alignment=jnp.clip(_ratio(_ratio(-gv, g), v), -1, 1),
+        alignment=jnp.clip(alignment, -1, 1),
         gain=_inner_products.times_power_of_2(gain, v_exponent - g_exponent - exponent),
-        speed=_inner_products.times_power_of_2(_ratio(v, jnp.sqrt(learning_rate)), v_exponent),
-        effective_learning_rate=jnp.where(
-            learning_rate == 0, jnp.zeros_like(rest), learning_rate / rest
-        ),
-        friction=_ratio(rest, jnp.sqrt(learning_rate)),
-    )
-
-
-def _ratio(over, under):
-    """0 where it would be a division by 0; with gradients that are finite there, too."""
-    zero = under == 0
-    return jnp.where(
-        zero, jnp.zeros_like(over), over / jnp.where(zero, jnp.ones_like(under), under)
+        speed=_inner_products.times_power_of_2(speed, v_exponent),
+        effective_learning_rate=_formulas.effective_learning_rate(learning_rate, rest),
+        friction=_formulas.friction(learning_rate, rest),
     )

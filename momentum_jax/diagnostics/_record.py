@@ -1,41 +1,44 @@
-"""A wrapper that keeps the last measurement, and now and then the curvature, in its state."""
+"""A wrapper that keeps the last measurement in its state, and regularly the curvature."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import export
 
 from momentum_jax._hyperparameters import (
     Hyperparameter,
-    by_value,
     check,
     check_flag,
     require_whole,
     resolve,
 )
+from momentum_jax._state_types import register_export, wrapper_state
 from momentum_jax._storage import compute_dtype
 from momentum_jax._velocity import incremented
-from momentum_jax._wrapper import check_transformation
+from momentum_jax._wrapper import wrapper
 from momentum_jax.diagnostics._curvature import Curvature, curvature
 from momentum_jax.diagnostics._measure import Measurement, measure_near
+from momentum_jax.theory import _formulas
 
 PyTree = Any
 
 
+@wrapper_state("diagnostics.record")
 class RecordState(NamedTuple):
-    """What `record` carries from step to step.
+    """The state of `record`.
 
     Attributes:
       count: the number of steps taken, an int32 scalar.
-      measurement: the `Measurement` of the last step; NaN before the first, and its energies where
-        no loss was given.
-      curvature: the `Curvature` that was last measured, NaN before; None without `every`.
-      fraction: the share of the stability limit that was in use then; None without `every`.
-      exponents: of the largest gradient and the largest update, as powers of 2, so that the next
-        step needs to read them only once.
-      inner_state: the state of the transformation around which it is.
+      measurement: the `Measurement` of the last step. All values are NaN before the first step;
+        the energies that need the loss are NaN if no loss was given.
+      curvature: the last `Curvature` that was measured; NaN before the first one. None without
+        `every`.
+      fraction: the share of the stability limit in use when the curvature was measured; NaN before.
+        None without `every`.
+      exponents: the exponents (powers of 2) of the largest gradient and the largest update, two
+        int32 scalars. With them the next step reads each array only once.
+      inner_state: the state of the inner transformation.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -52,15 +55,8 @@ class RecordState(NamedTuple):
     inner_state: Any
 
 
-export.register_namedtuple_serialization(
-    RecordState, serialized_name="momentum_jax.diagnostics.RecordState"
-)
-export.register_namedtuple_serialization(
-    Measurement, serialized_name="momentum_jax.diagnostics.Measurement"
-)
-export.register_namedtuple_serialization(
-    Curvature, serialized_name="momentum_jax.diagnostics.Curvature"
-)
+register_export(Measurement)
+register_export(Curvature)
 
 
 def record(
@@ -72,34 +68,52 @@ def record(
     nesterov: bool = False,
     steps: int = 24,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the last measurement in the state, so that a training loop need only log it.
+    """Keeps the last measurement in the optimizer state, so that a training loop can log it.
 
-    Each step reads the gradients and the updates once. Their squares are right if the largest of
-    them did not change by more than 1e12 since the last step; in the first step, if they are
-    between 1e-12 and 1e12.
+    Each step reads the gradients and the updates once. The measurement is accurate if the largest
+    gradient and the largest update did not change by more than a factor of 1e12 since the last
+    step; in the first step, if both are between 1e-12 and 1e12.
 
-    The movement that is measured is the update that `inner` returns, which is to be applied as it
-    is: this wrapper goes outermost. `optax.tree.get(state, "measurement")` finds it.
+    The measured velocity is the update that `inner` returns. It is the movement of the params if
+    the update is applied unchanged, so this wrapper should be the outermost one.
+    `optax.tree.get(state, "measurement")` returns the measurement.
+
+    With Optax's wrappers, inside (`wrapper(record(...))`) and around (`record(wrapper(...))`):
+
+    - `MultiSteps`: inside, each measurement is of a whole step, with the mean gradient. Around, each
+      is of one micro-batch, and the update is 0 in most of them: prefer inside.
+    - `apply_if_finite`: inside, a step that is skipped keeps the measurement of the last step.
+      Around, it is measured with an update of 0, and the values that need the gradient are NaN.
+    - `conditionally_mask`: inside, a step that is skipped keeps the measurement of the last step.
+      Around, it is measured with an update of 0.
+    - `conditionally_transform`: inside, only transformed steps are measured. Around, all are, and in
+      the others the update is the gradient.
+    - `lookahead`: inside, the jump to the slow params is not measured. Around, a ValueError: the
+      updates are two trees, the gradients one.
+    - `masked`: inside, the params under the mask are measured. Around, all are, and the update of
+      the others is their gradient.
+    - `partition`: inside, each group has its own measurement. Around, all groups have one.
+    - `schedule_free`: inside, the movement of z is measured. Around, the movement of the params.
 
     Args:
       inner: any Optax transformation.
-      learning_rate: that of `inner`: a float, a scalar array or a schedule, counted from 0. It is
-        for the measurement alone, and so is mu. `update` takes both as overriding keywords, which
-        go to `inner` too.
-      mu: that of `inner`, given in the same ways.
-      every: after how many steps the curvature is measured, first in the first step; None for
-        never. `update` then needs the params and `value_fn`, a function of the params that returns
-        the loss. In between only the measurement is paid for. Under jit alone it is compiled
-        once; and under vmap every step pays for the curvature.
-      nesterov: whether `inner` looks one step ahead, for the stability limit.
-      steps: as for `curvature`.
+      learning_rate: the learning rate of `inner`: a float, a scalar array or a schedule, counted
+        from 0. It is used only for the measurement, and so is mu. `update` takes both as keyword
+        arguments that override the values here; they are passed to `inner` too.
+      mu: the momentum coefficient of `inner`, in the same forms; 0.9 by default.
+      every: measure the curvature every so many steps, starting with the first step. With None,
+        the default, it is never measured. Otherwise `update` needs the params and `value_fn`, a
+        function of the params that returns the loss. Steps in between only pay for the
+        measurement. Under jit the curvature is compiled once. Under vmap every step pays for it.
+      nesterov: whether `inner` uses the Nesterov form, for the stability limit; False by default.
+      steps: as for `curvature`; 24 by default.
 
     Returns:
       An Optax transformation whose state is a `RecordState`. `update` takes `value`, the loss, for
-      the energies, and `value_fn`; both go to `inner` too.
+      the energies, and `value_fn`. Both are passed to `inner` too.
 
     Raises:
-      ValueError: no params or no `value_fn` where the curvature is to be measured; a value out of
+      ValueError: the params or `value_fn` are missing although `every` is given; a value is out of
         range.
       TypeError: as for `curvature` and `momentum`.
 
@@ -117,13 +131,11 @@ def record(
       >>> print(f"{state.fraction:.3f} {optax.tree.get(state, 'measurement').gain:.1f}")
       0.526 1.0
     """
-    check_transformation(inner)
     learning_rate, mu = check("learning_rate", learning_rate), check("mu", mu)
     every = None if every is None else require_whole("every", every, 1)
     nesterov, steps = check_flag("nesterov", nesterov), require_whole("steps", steps, 2)
-    given, inner = inner, optax.with_extra_args_support(inner)
 
-    def init(params: optax.Params) -> RecordState:
+    def make_state(inner, params):
         leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
         kinds = [compute_dtype(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
         width = jnp.finfo(jnp.result_type(jnp.float32, *kinds)).dtype
@@ -138,12 +150,7 @@ def record(
             inner.init(params),
         )
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RecordState]:
+    def step(inner, updates, state, params, extra_args):
         rate, momentum = (
             resolve(name, value, extra_args.get(name), state.count)
             for name, value in (("learning_rate", learning_rate), ("mu", mu))
@@ -161,23 +168,24 @@ def record(
         found = Measurement(*(unknown if x is None else x.astype(unknown.dtype) for x in found))
         bent, fraction = state.curvature, state.fraction
         if every is not None:
-            bent, fraction = _now_and_then(
+            bent, fraction = _every_so_often(
                 state, params, extra_args.get("value_fn"), rate, momentum
             )
         count = incremented(state.count)
         return moved, RecordState(count, found, bent, fraction, exponents, inner_state)
 
-    def _now_and_then(state, params, loss, rate, momentum):
+    def _every_so_often(state, params, loss, rate, momentum):
         if params is None or loss is None:
             raise ValueError(
-                f"every={every} needs the params and the loss: update(grads, state, params, "
-                "value_fn=loss), a function of the params."
+                f"every={every} needs the params and the loss. Call update(grads, state, params, "
+                "value_fn=loss), where loss is a function of the params."
             )
 
         def measured(params):
             bent = curvature(loss, params, steps=steps)
-            limit = _limit(momentum, nesterov)
-            fraction = jnp.maximum(rate * bent.largest / limit, 0)
+            limit = _formulas.stability_limit(momentum, nesterov=nesterov)
+            limit = jnp.asarray(limit, bent.largest.dtype)
+            fraction = _formulas.share_of_limit(rate, bent.largest, limit)
             return jax.tree.map(
                 lambda x, held: x.astype(held.dtype), (bent, fraction), (state[2], state[3])
             )
@@ -186,13 +194,5 @@ def record(
             state.count % every == 0, measured, lambda params: (state[2], state[3]), params
         )
 
-    tx = optax.GradientTransformationExtraArgs(init, update)
-    return by_value(tx, "record", given, learning_rate, mu, every, nesterov, steps)
-
-
-def _limit(mu, nesterov):
-    """As `theory.stability_limit`, of a mu that may be traced."""
-    mu = jnp.asarray(mu, jnp.float32)
-    if not nesterov:
-        return 2 * (1 + mu)
-    return jnp.where(mu < -1 / 3, 1 - 1 / jnp.where(mu < 0, mu, -1), 2 * (1 + mu) / (1 + 2 * mu))
+    parts = learning_rate, mu, every, nesterov, steps
+    return wrapper(RecordState, inner, make_state, step, *parts)
