@@ -233,7 +233,8 @@ def _is_products(node):
 @inlined_jit
 def _of_products(products, learning_rate, one_minus_mu, loss):
     gg, gv, vv, g_exponent, v_exponent = products
-    learning_rate, one_minus_mu = (jnp.asarray(value, vv.dtype) for value in (learning_rate, one_minus_mu))
+    learning_rate = jnp.asarray(learning_rate, vv.dtype)
+    one_minus_mu = jnp.asarray(one_minus_mu, vv.dtype)
     g, v = jnp.sqrt(gg), jnp.sqrt(vv)
     # All powers of 2 are applied last and at once, as intermediate results may overflow.
     exponent = _velocity.exponent_of(learning_rate)
