@@ -101,9 +101,9 @@ def measure(
     Source:
       Qian (1999), On the momentum term in gradient descent learning algorithms, for the ball.
     """
-    learning_rate, rest = _check(learning_rate, mu)
+    learning_rate, one_minus_mu = _check(learning_rate, mu)
     check_arrays("gradient", grads)
-    return _measure(grads, velocity, learning_rate, rest, loss)
+    return _measure(grads, velocity, learning_rate, one_minus_mu, loss)
 
 
 def measure_by_leaf(
@@ -138,9 +138,9 @@ def measure_by_leaf(
       >>> max(found, key=lambda path: found[path].kinetic_energy)
       "['head']"
     """
-    learning_rate, rest = _check(learning_rate, mu)
+    learning_rate, one_minus_mu = _check(learning_rate, mu)
     check_arrays("gradient", grads)
-    found, _ = _measure_by_leaf((), (grads, velocity), (learning_rate, rest))
+    found, _ = _measure_by_leaf((), (grads, velocity), (learning_rate, one_minus_mu))
     leaves = jax.tree_util.tree_leaves_with_path(
         found, is_leaf=lambda node: isinstance(node, Measurement)
     )
@@ -182,8 +182,8 @@ def measure_near(
     Returns:
       A `Measurement`, and the exponents for the next call.
     """
-    learning_rate, rest = _check(learning_rate, mu)
-    found = _measure(grads, velocity, learning_rate, rest, loss, exponents)
+    learning_rate, one_minus_mu = _check(learning_rate, mu)
+    found = _measure(grads, velocity, learning_rate, one_minus_mu, loss, exponents)
     least = jnp.finfo(found.gain.dtype).minexp
     now = _exponents((), (grads, velocity))[1]
     # After a step whose gradients are 0 or not finite, the old exponents predict the next better.
@@ -204,10 +204,10 @@ def _exponents(_, trees, __):
 
 
 @jit_whole
-def _measure(grads, velocity, learning_rate, rest, loss, exponents=None):
+def _measure(grads, velocity, learning_rate, one_minus_mu, loss, exponents=None):
     exponents = exponents or _exponents((), (grads, velocity))[1]
     _, products = _products((), (grads, velocity), exponents)
-    return _of_products(*on_one_group([products, learning_rate, rest, loss]))
+    return _of_products(*on_one_group([products, learning_rate, one_minus_mu, loss]))
 
 
 def _sum(several):
@@ -233,9 +233,10 @@ def _is_products(node):
 
 
 @inlined_jit
-def _of_products(products, learning_rate, rest, loss):
+def _of_products(products, learning_rate, one_minus_mu, loss):
     gg, gv, vv, g_exponent, v_exponent = products
-    learning_rate, rest = (jnp.asarray(value, vv.dtype) for value in (learning_rate, rest))
+    learning_rate = jnp.asarray(learning_rate, vv.dtype)
+    one_minus_mu = jnp.asarray(one_minus_mu, vv.dtype)
     g, v = jnp.sqrt(gg), jnp.sqrt(vv)
     # All powers of 2 are applied last and at once, as intermediate results may overflow.
     exponent = _inner_products.exponent_of(learning_rate)
@@ -257,6 +258,6 @@ def _of_products(products, learning_rate, rest, loss):
         alignment=jnp.clip(alignment, -1, 1),
         gain=_inner_products.times_power_of_2(gain, v_exponent - g_exponent - exponent),
         speed=_inner_products.times_power_of_2(speed, v_exponent),
-        effective_learning_rate=_formulas.effective_learning_rate(learning_rate, rest),
-        friction=_formulas.friction(learning_rate, rest),
+        effective_learning_rate=_formulas.effective_learning_rate(learning_rate, one_minus_mu),
+        friction=_formulas.friction(learning_rate, one_minus_mu),
     )
