@@ -9,6 +9,7 @@ if _sys.argv[:1] == ["-m"] and any(word.startswith("momentum_jax.") for word in 
 
     _command.start()
 
+from momentum_jax import _flax_states, _optax_states, _own_states
 from momentum_jax import diagnostics as diagnostics
 from momentum_jax import frameworks as frameworks
 from momentum_jax import schedules as schedules
@@ -25,16 +26,21 @@ from momentum_jax._momentum import TraceState as TraceState
 from momentum_jax._momentum import apply_updates as apply_updates
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
-from momentum_jax._reading import read_velocity as read_velocity
 from momentum_jax._recurrence import RecurrenceState as RecurrenceState
 from momentum_jax._recurrence import SeveralVelocitiesState as SeveralVelocitiesState
 from momentum_jax._recurrence import recurrence as recurrence
-from momentum_jax._report import TransplantReport as TransplantReport
-from momentum_jax._report import TransplantRow as TransplantRow
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
 from momentum_jax._restart import adaptive_restart as adaptive_restart
-from momentum_jax._restart import reset_velocity as reset_velocity
-from momentum_jax._transplant import transplant as transplant
+from momentum_jax._states import TransplantReport as TransplantReport
+from momentum_jax._states import TransplantRow as TransplantRow
+from momentum_jax._states import read_velocity as read_velocity
+from momentum_jax._states import reset_velocity as reset_velocity
+from momentum_jax._states import transplant as transplant
+
+# Makes the types of states known to what finds, resets and carries over states.
+_own_states.register()
+_optax_states.register()
+_flax_states.register()
 
 __all__ = [
     "AdaptiveRestartState",

@@ -411,7 +411,7 @@ def test_groups_of_other_params_give_nothing(make):
         assert group.hyperparams["learning_rate"] == 0.5
     else:
         assert group[0].count == 0
-    assert "there is none of these params" in str(report)
+    assert "the old state has none for these params" in str(report)
 
 
 def test_moments_of_zero_have_no_count_of_an_empty_group():
@@ -480,7 +480,7 @@ def test_a_schedule_moves_into_multi_steps():
     carried, report = mj.transplant(state, outside.init(ENC_HEAD))
     assert counts_of(carried) == [3, 0]
     row = report.rows[-1]
-    assert (row.held, row.outcome) == ("ScaleByScheduleState.count", "fresh")
+    assert (row.array, row.outcome) == ("ScaleByScheduleState.count", "fresh")
     assert row.note == "the old state counts steps there, not gradients"
     with pytest.raises(ValueError, match="counts steps there, not gradients"):
         mj.transplant(state, outside.init(ENC_HEAD), strict=True)
@@ -719,7 +719,7 @@ def test_a_rate_that_is_lost_is_said():
     state: Any = injected(0.001).init(ENC_HEAD)
     _, report = mj.transplant(state, mj.momentum(0.1).init(ENC_HEAD), strict=True)
     rows = [row for row in report.rows if row.outcome == "noted"]
-    assert [row.note for row in rows if "learning_rate" in row.held] == ["0.001"]
+    assert [row.note for row in rows if "learning_rate" in row.array] == ["0.001"]
 
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
