@@ -17,19 +17,22 @@ import numpy as np
 from momentum_jax import _velocity
 from momentum_jax._dispatch import inlined_jit
 from momentum_jax._kahan import KahanState
-from momentum_jax._moving import decode, has_any, like, placed_like, to_host
 from momentum_jax._recurrence import STATE_TYPES, has_velocity
 from momentum_jax._states import (
-    REMEMBERED,
-    clock_of,
-    find,
-    find_within,
-    held_by,
-    is_count,
+    any_nonzero,
+    cast_like,
+    decode,
+    find_states,
+    held_arrays,
+    locate_states,
     named_leaves,
-    optax_name,
-    replace,
-    with_held,
+    put_like,
+    replace_states,
+    rules_of,
+    schedule_count_field,
+    step_count_field,
+    to_host,
+    with_held_arrays,
 )
 from momentum_jax._storage import CAST, WIDE, Stored, codec_of, decoded_dtype
 
@@ -58,7 +61,7 @@ def velocities(state: PyTree, kind: type) -> dict[str, Any]:
             "trace_from_momentum convert."
         )
     for node in of_kind:
-        for field, name, stored in held_by(node):
+        for field, name, stored in held_arrays(node):
             if field == "count":
                 continue
             if name in found:
@@ -83,16 +86,16 @@ def fill(state: PyTree, values: Mapping[str, np.ndarray], count: int | None, kin
     check_count_fits(state, count, kind)
 
     def part(node):
-        return with_held(node, [filled(node, held) for held in held_by(node)])
+        return with_held_arrays(node, [filled(node, held) for held in held_arrays(node)])
 
     def filled(node, held):
-        if is_count(node, held):
-            return held.stored if count is None else Stored(like(held.stored.values, count))
+        if held.field == step_count_field(node):
+            return held.stored if count is None else Stored(cast_like(held.stored.values, count))
         if isinstance(node, kind):
             return _with_velocity(held.path, held.stored, values[held.path])
         return held.stored
 
-    return replace(state, part)
+    return replace_states(state, part)
 
 
 def check_count_fits(state: PyTree, count: int | None, kind: type) -> None:
@@ -100,14 +103,14 @@ def check_count_fits(state: PyTree, count: int | None, kind: type) -> None:
     if not count:
         return
     depths = set()
-    for node, around, *_ in find_within(state):
-        for held in held_by(node):
-            if not is_count(node, held):
+    for node, around, *_ in locate_states(state):
+        for held in held_arrays(node):
+            if held.field != step_count_field(node):
                 continue
-            if clock_of(node) or isinstance(node, kind):
+            if schedule_count_field(node) or isinstance(node, kind):
                 # What counts within optax.MultiSteps counts steps, and so does MultiSteps.
                 around_it = (*around, node)
-                depths.add(sum(optax_name(each) == "MultiStepsState" for each in around_it))
+                depths.add(sum(rules_of(each).accumulates_gradients for each in around_it))
             limit = np.iinfo(held.stored.values.dtype).max
             if count > limit:
                 raise ValueError(
@@ -128,10 +131,10 @@ def check_whole(state: PyTree, name: str) -> None:
 
     Both what is carried over and what it is carried over to must pass.
     """
-    for part in find(state):
+    for part in find_states(state):
         if isinstance(part, KahanState):
-            of_part = [held for held in held_by(part) if held.field == "compensation"]
-            short = [held.path for held in of_part if has_any(held.stored.values)]
+            of_part = [held for held in held_arrays(part) if held.field == "compensation"]
+            short = [held.path for held in of_part if any_nonzero(held.stored.values)]
             if short:
                 raise ValueError(
                     f"in {name}, momentum_jax.kahan has updates of {join_names(short)} that "
@@ -139,16 +142,16 @@ def check_whole(state: PyTree, name: str) -> None:
                     "state.compensation, to the params in float32 and give state.inner_state; or "
                     "to keep them, fill state.inner_state alone and put it back with _replace."
                 )
-        found = REMEMBERED.get(optax_name(part))
-        if found is None:
+        remembered = rules_of(part).remembered
+        if remembered is None:
             continue
-        field, start, loss, remedy = found
-        for leaf in jax.tree.leaves(getattr(part, field)):
+        for leaf in jax.tree.leaves(getattr(part, remembered.field)):
             numbers = np.ravel(to_host(leaf))
-            others = numbers[numbers != start]
+            others = numbers[numbers != remembered.start]
             if others.size:
                 raise ValueError(
-                    f"in {name}, {loss.format(others[0])}. That is not carried over. {remedy}"
+                    f"in {name}, {remembered.loss.format(others[0])}. That is not carried over. "
+                    f"{remembered.remedy}"
                 )
 
 
@@ -472,23 +475,23 @@ def check_count(count: Any) -> int:
 
 def parts(state: PyTree, kind: type) -> list[Any]:
     """All states of a kind within a state."""
-    return [node for node in find(state) if isinstance(node, kind)]
+    return [node for node in find_states(state) if isinstance(node, kind)]
 
 
 def _counts(state, wanted):
     """The counts of the states that are wanted, with where they are."""
     return [
         (f"{type(node).__name__}.{held.field}", held.stored.values)
-        for node in find(state)
+        for node in find_states(state)
         if wanted(node)
-        for held in held_by(node)
-        if is_count(node, held)
+        for held in held_arrays(node)
+        if held.field == step_count_field(node)
     ]
 
 
 def _scheduled(state):
     """The counts that schedules follow."""
-    return _counts(state, clock_of)
+    return _counts(state, schedule_count_field)
 
 
 def _taken(state):
@@ -527,12 +530,12 @@ def _with_velocity(name, one, value):
         with np.errstate(over="ignore"):  # Refused once it is stored.
             stored = value.astype(one.values.dtype)
         _check_stored(name, stored)
-        return one._replace(values=placed_like(one.values, stored))
+        return one._replace(values=put_like(one.values, stored))
     with np.errstate(over="ignore"):
         value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
     shardings = jax.tree.map(lambda x: x.sharding if x.committed else None, one)
     encode = jax.jit(_velocity.encoded, out_shardings=shardings)
-    filled = encode(placed_like(one.values, value), one)
+    filled = encode(put_like(one.values, value), one)
     for leaf in jax.tree.leaves(filled):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             _check_stored(name, leaf)

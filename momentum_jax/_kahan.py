@@ -12,7 +12,7 @@ from momentum_jax import _velocity
 from momentum_jax._dispatch import by_leaf, inlined_jit
 from momentum_jax._hyperparameters import by_value, check_state, check_transformation
 from momentum_jax._placement import in_memory_of, on_device
-from momentum_jax._states import replace
+from momentum_jax._states import replace_states
 
 PyTree = Any
 
@@ -156,7 +156,7 @@ def _with_wide_averages(state):
         weights = {"weight_sum": widen(node.weight_sum), "max_lr": widen(node.max_lr)}
         return node._replace(z=jax.tree.map(widen, node.z), **weights)
 
-    return replace(state, part)
+    return replace_states(state, part)
 
 
 def _is_narrow(param):

@@ -98,10 +98,9 @@ from momentum_jax._hyperparameters import (
     resolve,
 )
 from momentum_jax._momentum import MomentumState, TraceState, momentum, trace
-from momentum_jax._moving import has_moved, to_host
 from momentum_jax._placement import in_memory_of, on_device
 from momentum_jax._recurrence import incremented
-from momentum_jax._transplant import Conversion, carried_velocities
+from momentum_jax._states import Conversion, any_velocity_nonzero, carry_velocities, to_host
 
 PyTree = Any
 # The names of the weights in the optimizer's order, or the weights by name in that order.
@@ -692,10 +691,10 @@ def load_optax(
     theirs = _departing(optax_state, "optax_state", optax.TraceState)
     _carry.match(_carry.velocities(opt_state, TraceState), theirs)
     known = _carry.scheduled_count(optax_state) if count is None else None
-    moved = has_moved(theirs.values())
+    moved = any_velocity_nonzero(theirs.values())
     count = _steps(count, known, opt_state, moved, "how often update was called")
     _carry.check_count_fits(opt_state, count, TraceState)
-    return carried_velocities(optax_state, opt_state, count)
+    return carry_velocities(optax_state, opt_state, count)
 
 
 def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
@@ -724,7 +723,7 @@ def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
     _carry.match(_carry.velocities(optax_state, optax.TraceState), velocities)
     count = _carry.taken_count(opt_state)
     _carry.check_count_fits(optax_state, count, optax.TraceState)
-    return carried_velocities(opt_state, optax_state, count)
+    return carry_velocities(opt_state, optax_state, count)
 
 
 def momentum_from_trace(
@@ -1166,7 +1165,7 @@ def _scaled(opt_state, kind, source, name, source_kind, factor):
     count = _carry.taken_count(source)
     _carry.check_count_fits(opt_state, count, kind)
     conversion = Conversion(kind, source_kind, factor)
-    return carried_velocities(source, opt_state, count, conversion)
+    return carry_velocities(source, opt_state, count, conversion)
 
 
 def _above_zero(learning_rate):
