@@ -1,7 +1,7 @@
 """States: finds what a state holds, reads and resets velocities, carries states over.
 
-A state of Optax is a tree of states. The walk through it is in `_walk`, what is known of the types
-of states in `_rules`.
+A state of Optax is a tree of states. `_walk` walks through it, and `_rules` is the registry of the
+types of states.
 """
 
 from momentum_jax._states._moving import any_nonzero as any_nonzero

@@ -51,7 +51,7 @@ def global_values(
 def dropped_globals(
     place: Place, new: list[Place], matches: Mapping[Place, list[Place]]
 ) -> Iterator[TransplantRow]:
-    """Yields a row if an old global value is lost whose loss would change the training."""
+    """Yields a row for an old global value that is lost, if that would change the training."""
     remembered = rules_of(place.node).remembered
     if remembered is not None:
         is_reported, start = place.held.field == remembered.field, remembered.start

@@ -117,7 +117,7 @@ def match_globals(
         for places in (old, new)
     )
     pairing = _Pairing(old, new, same_structure)
-    # Dicts, because the order in which the old places are found is kept.
+    # Dicts with None as values: sets that keep their order.
     found = {place: {} for places in new_globals.values() for place in places}
     for meaning, new_places in new_globals.items():
         old_places = old_globals.get(meaning, [])
@@ -164,13 +164,13 @@ def _match_by_params(found, new_places, old_places, sources, pairing):
 
 
 def _match_by_groups(found, new_places, old_places, are_related, pairing):
-    """Matches what is left over by the groups of params."""
+    """Matches the remaining values by their groups of params."""
     taken = {old for place in new_places for old in found[place]}
     unused = [place for place in old_places if place not in taken]
     unmatched = [
         place
         for place in new_places
-        # Where the arrays beside a value are of none of these params, it is another value.
+        # If its state holds arrays, but the old value concerns other params, it is another value.
         if not found[place] and not (place.concerns and place.is_beside_arrays)
     ]
     for new_group in _group_by(unmatched, _scope).values():

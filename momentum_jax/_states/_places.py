@@ -45,9 +45,9 @@ class Place:
         of the params only.
       accumulation_depth: how many states that accumulate gradients are around the array. Counts
         within them count steps, counts outside count gradients.
-      concerns: for a global value, the paths of the params that it concerns: those of which the
-        state holds arrays, or else those of which the nearest state around it does, within its
-        group. Empty if there are none.
+      concerns: for a global value, the paths of the params that it concerns. These are the params
+        for which its state holds arrays. If it holds none, they are those for which the nearest
+        state around it holds arrays, within its group. Empty if there are none.
       is_beside_arrays: for a global value, whether its own state holds arrays of these params.
       is_of_empty_group: for a global value, whether it is in a group without params.
       param_shapes: the shapes of all that the state holds of the param, if its type gives shapes a

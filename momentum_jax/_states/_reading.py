@@ -79,7 +79,7 @@ def _decoded(_, trees, __):
 
 
 def _joined(first, second):
-    """Joins two trees, each of which has masked nodes where the other one has arrays."""
+    """Joins two trees. Each has masked nodes in the places where the other has arrays."""
     for tree, other in ((first, second), (second, first)):
         if is_masked_node(tree):
             return other

@@ -1,4 +1,4 @@
-"""The registry of what is known of the types that states are made of, framework by framework.
+"""The registry of the types that states consist of, for each framework.
 
 The code that walks, resets and transplants states names no framework. Each framework registers its
 types with `register_framework`; types are known by the framework's package and their own name,
@@ -18,7 +18,7 @@ COUNT_FIELD = "count"
 
 @dataclasses.dataclass(frozen=True)
 class Remembered:
-    """A value that a wrapper remembers, and whose loss would change the training.
+    """A value that a wrapper remembers. To lose it would change the training.
 
     Attributes:
       field: the field of the state that holds the value.
@@ -41,7 +41,7 @@ class StateRules:
       step_count: the field that counts the steps that a schedule follows.
       schedules: the field that holds the schedules that follow `step_count`. While this field is
         empty, no schedule follows the count. None if a schedule always does.
-      remembered: a value whose loss must be reported.
+      remembered: a value that must be reported if it is lost.
       not_per_param: the fields that do not hold one array per param.
       is_per_param: whether all other fields hold one array per param, even where the params are a
         single scalar.
@@ -51,7 +51,7 @@ class StateRules:
         with a masked node for each of the others.
       accumulates_gradients: whether counts within this state count steps, while counts around it
         count gradients.
-      same_as: another type, whose arrays mean the same; it is used in place of this type.
+      same_as: another type, used in place of this one because its arrays mean the same.
       reset_with_velocity: the field that is set to 0 where the velocity is.
       converted_with_velocity: whether the state goes along when velocities alone are carried over.
     """
@@ -117,7 +117,7 @@ def rules_of(node: Any) -> StateRules:
 
 
 def kind_of(node: Any) -> type:
-    """The type of a state, or the type whose arrays mean the same."""
+    """The type of a state, or the type that its rules use in its place."""
     same = (_rules_of_type(base).same_as for base in type(node).__mro__)
     return next(filter(None, same), type(node))
 

@@ -64,9 +64,9 @@ def transplant(
     anywhere in either state: in chains, in groups of `optax.partition`, inside wrappers, and in the
     `opt_state` of an `nnx.Optimizer`.
 
-    **Global values** (counts, with them schedules, scales, and the hyperparameters that
-    `optax.inject_hyperparams` holds) go with the params that they concern. For example, a learning
-    rate goes with the params of its group. In detail:
+    **Global values** go with the params that they concern. These are counts, and with them
+    schedules; scales; and the hyperparameters that `optax.inject_hyperparams` holds. For example, a
+    learning rate goes with the params of its group. In detail:
 
     - Groups are merged: if one of them keeps its label, its values are used. Otherwise the groups
       must agree: counts that differ raise an error; where other values differ, those of
@@ -234,14 +234,15 @@ def _filled(
     conversion: Conversion | None = None,
 ) -> PyTree:
     """Returns the state with the transferred arrays, and the global values, in its places."""
-    new_type, factor = (None, None) if conversion is None else conversion[::2]
+    converted_type = None if conversion is None else conversion.new_type
+    factor = None if conversion is None else conversion.factor
     moves = [
         Move(
             source=transfer.source,
             target=transfer.place.held.stored,
             was_velocity=transfer.was_velocity,
             is_velocity=transfer.place.is_velocity,
-            is_converted=kind_of(transfer.place.node) is new_type,
+            is_converted=kind_of(transfer.place.node) is converted_type,
         )
         for transfer in transfers
         if transfer.source is not None
