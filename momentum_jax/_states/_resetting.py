@@ -44,8 +44,8 @@ def reset_velocity(
           boolean.
 
         If a param has several velocities, as with `aggmo`, `where` holds for each of them. For the
-        state of an `nnx.Optimizer` give a function, because a tree of booleans has other variables
-        than the state.
+        state of an `nnx.Optimizer`, the tree may be an `nnx.State` like that of the params, nested
+        dicts with the same keys, or a prefix of one of them.
       scale: a finite number or a scalar array, traced or not. Default 0.
 
     Returns:
