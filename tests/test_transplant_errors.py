@@ -42,7 +42,8 @@ CASES: dict[str, Any] = {
     "strict": (
         lambda: mj.transplant(STATE, mj.momentum(0.1).init({"a": jnp.ones(3)}), strict=True),
         ValueError,
-        r"strict=True, but not everything was carried over\..*\['b'\] +MomentumState\.velocity +dropped",
+        r"strict=True, but not everything was carried over\..*"
+        r"\['b'\] +MomentumState\.velocity +dropped",
     ),
     "a name that is not there": (
         lambda: mj.transplant(STATE, FRESH, {"['c']": "['d']"}),
