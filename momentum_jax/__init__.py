@@ -25,16 +25,16 @@ from momentum_jax._momentum import MomentumState as MomentumState
 from momentum_jax._momentum import TraceState as TraceState
 from momentum_jax._momentum import momentum as momentum
 from momentum_jax._momentum import trace as trace
-from momentum_jax._reading import read_velocity as read_velocity
 from momentum_jax._recurrence import RecurrenceState as RecurrenceState
 from momentum_jax._recurrence import SeveralVelocitiesState as SeveralVelocitiesState
 from momentum_jax._recurrence import recurrence as recurrence
-from momentum_jax._report import TransplantReport as TransplantReport
-from momentum_jax._report import TransplantRow as TransplantRow
-from momentum_jax._resetting import reset_velocity as reset_velocity
 from momentum_jax._restart import AdaptiveRestartState as AdaptiveRestartState
 from momentum_jax._restart import adaptive_restart as adaptive_restart
-from momentum_jax._transplant import transplant as transplant
+from momentum_jax._states import TransplantReport as TransplantReport
+from momentum_jax._states import TransplantRow as TransplantRow
+from momentum_jax._states import read_velocity as read_velocity
+from momentum_jax._states import reset_velocity as reset_velocity
+from momentum_jax._states import transplant as transplant
 
 __all__ = [
     "AdaptiveRestartState",

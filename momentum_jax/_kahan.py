@@ -27,13 +27,13 @@ from momentum_jax._placement import (
 )
 from momentum_jax._rounding import round_to_nearest
 from momentum_jax._state_types import wrapper_state
-from momentum_jax._states import replace
+from momentum_jax._states import replace_states, rules_of
 from momentum_jax._wrapper import wrapper
 
 PyTree = Any
 
 
-@wrapper_state("kahan")
+@wrapper_state("kahan", reset_with_velocity="compensation")
 class KahanState(NamedTuple):
     """The state of `kahan`.
 
@@ -136,7 +136,7 @@ def kahan(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
 
 def _init(inner, params):
-    inner_state = _with_wide_averages(inner.init(params))
+    inner_state = _with_wide_sums(inner.init(params))
     return KahanState(inner_state, _zero_compensations((), (materialize(params),))[0])
 
 
@@ -148,19 +148,18 @@ def _update(inner, updates, state, params, extra_args):
     return updates, KahanState(inner_state, compensation)
 
 
-def _with_wide_averages(state):
-    """The state, with the sums of `schedule_free` in float32: 16 bits would lose small terms."""
+def _with_wide_sums(state):
+    """The state with running sums in float32, because 16 bits would lose small terms."""
 
     def widen(leaf):
         return leaf.astype(np.float32) if _is_16_bit(leaf) else leaf
 
     def part(node):
-        if not isinstance(node, optax.contrib.ScheduleFreeState):
-            return node
-        weights = {"weight_sum": widen(node.weight_sum), "max_lr": widen(node.max_lr)}
-        return node._replace(z=jax.tree.map(widen, node.z), **weights)
+        fields = rules_of(node).running_sums
+        wide = {field: jax.tree.map(widen, getattr(node, field)) for field in fields}
+        return node._replace(**wide) if wide else node
 
-    return replace(state, part)
+    return replace_states(state, part)
 
 
 def _is_16_bit(param):

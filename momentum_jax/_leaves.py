@@ -171,9 +171,10 @@ def check_gradient_dtype(path: Path, grad: Any, held: Any, name: str = "velocity
         )
 
 
-def path_text(path: Path) -> str:
-    """A path for an error message: "at ['dense']['kernel']"."""
-    return f"at {jax.tree_util.keystr(path)}" if path else "at the root of the tree"
+def path_text(path: Path | str) -> str:
+    """A path, or its text, for an error message: "at ['dense']['kernel']"."""
+    text = path if isinstance(path, str) else jax.tree_util.keystr(path)
+    return f"at {text}" if text else "at the root of the tree"
 
 
 def _hint(name):

@@ -23,14 +23,13 @@ from momentum_jax._placement import (
     to_device_memory,
     to_memory_of,
 )
-from momentum_jax._reading import velocities
-from momentum_jax._resetting import masks_of_velocities, scaled
 from momentum_jax._state_types import wrapper_state
+from momentum_jax._states import states_with_velocity, zero_velocity_if
 from momentum_jax._storage import compute_dtype
 from momentum_jax._wrapper import wrapper
 
 
-@wrapper_state("adaptive_restart")
+@wrapper_state("adaptive_restart", converted_with_velocity=True)
 class AdaptiveRestartState(NamedTuple):
     """The state of `adaptive_restart`.
 
@@ -138,7 +137,7 @@ def adaptive_restart(
 
 def _init(inner, params):
     inner_state = inner.init(params)
-    velocities(inner_state)  # Raises if there is none.
+    states_with_velocity(inner_state)  # Raises if there is none.
     return AdaptiveRestartState(inner_state, _copied((), (materialize(params),))[0])
 
 
@@ -167,9 +166,7 @@ def _check_one_decision(*trees):
 def _restarted(grads, params, state):
     params, uphill = _moved((), (grads, params, state.previous_params))
     restarts = (uphill > 0) & jnp.isfinite(uphill)
-    # Compensations of `kahan` stay: the params were not set by hand.
-    masks = masks_of_velocities(state.inner_state, True)
-    return scaled(state.inner_state, masks, 0.0, when=restarts), params
+    return zero_velocity_if(state.inner_state, restarts), params
 
 
 def _sum(values):

@@ -1,5 +1,6 @@
 """The types of states: of transformations with a velocity, and of wrappers."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,11 +11,26 @@ from momentum_jax._storage import Stored
 # Each type of state with a velocity, with the name of the function that makes such states. Their
 # fields are a count, the values and the scales.
 STATE_TYPES: dict[type, str] = {}
-# The same for the states of wrappers, which have a field `inner_state`.
-WRAPPER_STATES: dict[type, str] = {}
+# The types of states of wrappers, which have a field `inner_state`.
+WRAPPER_STATES: dict[type, "WrapperState"] = {}
 # The types whose values and scales are tuples, with one entry per velocity.
 _OF_SEVERAL: set[type] = set()
 _T = TypeVar("_T", bound=type)
+
+
+@dataclasses.dataclass(frozen=True)
+class WrapperState:
+    """What is known of the type of a wrapper's state.
+
+    Attributes:
+      made_by: the name of the function that makes such states.
+      reset_with_velocity: the field that is set to 0 where the velocity is.
+      converted_with_velocity: whether the state goes along when velocities alone are carried over.
+    """
+
+    made_by: str
+    reset_with_velocity: str | None = None
+    converted_with_velocity: bool = False
 
 
 def holds_velocity(made_by: str, *, several: bool = False) -> Callable[[_T], _T]:
@@ -29,11 +45,14 @@ def holds_velocity(made_by: str, *, several: bool = False) -> Callable[[_T], _T]
     return mark
 
 
-def wrapper_state(made_by: str) -> Callable[[_T], _T]:
-    """Marks a type of state as one of a wrapper, and registers it for `jax.export`."""
+def wrapper_state(made_by: str, **rules: Any) -> Callable[[_T], _T]:
+    """Marks a type of state as one of a wrapper, and registers it for `jax.export`.
+
+    `rules` are the other attributes of `WrapperState`.
+    """
 
     def mark(state_type: _T) -> _T:
-        WRAPPER_STATES[state_type] = made_by
+        WRAPPER_STATES[state_type] = WrapperState(made_by, **rules)
         return register_export(state_type)
 
     return mark

@@ -1,14 +1,21 @@
-"""Short jobs: params, gradients, and states after a few steps."""
+"""Short training jobs: params, gradients, transformations, and states after a few steps."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
+
+import momentum_jax
+
+mj: Any = momentum_jax  # Optax types a state as any tree of arrays.
 
 STEPS = 20
-WIDE, NARROW = (64, 128), (3,)  # int8 has blocks for the first, and keeps the second wide.
+# int8 quantizes the first in blocks, and stores the second in float32.
+WIDE, NARROW = (64, 128), (3,)
 
 
 def numbers(shape, seed=0):
@@ -24,7 +31,7 @@ def params_of(*names, seed=0):
 
 
 def grads_like(params, step):
-    """Gradients of each param by its shape and the step alone, whatever else there is."""
+    """Gradients that depend only on the shape of the param and on the step."""
     return jax.tree.map(lambda w: numbers(w.shape, 1000 + step + w.size).astype(w.dtype), params)
 
 
@@ -57,3 +64,137 @@ def assert_same(left, right):
 
 def scheduled(count):
     return 0.1 / (1 + count)
+
+
+# Transformations and states of different kinds. ---------------------------------------------
+
+
+def average(velocity, gradient, mu):
+    velocity = mu * velocity + (1 - mu) * gradient
+    return velocity, -0.1 * velocity
+
+
+KINDS: dict[str, Any] = {
+    "momentum": lambda: mj.momentum(scheduled, 0.9),
+    "bfloat16": lambda: mj.momentum(0.1, velocity_dtype="bfloat16"),
+    "int8": lambda: mj.momentum(0.1, velocity_dtype="int8"),
+    "trace": lambda: optax.chain(mj.trace(0.9), optax.scale_by_learning_rate(scheduled)),
+    "qhm": lambda: mj.qhm(0.1),
+    "aggmo": lambda: mj.aggmo(0.1, (0.0, 0.9), velocity_dtype="int8"),
+    "recurrence": lambda: mj.recurrence(average, mu=0.9),
+    "sgd": lambda: optax.sgd(scheduled, 0.9),
+    "adam": lambda: optax.adam(0.01, mu_dtype=jnp.bfloat16),
+    "adamw in a chain": lambda: optax.chain(optax.clip(1.0), optax.adamw(0.01)),
+    "adafactor": lambda: optax.adafactor(0.01, min_dim_size_to_factor=8),
+    "two velocities of one type": lambda: optax.chain(
+        mj.trace(0.5), mj.trace(0.9), optax.scale(-0.1)
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(mj.momentum(scheduled), 2),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(
+        mj.momentum, static_args=("nesterov", "velocity_dtype")
+    )(learning_rate=0.1, mu=lambda count: 0.9),
+    "adaptive_restart": lambda: mj.adaptive_restart(mj.momentum(0.1, 0.9)),
+    "kahan": lambda: mj.kahan(mj.momentum(0.1)),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(0.1, 0.9), 3),
+    "schedule_free": lambda: optax.contrib.schedule_free(optax.sgd(0.1, 0.9), 0.1),
+    "torch_sgd": lambda: mj.frameworks.torch_sgd(0.1, 0.9, dampening=0.5),
+    "partition by depth": lambda: optax.partition(
+        {"w": mj.momentum(0.1), "b": optax.adam(0.01)},
+        lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, params),
+    ),
+    "masked": lambda: optax.masked(
+        mj.momentum(0.1),
+        lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: path[-1].key == "w", params
+        ),
+    ),
+}
+
+
+OFF = optax.set_to_zero()
+ENC_HEAD = {"enc": numbers(3), "head": numbers(4)}
+BOTH = {"enc": "a", "head": "b"}  # Labels of two groups of ENC_HEAD.
+ONE = {"enc": "z", "head": "z"}  # Labels of one group of it.
+SCHEDULE = optax.scale_by_schedule(scheduled)
+
+
+def injected(learning_rate):
+    make = optax.inject_hyperparams(mj.momentum, static_args=("nesterov", "velocity_dtype"))
+    return make(learning_rate=learning_rate)
+
+
+def multi_steps(inner, every):
+    return optax.MultiSteps(inner, every).gradient_transformation()
+
+
+def plateau():
+    return optax.chain(mj.momentum(0.1), optax.contrib.reduce_on_plateau())
+
+
+def inject_scale(factor):
+    return optax.inject_hyperparams(optax.scale)(step_size=factor)
+
+
+def halved(state):
+    """Returns the state with each rate and scale halved, as after some training."""
+    names = ("learning_rate", "scale")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x / 2 if getattr(path[-1], "key", getattr(path[-1], "name", 0)) in names
+        else x,
+        state,
+    )  # fmt: skip
+
+
+def counts_of(state):
+    return [int(count) for _, count in optax.tree.get_all_with_path(state, "count")]
+
+
+class Mine(NamedTuple):
+    """A state type of the user's own."""
+
+    m: Any
+    count: Any
+
+
+def mine():
+    """Returns a transformation whose only state is of a user's own type."""
+
+    def init(params):
+        return Mine(jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        m = jax.tree.map(lambda m, g: 0.9 * m + g, state.m, updates)
+        return jax.tree.map(lambda m: -0.1 * m, m), Mine(m, state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+class WithStats(NamedTuple):
+    """A state with named numbers, beside its arrays per param."""
+
+    m: Any
+    stats: Any
+
+
+class WithKey(NamedTuple):
+    """A state with a random key."""
+
+    m: Any
+    rng: Any
+
+
+def unchanged(updates: Any, state: Any, params: Any = None) -> Any:
+    del params
+    return updates, state
+
+
+def rates(state):
+    """Returns the learning rate of the group of each param."""
+    found = {}
+    for name, group in state.inner_states.items():
+        inner = group.inner_state
+        if hasattr(inner, "hyperparams"):
+            for path, _ in jax.tree_util.tree_leaves_with_path(inner.inner_state.velocity):
+                found[path[0].key, name] = round(float(inner.hyperparams["learning_rate"]), 4)
+    return found

@@ -38,17 +38,17 @@ from momentum_jax.frameworks import (
 REMEMBERED = {
     "MultiSteps": (
         lambda inner: optax.MultiSteps(inner, 3).gradient_transformation(),
-        "optax.MultiSteps has gathered 1 gradients",
+        "optax.MultiSteps has accumulated 1 gradients",
     ),
     "MultiSteps in a chain": (
         lambda inner: optax.chain(
             optax.identity(), optax.MultiSteps(inner, 3).gradient_transformation()
         ),
-        "optax.MultiSteps has gathered 1 gradients",
+        "optax.MultiSteps has accumulated 1 gradients",
     ),
     "apply_every": (
         lambda inner: optax.chain(optax.apply_every(3), inner),
-        "optax.apply_every has gathered 1 gradients",
+        "optax.apply_every has accumulated 1 gradients",
     ),
     "apply_if_finite": (
         lambda inner: optax.apply_if_finite(inner, 3),

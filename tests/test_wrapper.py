@@ -16,7 +16,7 @@ from momentum_jax._wrapper import wrapper
 
 mj: Any = momentum_jax
 
-MADE_BY = {made_by: state_type for state_type, made_by in WRAPPER_STATES.items()}
+MADE_BY = {wrapper.made_by: state_type for state_type, wrapper in WRAPPER_STATES.items()}
 # How each is made around a transformation.
 MAKE: dict[str, Any] = {
     "kahan": mj.kahan,

@@ -80,14 +80,14 @@ def record(
 
     With Optax's wrappers, inside (`wrapper(record(...))`) and around (`record(wrapper(...))`):
 
-    - `MultiSteps`: inside, each measurement is of a whole step, with the mean gradient. Around, each
-      is of one micro-batch, and the update is 0 in most of them: prefer inside.
+    - `MultiSteps`: inside, each measurement is of a whole step, with the mean gradient. Around,
+      each is of one micro-batch, and the update is 0 in most of them: prefer inside.
     - `apply_if_finite`: inside, a step that is skipped keeps the measurement of the last step.
       Around, it is measured with an update of 0, and the values that need the gradient are NaN.
     - `conditionally_mask`: inside, a step that is skipped keeps the measurement of the last step.
       Around, it is measured with an update of 0.
-    - `conditionally_transform`: inside, only transformed steps are measured. Around, all are, and in
-      the others the update is the gradient.
+    - `conditionally_transform`: inside, only transformed steps are measured. Around, all are, and
+      in the others the update is the gradient.
     - `lookahead`: inside, the jump to the slow params is not measured. Around, a ValueError: the
       updates are two trees, the gradients one.
     - `masked`: inside, the params under the mask are measured. Around, all are, and the update of

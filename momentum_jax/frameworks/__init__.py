@@ -81,6 +81,7 @@ Example:
     )
 """
 
+from momentum_jax.frameworks import _flax_states, _optax_states
 from momentum_jax.frameworks._caffe import caffe_sgd as caffe_sgd
 from momentum_jax.frameworks._convert import momentum_from_trace as momentum_from_trace
 from momentum_jax.frameworks._convert import trace_from_momentum as trace_from_momentum
@@ -95,3 +96,7 @@ from momentum_jax.frameworks._torch_state_dict import dump_torch as dump_torch
 from momentum_jax.frameworks._torch_state_dict import load_torch as load_torch
 from momentum_jax.frameworks._torch_state_dict import torch_hyperparameters as torch_hyperparameters
 from momentum_jax.frameworks._torch_state_dict import torch_labels as torch_labels
+
+# Makes the types of states of each framework known to the code that finds and carries over states.
+_optax_states.register()
+_flax_states.register()

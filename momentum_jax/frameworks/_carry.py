@@ -14,16 +14,19 @@ import numpy as np
 from momentum_jax import _velocity
 from momentum_jax._jax import inlined_jit
 from momentum_jax._kahan import KahanState
-from momentum_jax._moving import decode, has_any, like, placed_like, to_host
 from momentum_jax._state_types import STATE_TYPES
 from momentum_jax._states import (
-    REMEMBERED,
-    find,
-    held_by,
-    is_count,
-    optax_name,
-    replace,
-    with_held,
+    any_nonzero,
+    cast_like,
+    decode,
+    find_states,
+    held_arrays,
+    put_like,
+    replace_states,
+    rules_of,
+    step_count_field,
+    to_host,
+    with_held_arrays,
 )
 from momentum_jax._storage import CAST, WIDE, Stored, codec_of, decoded_dtype
 from momentum_jax.frameworks._counts import check_count_fits
@@ -34,7 +37,7 @@ PyTree = Any
 
 def states_of_type(state: PyTree, state_type: type) -> list[Any]:
     """All states of a type within a state."""
-    return [node for node in find(state) if isinstance(node, state_type)]
+    return [node for node in find_states(state) if isinstance(node, state_type)]
 
 
 def velocities(state: PyTree, state_type: type) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def velocities(state: PyTree, state_type: type) -> dict[str, Any]:
             "momentum_jax.frameworks.momentum_from_trace or trace_from_momentum."
         )
     for node in nodes:
-        for field, path, stored in held_by(node):
+        for field, path, stored in held_arrays(node):
             if field == "count":
                 continue
             if path in found:
@@ -94,16 +97,16 @@ def fill(
     check_count_fits(state, count, state_type)
 
     def filled_node(node):
-        return with_held(node, [filled(node, held) for held in held_by(node)])
+        return with_held_arrays(node, [filled(node, held) for held in held_arrays(node)])
 
     def filled(node, held):
-        if is_count(node, held):
-            return held.stored if count is None else Stored(like(held.stored.values, count))
+        if held.field == step_count_field(node):
+            return held.stored if count is None else Stored(cast_like(held.stored.values, count))
         if isinstance(node, state_type):
             return _with_velocity(held.path, held.stored, values[held.path])
         return held.stored
 
-    return replace(state, filled_node)
+    return replace_states(state, filled_node)
 
 
 def check_nothing_lost(state: PyTree, name: str) -> None:
@@ -111,10 +114,10 @@ def check_nothing_lost(state: PyTree, name: str) -> None:
 
     Both the source and the target must pass. `name` is the argument's name, for messages.
     """
-    for node in find(state):
+    for node in find_states(state):
         if isinstance(node, KahanState):
-            compensation = [held for held in held_by(node) if held.field == "compensation"]
-            paths = [held.path for held in compensation if has_any(held.stored.values)]
+            compensation = [held for held in held_arrays(node) if held.field == "compensation"]
+            paths = [held.path for held in compensation if any_nonzero(held.stored.values)]
             if paths:
                 raise ValueError(
                     f"in {name}, momentum_jax.kahan holds a compensation for {join_names(paths)}. "
@@ -122,16 +125,16 @@ def check_nothing_lost(state: PyTree, name: str) -> None:
                     "give state.inner_state. Or, to keep the compensation, fill only "
                     "state.inner_state and put it back: state._replace(inner_state=...)."
                 )
-        remembered = REMEMBERED.get(optax_name(node))
+        remembered = rules_of(node).remembered
         if remembered is None:
             continue
-        field, start, loss, remedy = remembered
-        for leaf in jax.tree.leaves(getattr(node, field)):
+        for leaf in jax.tree.leaves(getattr(node, remembered.field)):
             numbers = np.ravel(to_host(leaf))
-            others = numbers[numbers != start]
+            others = numbers[numbers != remembered.start]
             if others.size:
                 raise ValueError(
-                    f"in {name}, {loss.format(others[0])}. This is not carried over. {remedy}"
+                    f"in {name}, {remembered.loss.format(others[0])}. This is not carried over. "
+                    f"{remembered.remedy}"
                 )
 
 
@@ -204,12 +207,12 @@ def _with_velocity(path, stored, value):
         with np.errstate(over="ignore"):  # Overflow is an error below.
             converted = value.astype(stored.values.dtype)
         _check_converted(path, converted)
-        return stored._replace(values=placed_like(stored.values, converted))
+        return stored._replace(values=put_like(stored.values, converted))
     with np.errstate(over="ignore"):
         value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
     shardings = jax.tree.map(lambda x: x.sharding if x.committed else None, stored)
     encode = jax.jit(_velocity.encode, out_shardings=shardings)
-    encoded = encode(placed_like(stored.values, value), stored)
+    encoded = encode(put_like(stored.values, value), stored)
     for leaf in jax.tree.leaves(encoded):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             _check_converted(path, leaf)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from momentum_jax._moving import to_host
+from momentum_jax._states import to_host
 from momentum_jax.frameworks import _carry
 from momentum_jax.frameworks._routes import Routes, ToParams, join_names
 

@@ -12,7 +12,7 @@ import optax
 
 from momentum_jax._hyperparameters import check_value, is_zero
 from momentum_jax._momentum import MomentumState, TraceState
-from momentum_jax._transplant import Conversion, carried_velocities
+from momentum_jax._states import Conversion, carry_velocities
 from momentum_jax.frameworks import _carry, _counts
 
 
@@ -93,7 +93,7 @@ def _converted(opt_state, source, name, conversion):
     _carry.check_same_params(_carry.velocities(opt_state, conversion.to), velocities)
     count = _counts.taken_count(source)
     _counts.check_count_fits(opt_state, count, conversion.to)
-    return carried_velocities(source, opt_state, count, conversion)
+    return carry_velocities(source, opt_state, count, conversion)
 
 
 def _above_zero(learning_rate):

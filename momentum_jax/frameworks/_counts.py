@@ -5,9 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from momentum_jax._moving import to_host
 from momentum_jax._state_types import has_velocity
-from momentum_jax._states import clock_of, find, find_within, held_by, is_count, optax_name
+from momentum_jax._states import (
+    find_states,
+    held_arrays,
+    locate_states,
+    rules_of,
+    schedule_count_field,
+    step_count_field,
+    to_host,
+)
 
 PyTree = Any
 
@@ -17,14 +24,14 @@ def check_count_fits(state: PyTree, count: int | None, state_type: type) -> None
     if not count:
         return
     depths = set()
-    for node, around, *_ in find_within(state):
-        for held in held_by(node):
-            if not is_count(node, held):
+    for node, around, *_ in locate_states(state):
+        for held in held_arrays(node):
+            if held.field != step_count_field(node):
                 continue
-            if clock_of(node) or isinstance(node, state_type):
+            if schedule_count_field(node) or isinstance(node, state_type):
                 # Counts inside optax.MultiSteps, and its own, are steps; outside, gradients.
                 with_node = (*around, node)
-                depths.add(sum(optax_name(each) == "MultiStepsState" for each in with_node))
+                depths.add(sum(rules_of(each).accumulates_gradients for each in with_node))
             limit = np.iinfo(held.stored.values.dtype).max
             if count > limit:
                 raise ValueError(
@@ -102,7 +109,7 @@ def _check_count(count):
 
 
 def _schedule_counts(state):
-    return _counts(state, clock_of)
+    return _counts(state, schedule_count_field)
 
 
 def _velocity_counts(state):
@@ -113,10 +120,10 @@ def _counts(state, is_wanted):
     """The counts of the states that are wanted, each with a label for messages."""
     return [
         (f"{type(node).__name__}.{held.field}", held.stored.values)
-        for node in find(state)
+        for node in find_states(state)
         if is_wanted(node)
-        for held in held_by(node)
-        if is_count(node, held)
+        for held in held_arrays(node)
+        if held.field == step_count_field(node)
     ]
 
 

@@ -16,7 +16,7 @@ from momentum_jax._hyperparameters import (
     check_value,
     is_zero,
 )
-from momentum_jax._moving import to_host
+from momentum_jax._states import to_host
 from momentum_jax.frameworks import _carry, _counts
 from momentum_jax.frameworks._checkpoint import (
     Checkpoint,

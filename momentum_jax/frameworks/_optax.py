@@ -6,8 +6,7 @@ import optax
 
 from momentum_jax._hyperparameters import Hyperparameter, by_value, check, check_flag, is_zero
 from momentum_jax._momentum import TraceState, trace
-from momentum_jax._moving import has_moved
-from momentum_jax._transplant import carried_velocities
+from momentum_jax._states import any_velocity_nonzero, carry_velocities
 from momentum_jax.frameworks import _carry, _counts
 from momentum_jax.frameworks._steps import chain, scale
 
@@ -87,10 +86,10 @@ def load_optax(
     theirs = _carry.source_velocities(optax_state, "optax_state", optax.TraceState)
     _carry.check_same_params(_carry.velocities(opt_state, TraceState), theirs)
     known = _counts.scheduled_count(optax_state) if count is None else None
-    moved = has_moved(theirs.values())
+    moved = any_velocity_nonzero(theirs.values())
     count = _counts.steps_taken(count, known, opt_state, moved, "the number of calls of update")
     _counts.check_count_fits(opt_state, count, TraceState)
-    return carried_velocities(optax_state, opt_state, count)
+    return carry_velocities(optax_state, opt_state, count)
 
 
 def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
@@ -122,4 +121,4 @@ def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
     _carry.check_same_params(_carry.velocities(optax_state, optax.TraceState), ours)
     count = _counts.taken_count(opt_state)
     _counts.check_count_fits(optax_state, count, optax.TraceState)
-    return carried_velocities(opt_state, optax_state, count)
+    return carry_velocities(opt_state, optax_state, count)

@@ -1,4 +1,4 @@
-"""Arrays of one state into the places of another: their dtypes, shapes, shardings, devices."""
+"""Moves arrays into the places of others: into their dtypes, shapes, shardings and devices."""
 
 import contextlib
 from collections.abc import Iterable, Sequence
@@ -24,29 +24,29 @@ from momentum_jax._placement import (
 )
 from momentum_jax._storage import Stored, codec_of, compute_dtype
 
-# Outside jit nothing new can be made on an Explicit mesh, as decoding 8 bits does.
+# Compiled, because outside jit no new array can be made on an Explicit mesh, as decoding does.
 decode = inlined_jit(_velocity.decode)
-has_any = inlined_jit(jnp.any)
+any_nonzero = inlined_jit(jnp.any)
 
 
-def has_moved(velocities: Iterable[Any]) -> Any:
-    """Whether a velocity is not 0; traced if one of them is."""
+def any_velocity_nonzero(velocities: Iterable[Any]) -> Any:
+    """Whether a velocity is not 0; traced if one of them is traced."""
     velocities = list(velocities)
     if any(isinstance(x, Tracer) for x in velocities):
         return jnp.any(jnp.stack([jnp.any(x != 0) for x in velocities]))
-    return any(bool(has_any(x)) for x in velocities)
+    return any(bool(any_nonzero(x)) for x in velocities)
 
 
 class Move(NamedTuple):
-    """One array that goes into the place of another.
+    """One array to move into the place of another.
 
     Attributes:
-      source: the array.
-      target: what is in the place, which gives dtype, shape and sharding; where the shapes differ,
-        its values where they do not overlap.
+      source: the array to move.
+      target: the array in that place. It gives dtype, shape and sharding; if the shapes differ, it
+        also gives the values where they do not overlap.
       was_velocity: whether the source is stored by a codec.
-      is_velocity: whether the target is.
-      is_converted: whether it is multiplied by the factor.
+      is_velocity: whether the target is stored by a codec.
+      is_converted: whether the source is multiplied by the factor.
     """
 
     source: Stored
@@ -56,27 +56,32 @@ class Move(NamedTuple):
     is_converted: bool = False
 
 
-def moved(moves: Sequence[Move], factor: Any) -> tuple[list[Stored], list[Any]]:
-    """What is then in each place, in one program, or one per group of devices.
+def move_arrays(moves: Sequence[Move], factor: Any) -> tuple[list[Stored], list[Any]]:
+    """Makes the moves, in one program or in one program per group of devices.
 
-    And how many of the values that were finite are so no more; None where all must be.
+    Returns:
+      The new content of each place; and how many values of each were finite before and are no
+      longer, or None where no value can become non-finite.
     """
     if not moves:
         return [], []
     targets = [jax.tree.map(jnp.asarray, move.target) for move in moves]
     sources = [
-        _beside(jax.tree.map(jnp.asarray, move.source), target)
+        _brought_to(target, jax.tree.map(jnp.asarray, move.source))
         for move, target in zip(moves, targets, strict=True)
     ]
     modes = tuple(move[2:] for move in moves)
-    # What is bound to no device is computed on the default one: that on which it is.
+    # Arrays that are not committed to a device are computed on the default one: make it theirs.
     free = [x for x in jax.tree.leaves(targets) if not isinstance(x, Tracer) and not x.committed]
     with jax.default_device(next(iter(free[0].devices()))) if free else contextlib.nullcontext():
         return _moved((modes,), (targets, sources), factor)[0]
 
 
-def like(target: Any, value: Any) -> Any:
-    """A value in the dtype, the shape and the sharding of what it replaces, if it is a scalar."""
+def cast_like(target: Any, value: Any) -> Any:
+    """Returns a value in the dtype of the target, and in its shape and sharding.
+
+    The value is a scalar or has the target's shape.
+    """
     target = jnp.asarray(target)
     if jnp.issubdtype(target.dtype, jax.dtypes.extended):
         data = jnp.copy(jax.random.key_data(value))
@@ -89,12 +94,12 @@ def like(target: Any, value: Any) -> Any:
     value = np.broadcast_to(to_host(value), target.shape).astype(target.dtype)
     if target.weak_type and not target.ndim:
         return jnp.asarray(value.item())
-    return placed_like(target, value)
+    return put_like(target, value)
 
 
-def placed_like(target: jax.Array, value: np.ndarray) -> jax.Array:
-    """A value from the host, in the sharding of what it replaces."""
-    if not target.committed:  # What is bound to no device stays free to follow others.
+def put_like(target: jax.Array, value: np.ndarray) -> jax.Array:
+    """Returns a NumPy array as a JAX array in the sharding of the target."""
+    if not target.committed:  # Stay uncommitted, free to follow other arrays.
         (device,) = target.devices()
         with jax.default_device(device):
             return jnp.asarray(value)
@@ -104,7 +109,7 @@ def placed_like(target: jax.Array, value: np.ndarray) -> jax.Array:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """An array whole, as NumPy; in every process, if it is sharded over several."""
+    """Returns the whole array as NumPy; if several processes share it, in each of them."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
@@ -112,24 +117,24 @@ def to_host(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def _beside(source, target):
-    """The source where the target is: on its devices, on its mesh."""
+def _brought_to(target, source):
+    """Returns the source on the target's devices and mesh."""
     if isinstance(source.values, Tracer) or isinstance(target.values, Tracer):
         return source
     if group_of(source.values) == group_of(target.values):
         return source
     scales = source.scales
     if scales is not None:
-        scales = _put(scales, target.values if target.scales is None else target.scales)
-    return Stored(_put(source.values, target.values), scales)
+        scales = _put_beside(target.values if target.scales is None else target.scales, scales)
+    return Stored(_put_beside(target.values, source.values), scales)
 
 
-def _put(x, beside):
-    if not beside.committed:
-        return placed_like(beside, to_host(x))
-    sharding = beside.sharding if x.shape == beside.shape else replicated(beside.sharding)
-    on_same = x.sharding.device_set == sharding.device_set
-    if on_same or (x.is_fully_addressable and sharding.is_fully_addressable):
+def _put_beside(target, x):
+    if not target.committed:
+        return put_like(target, to_host(x))
+    sharding = target.sharding if x.shape == target.shape else replicated(target.sharding)
+    same_devices = x.sharding.device_set == sharding.device_set
+    if same_devices or (x.is_fully_addressable and sharding.is_fully_addressable):
         return jax.device_put(x, sharding)
     x = to_host(x)
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
@@ -142,22 +147,22 @@ def _moved(static, trees, factor):
         (Stored(None), None) if target.values is None else _moved_leaf(target, source, mode, factor)
         for target, source, mode in zip(targets, sources, modes, strict=True)
     ]
-    stored, lost = zip(*results, strict=True)
-    return (list(stored), list(lost)), ()
+    stored, counts = zip(*results, strict=True)
+    return (list(stored), list(counts)), ()
 
 
 def _moved_leaf(target, source, mode, factor):
     was_velocity, is_velocity, is_converted = mode
-    given = target
+    given_target = target
     target, source = to_device_memory((target, source))
-    same = was_velocity == is_velocity and not is_converted
-    if same and _types(source) == _types(target):
-        return to_memory_of(given, jax.tree.map(_copied_like, source, target)), None
+    is_copy = was_velocity == is_velocity and not is_converted
+    if is_copy and _types(source) == _types(target):
+        return to_memory_of(given_target, jax.tree.map(_copied_like, source, target)), None
     value = codec_of(source).decode(source) if was_velocity else source.values
     before = value
     if is_converted:
-        wide = compute_dtype(value.dtype)
-        value = jnp.asarray(factor, wide) * value.astype(wide)
+        dtype = compute_dtype(value.dtype)
+        value = jnp.asarray(factor, dtype) * value.astype(dtype)
     if value.shape != target.values.shape:
         base = codec_of(target).decode(target) if is_velocity else target.values
         before = value = _overlapping(value, base)
@@ -166,27 +171,29 @@ def _moved_leaf(target, source, mode, factor):
     else:
         stored = Stored(value.astype(target.values.dtype))
     stored = jax.tree.map(_copied_like, stored, target)
-    lost = None
-    if is_converted or _narrows(value.dtype, stored.values.dtype):
-        read = codec_of(stored).decode(stored) if is_velocity else stored.values
-        lost = jnp.sum(jnp.isfinite(isolate_input(before, read)) & ~jnp.isfinite(isolate(read)))
-    return to_memory_of(given, stored), lost
+    no_longer_finite = None
+    if is_converted or _may_overflow(value.dtype, stored.values.dtype):
+        after = codec_of(stored).decode(stored) if is_velocity else stored.values
+        no_longer_finite = jnp.sum(
+            jnp.isfinite(isolate_input(before, after)) & ~jnp.isfinite(isolate(after))
+        )
+    return to_memory_of(given_target, stored), no_longer_finite
 
 
 def _types(stored):
     return [(x.shape, x.dtype) for x in jax.tree.leaves(stored)]
 
 
-def _copied_like(x, other):
-    return shard_like(jnp.copy(x), other)
+def _copied_like(x, target):
+    return shard_like(jnp.copy(x), target)
 
 
-def _narrows(before, after):
+def _may_overflow(before, after):
     return jnp.issubdtype(before, jnp.inexact) and jnp.promote_types(before, after) != after
 
 
 def _overlapping(value, base):
-    """The base, with the value where both shapes overlap."""
+    """Returns the base, with the value where both shapes overlap."""
     dtype = jnp.promote_types(value.dtype, base.dtype)
     sizes = [min(pair) for pair in zip(value.shape, base.shape, strict=True)]
     value = lax.slice(replicate(value.astype(dtype)), [0] * len(sizes), sizes)

@@ -1,4 +1,4 @@
-"""What `transplant` did: a row for each array, and the table of them."""
+"""The report of `transplant`: one row per array, and the table of the rows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,13 +8,14 @@ KEPT, RESIZED, FRESH, DROPPED, NOTED = "kept", "resized", "fresh", "dropped", "n
 
 
 class TransplantRow(NamedTuple):
-    """What became of one array of a state.
+    """What `transplant` did with one array of a state.
 
     Attributes:
-      path: the path of the param: in the new state, and if it was dropped in the old one. None for
-        what belongs to no param.
-      held: what the array is, such as "MomentumState.velocity".
-      outcome: "kept", "resized", "fresh", "dropped", or "noted" for what belongs to no param.
+      path: the path of the param in the new state; for a dropped array, in the old state. None for
+        a value that belongs to no param, such as a count.
+      array: the type and the field of the state that holds it, such as "MomentumState.velocity".
+      outcome: "kept", "resized", "fresh" or "dropped"; or "noted" for a value that belongs to no
+        param.
       note: details: the old path, dtypes, shapes, values.
 
     Example:
@@ -27,19 +28,19 @@ class TransplantRow(NamedTuple):
     """
 
     path: str | None
-    held: str
+    array: str
     outcome: str
     note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TransplantReport:
-    """What `transplant` did with each array that belongs to a param, and what to know of others.
+    """What `transplant` did with each array that belongs to a param, and notes on other values.
 
     Printed, it is a table.
 
     Attributes:
-      rows: a `TransplantRow` for each.
+      rows: one `TransplantRow` per array.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj
@@ -58,22 +59,25 @@ class TransplantReport:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The paths of params of which an array was carried as it is, or in another dtype."""
+        """The paths of params with an array that was carried over in its shape.
+
+        Its dtype may have changed.
+        """
         return self._paths(KEPT)
 
     @property
     def resized(self) -> tuple[str, ...]:
-        """Those of which one was carried in another shape."""
+        """The paths of params with an array that was carried over in another shape."""
         return self._paths(RESIZED)
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """Those of which one is as `init` made it: a velocity of 0."""
+        """The paths of params with an array that is as `init` made it: a velocity of 0."""
         return self._paths(FRESH)
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Those in the old state of which one is not in the new one."""
+        """The old paths of params with an array that is not in the new state."""
         return self._paths(DROPPED)
 
     def _paths(self, outcome):
