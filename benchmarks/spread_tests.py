@@ -43,15 +43,15 @@ def of_law(normal: np.ndarray, law: str, random: np.random.Generator) -> np.ndar
         return stats.t.ppf(stats.norm.cdf(normal), 3) / math.sqrt(3)
     if law == "lognormal":
         return np.exp(normal) / math.sqrt(math.e * (math.e - 1))
-    share = {"10% failed": 0.1, "5% capped": 0.05}[law]
+    proportion = {"10% failed": 0.1, "5% capped": 0.05}[law]
     near = 0.3 + 0.05 * random.normal(size=normal.shape)
-    deviation = math.sqrt(share * (1 - share) * 4 + (1 - share) * 0.05**2)
-    return np.where(normal > stats.norm.ppf(1 - share), 2.3, near) / deviation
+    deviation = math.sqrt(proportion * (1 - proportion) * 4 + (1 - proportion) * 0.05**2)
+    return np.where(normal > stats.norm.ppf(1 - proportion), 2.3, near) / deviation
 
 
 def study(random: np.random.Generator, cell: tuple, units: int, shape: tuple, correlation: float):
     """Final values of two arms, (2, scale, unit, replicate); an arm may be wider by noise alone."""
-    scales, replicates, share = shape
+    scales, replicates, proportion = shape
 
     def normal(*size: int) -> np.ndarray:
         shared, own = random.normal(size=(1, *size)), random.normal(size=(2, *size))
@@ -60,7 +60,7 @@ def study(random: np.random.Generator, cell: tuple, units: int, shape: tuple, co
     of_units = normal(scales, units, 1)
     values = np.stack([of_law(*each, random) for each in zip(of_units, cell[:2], strict=True)])
     if replicates > 1:
-        values = values + normal(scales, units, replicates) * math.sqrt(1 / share - 1)
+        values = values + normal(scales, units, replicates) * math.sqrt(1 / proportion - 1)
     return values * np.array([cell[2], 1]).reshape(2, 1, 1, 1)
 
 
@@ -76,7 +76,7 @@ def chosen_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool
     swapped = spread_tests.swaps(units, DRAWS)
     p = spread_tests.exchange_p(values[0], values[1], swapped)
     found: dict[str, Any] = {EXCHANGE: (p < 0.05, None)}
-    value, influence = statistics.log_spread(values)
+    value, influence = statistics.log_std(values)
     value = (value[0] - value[1]).mean()
     if np.isfinite(value):
         error = float((influence[0] - influence[1]).mean(0).std(ddof=1)) / math.sqrt(units)
@@ -93,7 +93,7 @@ def other_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool 
     """Tests that were not chosen, at one scale with one replicate."""
     arm, baseline = values[:, 0]
     units = len(arm)
-    value, influence = statistics.log_spread(values[:, 0])
+    value, influence = statistics.log_std(values[:, 0])
     if not np.isfinite(value).all():
         return {}
     value = value[0] - value[1]
@@ -143,7 +143,14 @@ def measure_tests(studies: int, cells: tuple, shape: tuple) -> Iterator[dict[str
                         found |= other_tests(values, cell[2])
                     for name, answers in found.items():
                         counted.setdefault(name, []).append(answers)
-                names = ("arm", "baseline", "ratio", "scales", "replicates", "share_of_weights")
+                names = (
+                    "arm",
+                    "baseline",
+                    "ratio",
+                    "scales",
+                    "replicates",
+                    "proportion_of_weights",
+                )
                 for name, answers in counted.items():
                     finds, covers = zip(*answers, strict=True)
                     yield {
@@ -182,7 +189,7 @@ def measure_intervals(studies: int) -> Iterator[dict[str, Any]]:
                     hits.setdefault(name, []).append(abs(value[0] - value[1]) <= half)
                 low, high = statistics.bootstrap(np.mean, values[0])
                 hits.setdefault("mean, BCa", []).append(low <= mean <= high)
-                value, influence = statistics.log_spread(values[0])
+                value, influence = statistics.log_std(values[0])
                 if np.isfinite(value):
                     law_of_t = spread_tests.bootstrap_reference(influence[None], np.ones(1), counts)
                     error = float(influence.std(ddof=1)) / math.sqrt(units)
@@ -206,18 +213,18 @@ def measure_components(studies: int) -> Iterator[dict[str, Any]]:
                         effects = (of_law(random.normal(size=size), law, random) for size in sizes)
                         values = np.asarray(
                             sum(
-                                math.sqrt(share) * effect
-                                for share, effect in zip(truth, effects, strict=True)
+                                math.sqrt(part) * effect
+                                for part, effect in zip(truth, effects, strict=True)
                             )
                         )
-                        _, low, high = components.shares(values)
+                        _, low, high = components.proportions(values)
                         if np.isfinite(low).all():
                             covers.append((low <= truth) & (truth <= high))
                     yield {
                         "weights": weights,
                         "orders": orders,
                         "law": law,
-                        "shares": truth,
+                        "proportions": truth,
                         "covers": np.round(np.mean(covers, 0), 4).tolist(),
                     }
 
@@ -228,7 +235,7 @@ def print_tests(rows: list[dict[str, Any]]) -> None:
     print("".join(f"\n  {place + 1}: {name}" for place, name in enumerate(names)))
     cells: dict[tuple, dict] = {}
     for row in rows:
-        shape = (row["scales"], row["replicates"], row["share_of_weights"])
+        shape = (row["scales"], row["replicates"], row["proportion_of_weights"])
         cell = (row["pairs"], row["arm"], row["baseline"], row["ratio"], shape)
         cells.setdefault(cell, {})[row["test"], row["correlation"]] = row
     for (pairs, arm, baseline, ratio, shape), found in cells.items():
@@ -257,7 +264,7 @@ def short_table(rows: list[dict[str, Any]]) -> list[str]:
         for test in (CHOSEN, EXCHANGE):
             for pairs in UNITS:
                 wanted = (*cell, *ONE, pairs, test)
-                keys = ("arm", "baseline", "ratio", "scales", "replicates", "share_of_weights")
+                keys = ("arm", "baseline", "ratio", "scales", "replicates", "proportion_of_weights")
                 found = [
                     row["finds"]
                     for row in rows
@@ -294,8 +301,8 @@ def main(arguments: list[str] | None = None) -> None:
         several += measure_tests(studies, (*EQUAL[:3], SHAPES[2], POWER[0], POWER[4]), shape)
     print_tests(several)
     other = list(measure_intervals(studies))
-    shares = list(measure_components(max(studies // 4, 1)))
-    for row in (*other, *shares):
+    parts = list(measure_components(max(studies // 4, 1)))
+    for row in (*other, *parts):
         print(*row.values())
     result = {
         "date": str(datetime.date.today()),
@@ -303,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
         "draws": DRAWS,
         "tests": tests + several,
         "intervals": other,
-        "components": shares,
+        "components": parts,
     }
     lines = ",\n".join(
         f"{json.dumps(name)}: "

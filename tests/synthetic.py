@@ -41,8 +41,8 @@ def dataset(
     families: Mapping[str, float] = FAMILIES,
     rates: Sequence[float] = RATES,
     scales: Sequence[float] = (0.5, 1.0, 2.0),
-    spreads: Mapping[str, float] | None = None,
-    shares: tuple[float, float, float] = (0.6, 0.2, 0.2),
+    stds: Mapping[str, float] | None = None,
+    proportions: tuple[float, float, float] = (0.6, 0.2, 0.2),
     control: bool = True,
     recorded: bool = False,
     two_params: bool = False,
@@ -60,8 +60,8 @@ def dataset(
       families: the mu of each family, the baseline first; nan for an optimizer without mu.
       rates: the effective learning rates of each family; the middle one is the primary rate.
       scales: the initial scales.
-      spreads: factors on the spread, by family; 1 if not given.
-      shares: of the variance, due to weights, order and their interaction.
+      stds: factors on the standard deviation, by family; 1 if not given.
+      proportions: of the variance, due to weights, order and their interaction.
       control: whether there is a control arm "noise" at the primary rate.
       recorded: whether sharpness and gradient norm are recorded.
       two_params: whether the paths of two params and a landscape are there.
@@ -80,7 +80,7 @@ def dataset(
     names = [arm_name(*arm) for arm in arms]
     if control:
         names[-1] = "noise"
-    weights, order, both = np.sqrt(shares)
+    weights, order, both = np.sqrt(proportions)
     random = np.random.default_rng(0)
 
     def draw():
@@ -97,7 +97,7 @@ def dataset(
     fall = np.linspace(0, 1, len(STEPS)) ** 0.3
     for i, (family, mu, rate) in enumerate(arms):
         edge = math.inf if math.isnan(mu) else theory.stability_limit(mu) / SHARPNESS / (1 - mu)
-        factor = (spreads or {}).get(family, 1.0)
+        factor = (stds or {}).get(family, 1.0)
         for j, scale in enumerate(scales):
             luck = math.sqrt(0.5) * (common + draw())
             end = 0.3 + math.exp(-12 * rate) + 0.05 * factor * luck

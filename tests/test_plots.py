@@ -117,10 +117,10 @@ def test_the_edge_of_stability_is_where_theory_has_it():
 
 def test_the_spread_is_that_of_the_description_with_its_interval():
     results = synthetic.dataset(families={"mu 0": 0.0}, control=False, **FEW)
-    described = pd.DataFrame({"arm": results.arm.values, "scale": 1.0, "measure": "spread"})
+    described = pd.DataFrame({"arm": results.arm.values, "scale": 1.0, "measure": "std"})
     described = described.assign(value=[1, 2, np.nan], low=[0.1, 0, np.nan], high=[3, np.inf, 0])
     figure = Figure(layout="constrained")
-    axes: Any = plots.rate_curve(results, 1.0, figure.subplots(), "spread", described=described)
+    axes: Any = plots.rate_curve(results, 1.0, figure.subplots(), "std", described=described)
     figure.draw_without_rendering()
     _, middle, low_high = errorbar(axes, 0)
     np.testing.assert_array_equal(middle[:2], [1, 2])
@@ -136,7 +136,7 @@ def test_the_spread_is_that_of_the_description_with_its_interval():
 
 def test_the_spread_is_computed_where_it_is_not_given():
     results = synthetic.dataset(design="weights", families={"mu 0": 0.0}, control=False, **FEW)
-    axes: Any = plots.rate_curve(results, 1.0, Figure().subplots(), "spread")
+    axes: Any = plots.rate_curve(results, 1.0, Figure().subplots(), "std")
     expected = final(results).loss.sel(init_scale=1.0).std("seed", ddof=1).values.ravel()
     np.testing.assert_allclose(errorbar(axes, 0)[1], expected, rtol=1e-6)
 
@@ -167,7 +167,7 @@ def test_a_metric_has_a_curve_too_and_optimizers_without_mu():
     assert len(axes.containers) == 2
 
 
-def comparison(arm, scale, numbers, question="spread"):
+def comparison(arm, scale, numbers, question="std"):
     value, low, high, adjusted_low, adjusted_high = numbers
     return {
         "arm": arm,
@@ -223,13 +223,13 @@ def test_a_difference_is_drawn_around_0_and_an_endless_interval_ends_in_an_arrow
 
 
 def test_the_bars_are_the_shares_one_after_the_other():
-    shares = {"weights": 0.5, "order": 0.2, "interaction": 0.3}
+    parts = {"weights": 0.5, "order": 0.2, "interaction": 0.3}
     rows = [
-        {"arm": arm, "scale": 1.0, "source": source, "share": share, "low": 0.1, "high": 0.7}
+        {"arm": arm, "scale": 1.0, "source": source, "proportion": part, "low": 0.1, "high": 0.7}
         for arm in ("mu 0", "mu 0.9")
-        for source, share in shares.items()
+        for source, part in parts.items()
     ]
-    rows[3]["share"] = np.nan
+    rows[3]["proportion"] = np.nan
     axes: Any = plots.variance_bars(pd.DataFrame(rows), Figure().subplots())
     bars: Any = axes.containers
     widths = [[bar.get_width() for bar in of_source] for of_source in bars]

@@ -29,7 +29,7 @@ EVIL = {
 
 @pytest.fixture(scope="module")
 def crossed(tmp_path_factory):
-    dataset = synthetic.dataset(spreads={"mu 0.9": 0.3}, recorded=True, **TWO)
+    dataset = synthetic.dataset(stds={"mu 0.9": 0.3}, recorded=True, **TWO)
     folder = tmp_path_factory.mktemp("crossed") / "new"
     return dataset, folder, *write(dataset, folder)
 
@@ -84,8 +84,8 @@ def test_all_that_is_written_is_there_and_named(crossed):
     assert sorted(path.name for path in paths) == sorted(path.name for path in folder.iterdir())
     assert {path.name for path in paths} == {
         *("report.html", "report.md", "results.nc", "comparisons.csv", "summary.json"),
-        *("spread-ratios.png", "rate-curves.png", "variance-shares.png"),
-        *("tuned-spread-ratios.png", "final-loss.png", "loss-over-steps.png", "pairs.png"),
+        *("std-ratios.png", "rate-curves.png", "variance-proportions.png"),
+        *("tuned-std-ratios.png", "final-loss.png", "loss-over-steps.png", "pairs.png"),
         *("sharpness-over-steps.png", "gradient-norm-over-steps.png"),
     }
     document = (folder / "report.md").read_text()
@@ -105,9 +105,9 @@ def test_the_document_answers_first_and_in_order(crossed):
         "The primary comparison was declared before the runs: mu 0.9 at 0.01 relative to mu 0 at "
         "0.1 at the same effective learning rate",
         "an 80% chance to detect a ratio of",
-        "(spread-ratios.png)",
+        "(std-ratios.png)",
         "(rate-curves.png)",
-        "(variance-shares.png)",
+        "(variance-proportions.png)",
         "## Failures",
         "## Each at its own tuned learning rate",
         "the rate alone gives",
@@ -139,7 +139,7 @@ def test_the_tables_hold_the_numbers_with_adjusted_intervals(crossed):
         if line.startswith("| mu 0.9 at 0.01") and "| x2" in line
     )
     cells = [cell.strip() for cell in found.strip("|").split("|")]
-    questions = ("spread", "total spread", "robust spread", "log spread")
+    questions = ("std", "total std", "10-90% range", "std of log loss")
     for cell, question in zip(cells[2:6], questions, strict=True):
         row = rows.loc[question]
         numbers = [float(number) for number in re.findall(r"[\d.e+-]+", cell)]
@@ -156,7 +156,7 @@ def test_disagreements_are_said(crossed):
     assert ("**The measures disagree.**" in document) == bool(sentences)
     one = xr.Dataset(attrs=dataset.attrs)
     rows = table.copy()
-    chosen = (rows.arm == "mu 0.9 at 0.01") & (rows.question == "robust spread")
+    chosen = (rows.arm == "mu 0.9 at 0.01") & (rows.question == "10-90% range")
     rows.loc[chosen, ["value", "low", "high"]] = [2.0, 1.5, 2.5]
     said = disagreements(rows, one)
     assert said
@@ -191,7 +191,7 @@ def test_the_numbers_are_strict_json_and_those_of_the_tables(crossed):
     assert len(numbers["comparisons"]) == len(table)
     assert numbers["comparisons"][0]["value"] == pytest.approx(table.value[0], rel=1e-5)
     assert {row["source"] for row in numbers["components"]} == {"weights", "order", "interaction"}
-    assert {row["measure"] for row in numbers["descriptions"]} >= {"spread", "mean accuracy"}
+    assert {row["measure"] for row in numbers["descriptions"]} >= {"std", "mean accuracy"}
     assert numbers["provenance"]["device"] == "2 x cpu"
     read = pd.read_csv(folder / "comparisons.csv", keep_default_na=True)
     np.testing.assert_allclose(read.value, table.value, rtol=1e-5)

@@ -36,7 +36,7 @@ def test_the_values_of_both_stand_side_by_side(studies):
         row, first, second = (
             each.fillna({"scale": -1.0})
             .set_index(["arm", "contrast", "question", "scale"])
-            .loc[("mu 0.9 at 0.01", "same effective rate", "spread", scale)]
+            .loc[("mu 0.9 at 0.01", "same effective rate", "std", scale)]
             for each in (found, table, other)
         )
         for number, source in ((1, first), (2, second)):

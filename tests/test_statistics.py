@@ -144,16 +144,16 @@ def test_variances_add_up_to_two_way_random_effects(replicates):
 
 def test_spread_of_known_values():
     values = np.random.default_rng(2).normal(size=(2, 3, 20, 1))
-    found = statistics.log_spread(values)
+    found = statistics.log_std(values)
     np.testing.assert_allclose(np.exp(found.value), values.std(2, ddof=1)[..., 0])
-    assert np.isnan(statistics.log_spread(np.full((8, 1), 0.1)).value)
+    assert np.isnan(statistics.log_std(np.full((8, 1), 0.1)).value)
     alone = np.array([[1.0, -1.0], [-1.0, 1.0], [2.0, -2.0], [-2.0, 2.0]])
-    assert np.isnan(statistics.log_spread(alone).value)  # A negative variance.
+    assert np.isnan(statistics.log_std(alone).value)  # A negative variance.
 
 
 @pytest.mark.parametrize(
     "statistic",
-    [statistics.log_spread, statistics.mean, statistics.middle],
+    [statistics.log_std, statistics.mean, statistics.middle],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("replicates", [1, 3])
@@ -217,7 +217,7 @@ def brute_t(parts, weights):
 @pytest.mark.parametrize("scales", [1, 3])
 def test_bootstrap_reference_is_that_of_units_drawn_one_by_one(scales):
     values = np.random.default_rng(6).normal(size=(2, scales, 15, 1)) ** 3
-    influences = statistics.log_spread(values).influence.reshape(-1, 15)
+    influences = statistics.log_std(values).influence.reshape(-1, 15)
     weights = np.repeat([1.0, -1.0], scales) / scales
     counts = spread_tests.resampled(15, 40)
     brute = []
@@ -231,7 +231,7 @@ def test_bootstrap_reference_is_that_of_units_drawn_one_by_one(scales):
 def test_bootstrap_reference_is_finite_where_a_component_vanishes():
     random = np.random.default_rng(7)
     values = 0.4 * random.normal(size=(2, 20, 1)) + random.normal(size=(2, 20, 2))
-    influences = statistics.log_spread(values).influence
+    influences = statistics.log_std(values).influence
     counts = spread_tests.resampled(20, 999)
     assert (counts @ (1 + 2 * influences.T) <= 0).any()
     found = spread_tests.bootstrap_reference(influences, np.array([1.0, -1.0]), counts)
@@ -246,7 +246,7 @@ def test_bootstrap_reference_agrees_with_pitman_and_morgan_on_normal_pairs():
     for scale in (1.0, 1.2):
         baseline, arm = correlated(random, (300,)) * [[1], [scale]]
         _, exact = stats.pearsonr(arm + baseline, arm - baseline)
-        value, influence = statistics.log_spread(np.stack([arm, baseline])[..., None])
+        value, influence = statistics.log_std(np.stack([arm, baseline])[..., None])
         error = (influence[0] - influence[1]).std(ddof=1) / 300**0.5
         law = spread_tests.bootstrap_reference(
             influence, np.array([1.0, -1]), spread_tests.resampled(300, 4999)
@@ -294,7 +294,7 @@ def test_the_tests_find_something_in_equal_laws_no_oftener_than_they_say(law):
     counts, swapped = spread_tests.resampled(units, 199), spread_tests.swaps(units, 199)
     found = np.zeros(2)
     for values in correlated(random, (studies, units), law)[..., None]:
-        value, influence = statistics.log_spread(values)
+        value, influence = statistics.log_std(values)
         error = (influence[0] - influence[1]).std(ddof=1) / units**0.5
         reference = spread_tests.bootstrap_reference(influence, np.array([1.0, -1]), counts)
         found[0] += abs(value[0] - value[1]) > reference[189] * error
@@ -391,7 +391,7 @@ def test_the_measured_error_rates_in_docstrings_are_those_of_the_benchmark():
     measured = json.loads(benchmark.RESULT.read_text())
     for documented, lines in (
         (spread_tests.bootstrap_reference, benchmark.short_table(measured["tests"])),
-        (components.shares, benchmark.short_components(measured["components"])),
+        (components.proportions, benchmark.short_components(measured["components"])),
     ):
         for line in lines:
             assert line in str(documented.__doc__)

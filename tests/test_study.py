@@ -119,7 +119,7 @@ def test_the_files_hold_the_same_numbers(finished):
     assert dict(results.sizes)["step"] == 41
     table = pd.read_csv(folder / "comparisons.csv")
     (ratio,) = table.value[
-        (table.arm == "mu 0.9 at 0.0016") & (table.scale == 0.5) & (table.question == "spread")
+        (table.arm == "mu 0.9 at 0.0016") & (table.scale == 0.5) & (table.question == "std")
     ]
     last = results.loss.sel(init_scale=0.5).isel(step=-1)
     spreads = [

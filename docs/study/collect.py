@@ -17,17 +17,17 @@ from momentum_jax import study
 
 HERE = Path(__file__).parent
 QUESTIONS = (
-    "spread", "total spread", "log spread", "robust spread", "failures", "rescued", "lost", "loss",
+    "std", "total std", "std of log loss", "10-90% range", "failures", "rescued", "lost", "loss",
     "accuracy",
 )  # fmt: skip
-TUNED = ("spread", "failures", "rescued", "lost", "loss")
-MEASURES = ("spread", "total spread", "interquartile mean loss", "failed", "mean accuracy")
+TUNED = ("std", "failures", "rescued", "lost", "loss")
+MEASURES = ("std", "total std", "interquartile mean loss", "failed", "mean accuracy")
 COMPARED = (
     "contrast", "arm", "baseline", "effective_rate", "scale", "question", "value", "low", "high",
     "p_adjusted", "adjusted_low", "adjusted_high",
 )  # fmt: skip
 DESCRIBED = ("arm", "family", "effective_rate", "scale", "measure", "value", "low", "high")
-SHARES = ("arm", "family", "effective_rate", "scale", "source", "share", "low", "high")
+PROPORTIONS = ("arm", "family", "effective_rate", "scale", "source", "proportion", "low", "high")
 
 
 def columns(table, names):
@@ -64,7 +64,7 @@ def main(folder, name):
     kept["comparisons"] = columns(table[asked & (~tuned | table.question.isin(TUNED))], COMPARED)
     kept["arms"] = columns(arms[arms.measure.isin(MEASURES)], DESCRIBED)
     if summary["design"] == "crossed":
-        kept["components"] = columns(study.variance_components(dataset), SHARES)
+        kept["components"] = columns(study.variance_components(dataset), PROPORTIONS)
     out = HERE / name
     out.mkdir(exist_ok=True)
     (out / "numbers.json").write_text(json.dumps(kept, allow_nan=False) + "\n")

@@ -11,6 +11,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from momentum_jax.study import plots
+from momentum_jax.study._answers import is_ratio
 
 HERE = Path(__file__).parent
 PAGE = HERE / "index.md"
@@ -50,7 +51,7 @@ class Numbers:
         assert len(found) == 1, (chosen, len(found))
         return found[0]
 
-    def compared(self, arm, baseline, scale=None, question="spread", contrast=None):
+    def compared(self, arm, baseline, scale=None, question="std", contrast=None):
         """One comparison; without a contrast, the first that has it."""
         chosen = dict(arm=arm, baseline=baseline, scale=scale, question=question)
         if contrast is not None:
@@ -60,7 +61,7 @@ class Numbers:
     def ratio(self, *which, **how):
         """Value and adjusted interval, of the primary comparison the unadjusted one."""
         row = self.compared(*which, **how)
-        combined = row["scale"] is None and row["question"] == "spread"
+        combined = row["scale"] is None and row["question"] == "std"
         is_primary = combined and (row["arm"], row["baseline"]) == (
             self.primary["arm"],
             self.primary["baseline"],
@@ -69,9 +70,9 @@ class Numbers:
         value, low, high = (row[name] for name in ("value", *names))
         if value is None:
             return "undefined"
-        if row["question"].endswith("spread") and (not low or not high or high > 1000 * low):
-            return f"{text(value)} (interval too wide)"
-        return f"{text(value)} [{text(low)}, {text(high)}]"
+        if is_ratio(row["question"]) and (not low or not high or high > 1000 * low):
+            return f"{three_digits(value)} (interval too wide)"
+        return f"{three_digits(value)} [{three_digits(low)}, {three_digits(high)}]"
 
     def count(self, *which, **how):
         """A count, such as that of the rescued."""
@@ -79,14 +80,14 @@ class Numbers:
 
     def clearest(self, family="mu 0.9"):
         """Of the ratios of all runs that are below 1, intervals and all, the smallest."""
-        found = self.ratios(family, question="total spread")
+        found = self.ratios(family, question="total std")
         below = [row for row in found if row["adjusted_high"] and row["adjusted_high"] < 1]
         return min(below, key=lambda row: row["value"], default=None)
 
     def interval(self, *which, **how):
         """The adjusted interval of a comparison."""
         row = self.compared(*which, **how)
-        return f"[{text(row['adjusted_low'])}, {text(row['adjusted_high'])}]"
+        return f"[{three_digits(row['adjusted_low'])}, {three_digits(row['adjusted_high'])}]"
 
     def solved(self, arm, scale):
         """How many of how many runs were solved."""
@@ -106,24 +107,24 @@ class Numbers:
     def tuned_arm(self, family, scale):
         """The name of the arm at its tuned rate."""
         rate = self.tuned_rate(family, scale)
-        arms = self.rows("arms", family=family, effective_rate=rate, scale=scale, measure="spread")
+        arms = self.rows("arms", family=family, effective_rate=rate, scale=scale, measure="std")
         return next(arms)["arm"]
 
-    def share(self, arm, scale, source="weights"):
+    def proportion(self, arm, scale, source="weights"):
         """A share of the variance, with its interval."""
         row = self.row("components", arm=arm, scale=scale, source=source)
-        return f"{row['share']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+        return f"{row['proportion']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
 
-    def shares(self, arm, source="weights"):
+    def proportions(self, arm, source="weights"):
         """The least and the largest share over the scales."""
-        found = [row["share"] for row in self.rows("components", arm=arm, source=source)]
+        found = [row["proportion"] for row in self.rows("components", arm=arm, source=source)]
         return f"{min(found):.0%} to {max(found):.0%}"
 
     def described(self, arm, scale, measure):
         """A measure of one arm."""
-        return text(self.row("arms", arm=arm, scale=scale, measure=measure)["value"])
+        return three_digits(self.row("arms", arm=arm, scale=scale, measure=measure)["value"])
 
-    def ratios(self, family, base="mu 0", contrast="same effective rate", question="spread"):
+    def ratios(self, family, base="mu 0", contrast="same effective rate", question="std"):
         """By effective rate, the combined rows of a family against another."""
         arms = {row["arm"]: row["family"] for row in self.rows("arms")}
         return [
@@ -133,7 +134,7 @@ class Numbers:
         ]
 
 
-def text(value):
+def three_digits(value):
     """Three significant digits."""
     if value is None:
         return "undefined"
@@ -182,7 +183,7 @@ def render() -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters["text"] = text
+    environment.filters["three_digits"] = three_digits
     template = environment.get_template("index.md.j2")
     of = {name: Numbers(name) for name in names}
     most_steps = max(of[name].steps for name in NETWORKS)

@@ -10,8 +10,8 @@ import xarray as xr
 from momentum_jax.study import spread_tests, statistics
 from momentum_jax.study._pairs import Pair
 
-SPREADS = ("spread", "total spread", "robust spread", "log spread")
-TOTALS = {"total spread": statistics.log_total_spread}
+SPREADS = ("std", "total std", "10-90% range", "std of log loss")
+TOTALS = {"total std": statistics.log_total_std}
 COUNTS = ("rescued", "lost")
 PAIRED = ("failures", "lower loss")
 FEW = f"fewer than {statistics.FEWEST} units: no interval"
@@ -43,28 +43,28 @@ class Runs:
         self.count, self.replicates = loss.shape[2:]
         self.metrics = [each["name"] for each in json.loads(dataset.attrs.get("metrics", "[]"))]
         # What a ratio of standard deviations is taken of.
-        self.spreads = {"spread": loss}
+        self.std_of = {"std": loss}
         if self.replicates > 1:
-            self.spreads["total spread"] = loss
+            self.std_of["total std"] = loss
         if (loss > 0).all():
-            self.spreads["log spread"] = np.log(loss)
+            self.std_of["std of log loss"] = np.log(loss)
         for name in self.metrics:
-            self.spreads[f"{name} spread"] = self.values[name]
+            self.std_of[f"{name} std"] = self.values[name]
         self.measured = {
             **{
-                name: TOTALS.get(name, statistics.log_spread)(values)
-                for name, values in self.spreads.items()
+                name: TOTALS.get(name, statistics.log_std)(values)
+                for name, values in self.std_of.items()
             },
-            "robust spread": statistics.log_range(loss),
+            "10-90% range": statistics.log_range(loss),
             "loss": statistics.middle(loss),
             **{name: statistics.mean(self.values[name]) for name in self.metrics},
         }
         # Where all runs of an arm diverged, the spread would be that of what replaces their loss.
         lost = self.values["diverged"].astype(bool).all((2, 3))
-        for name in (*self.spreads, "robust spread"):
+        for name in (*self.std_of, "10-90% range"):
             self.measured[name].value[lost] = np.nan
         names = [*SPREADS, "failures", *COUNTS, "loss", "lower loss"]
-        names += [name for metric in self.metrics for name in (metric, f"{metric} spread")]
+        names += [name for metric in self.metrics for name in (metric, f"{metric} std")]
         self.questions = [name for name in names if name in (*self.measured, *PAIRED, *COUNTS)]
 
     def scores(self, question, arms, baselines, scales):
@@ -110,7 +110,7 @@ class Runs:
 
 def is_ratio(question: str) -> bool:
     """Whether the answer is a ratio of spreads; the other answers are differences."""
-    return question.endswith("spread")
+    return question in SPREADS or question.endswith(" std")
 
 
 def answer(
@@ -170,14 +170,14 @@ def answer(
         [scores] = runs.scores(question, choices[:, 0], choices[:, 1], scales)
         p = statistics.swap_test(scores)
         if question == "lower loss":
-            shares = (1 + scores / runs.per_unit(scales)) / 2
-            wilson = [statistics.proportion(shares, level) for level in levels]
+            proportions = (1 + scores / runs.per_unit(scales)) / 2
+            wilson = [statistics.proportion(proportions, level) for level in levels]
             intervals = [(2 * low - 1, 2 * high - 1) for low, high in wilson]
     if is_ratio(question) and not np.isfinite(intervals[0]).all():
         note = note or "no ratio can be excluded"
     p_exchange = math.nan
-    if question == "spread" and pair.drawn is None:
-        values = runs.spreads[question]
+    if question == "std" and pair.drawn is None:
+        values = runs.std_of[question]
         swapped = spread_tests.swaps(runs.count, draws)
         p_exchange = spread_tests.exchange_p(
             values[arms, scales], values[baselines, scales], swapped
@@ -206,7 +206,7 @@ def _finish(question, value):
 
 def _reference(runs, question, arms, baselines, scales, draws):
     """|T| where nothing differs, sorted: of units drawn again, or Student's."""
-    if question in runs.spreads:
+    if question in runs.std_of:
         influence = runs.measured[question].influence
         rows = np.concatenate([influence[arms, scales], influence[baselines, scales]])
         weights = np.repeat([1.0, -1.0], len(scales)) / len(scales)

@@ -10,15 +10,16 @@ import pandas as pd
 import xarray as xr
 
 from momentum_jax.study import statistics
+from momentum_jax.study._answers import is_ratio
 from momentum_jax.study._drawing import digits
 from momentum_jax.study.contrasts import Contrast, contrasts, primary
 
 # Questions, and the headings of their columns.
 RATIOS = {
-    "spread": "standard deviation",
-    "total spread": "of all runs",
-    "robust spread": "10-90% range",
-    "log spread": "standard deviation of log loss",
+    "std": "standard deviation",
+    "total std": "of all runs",
+    "10-90% range": "10-90% range",
+    "std of log loss": "standard deviation of log loss",
 }
 FAILURES = {"failures": "difference of failure rates", "rescued": "rescued", "lost": "lost"}
 LOSSES = {"loss": "difference of final loss", "lower loss": "P(lower loss)"}
@@ -123,7 +124,7 @@ def estimate(row: Mapping[str, Any]) -> str:
     if row["question"] in ("rescued", "lost"):
         return f"{row['value']:.0f}"
     text = interval(row["value"], row["adjusted_low"], row["adjusted_high"])
-    clear = row["question"].endswith("spread") and row["p_adjusted"] < SIGNIFICANT
+    clear = is_ratio(row["question"]) and row["p_adjusted"] < SIGNIFICANT
     return Markdown(f"**{text}**") if clear else text
 
 
@@ -143,7 +144,7 @@ def rate_table(table: pd.DataFrame, chosen: Sequence[Contrast]) -> Rows:
     """The ratio of spreads: one row per rate and arm, one column per initial scale."""
     found = []
     for contrast in chosen:
-        rows = rows_of(table, contrast).query("question == 'spread'")
+        rows = rows_of(table, contrast).query("question == 'std'")
         for arm, group in rows.groupby("arm", sort=False):
             cells = group.sort_values("scale", na_position="first").to_dict("records")
             shown = {"rate": digits(contrast.rate), "arm": str(arm)}
@@ -152,7 +153,7 @@ def rate_table(table: pd.DataFrame, chosen: Sequence[Contrast]) -> Rows:
     return found
 
 
-def share_table(components: pd.DataFrame | None) -> Rows:
+def proportion_table(components: pd.DataFrame | None) -> Rows:
     """The shares of the variance, by arm and initial scale."""
     if components is None:
         return []
@@ -160,7 +161,7 @@ def share_table(components: pd.DataFrame | None) -> Rows:
     for row in components.to_dict("records"):
         first = {"arm": row["arm"], "initial scale": _scale(row["scale"])}
         shown = found.setdefault((row["arm"], row["scale"]), first)
-        bounds = [100 * row[name] for name in ("share", "low", "high")]
+        bounds = [100 * row[name] for name in ("proportion", "low", "high")]
         undefined = math.isnan(bounds[0])
         known = "" if math.isnan(bounds[1]) else f" [{bounds[1]:.0f}, {bounds[2]:.0f}]"
         shown[row["source"]] = "undefined" if undefined else f"{bounds[0]:.0f}%{known}"
@@ -173,7 +174,7 @@ def tuned_table(table: pd.DataFrame) -> Rows:
     for row in by_scale(table.loc[table.contrast.isin(TUNED)]).to_dict("records"):
         key = row["arm"], row["baseline"], _scale(row["scale"])
         shown = found.setdefault(key, {"family": key[0], "initial scale": key[2]})
-        if row["question"] == "spread":
+        if row["question"] == "std":
             shown[TUNED[row["contrast"]]] = estimate(row)
         elif row["question"] == "loss" and row["contrast"] == "tuned":
             shown[LOSSES["loss"]] = estimate(row)
@@ -184,7 +185,7 @@ def tuned_table(table: pd.DataFrame) -> Rows:
 
 def decomposition(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Over all scales, by family: the tuned ratio of spreads, and its two factors."""
-    chosen = table.contrast.isin(TUNED) & (table.question == "spread") & table.scale.isna()
+    chosen = table.contrast.isin(TUNED) & (table.question == "std") & table.scale.isna()
     rows: Any = table[chosen]
     found = []
     for (arm, baseline), group in rows.groupby(["arm", "baseline"], sort=False):
@@ -202,7 +203,7 @@ def decomposition(table: pd.DataFrame) -> list[dict[str, Any]]:
                         ("whole", "rate", "method"), (whole, rate, method), strict=True
                     )
                 },
-                "share": round(100 * logs[1] / logs[0]) if clear else None,
+                "proportion": round(100 * logs[1] / logs[0]) if clear else None,
             }
         )
     return found
@@ -210,7 +211,7 @@ def decomposition(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def all_arms_table(described: pd.DataFrame, metrics: Sequence[str]) -> Rows:
     """How the runs of each arm ended, by initial scale."""
-    measures = ("mean loss", "interquartile mean loss", "spread", "failed", "diverged")
+    measures = ("mean loss", "interquartile mean loss", "std", "failed", "diverged")
     measures += tuple(f"mean {name}" for name in metrics)
     found: dict[Any, dict[str, str]] = {}
     for row in described.loc[described.measure.isin(measures)].to_dict("records"):

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import momentum_jax as mj
+from momentum_jax.study import _physics
 
 # A number, or one for each initial scale; a static setting may be anything hashable.
 Setting = Any
@@ -190,7 +191,7 @@ def one_minus_mu(arm: Arm) -> float:
             f"mu={mu} of the arm {arm.name!r} must be a number below 1: otherwise there is no "
             "effective learning rate, learning_rate / (1 - mu)."
         )
-    return 1.0 - mu
+    return float(_physics.one_minus_mu(mu))
 
 
 def effective_rate(arm: Arm) -> float | None:
@@ -203,7 +204,7 @@ def effective_rate(arm: Arm) -> float | None:
     rate, mu = arm.settings.get("learning_rate"), arm.settings.get("mu", 0.0)
     if not isinstance(rate, (int, float)) or not isinstance(mu, (int, float)) or mu >= 1:
         return None
-    return float(f"{rate / (1 - mu):.12g}")
+    return float(f"{_physics.effective_learning_rate(rate, mu):.12g}")
 
 
 def nesterov(learning_rate: Any, mu: Any) -> optax.GradientTransformationExtraArgs:

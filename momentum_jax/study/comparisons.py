@@ -59,7 +59,7 @@ def compare(dataset: xr.Dataset, *, progress: str | None = None) -> pd.DataFrame
       ...     attrs={"primary": '{"arm": "mu 0.9", "baseline": "mu 0"}'},
       ... )
       >>> table = compare(results)
-      >>> print(table[table.question == "spread"].high.max() < 1)
+      >>> print(table[table.question == "std"].high.max() < 1)
       True
     """
     runs = Runs(dataset)
@@ -86,7 +86,7 @@ def compare(dataset: xr.Dataset, *, progress: str | None = None) -> pd.DataFrame
             levels = [0.95, 0.9, 1 - 0.05 / family[combined]]
             for question in runs.questions:
                 found = answer(runs, question, pair, places, levels, draws)
-                first = question == "spread" and combined and is_primary(pair, primary)
+                first = question == "std" and combined and is_primary(pair, primary)
                 ranges = [*found.intervals[:2], found.intervals[0 if first else 2]]
                 names = ("low", "high"), ("low_90", "high_90"), ("adjusted_low", "adjusted_high")
                 bounds = {
@@ -161,7 +161,7 @@ def verdict(dataset: xr.Dataset, table: pd.DataFrame | None = None) -> Verdict:
         nothing = [math.nan] * 6
         return Verdict("undefined", "No primary comparison was declared.", *nothing)
     table = compare(dataset) if table is None else table
-    row = _of_primary(table, primary).query("scale.isna() and question == 'spread'").iloc[0]
+    row = _of_primary(table, primary).query("scale.isna() and question == 'std'").iloc[0]
     value, low, high, p = (float(row[name]) for name in ("value", "low", "high", "p"))
     limit = 1 + primary.margin
     decided = math.isfinite(low)
@@ -265,14 +265,14 @@ def disagreements(table: pd.DataFrame, dataset: xr.Dataset) -> list[str]:
     metrics = json.loads(dataset.attrs.get("metrics", "[]"))
     # By question: whether a ratio below 1, or a negative difference, goes under the first word.
     spreads = [*SPREADS]
-    spreads += [f"{metric['name']} spread" for metric in metrics]
+    spreads += [f"{metric['name']} std" for metric in metrics]
     widths = dict.fromkeys([*spreads, "failures"], True)
     results = {"loss": True, "failures": True}
     results |= {metric["name"]: not metric["larger_is_better"] for metric in metrics}
     rows = _of_primary(table, primary)
     scales = rows.scale.dropna().unique()
     sentences = []
-    for question in ("spread", "total spread"):
+    for question in ("std", "total std"):
         here = rows[(rows.question == question) & rows.scale.notna()]
         below, above = (
             ", ".join(f"{scale:g}" for scale in here.scale[chosen])

@@ -48,7 +48,7 @@ def variance_components(dataset: xr.Dataset, *, of: str = "loss") -> pd.DataFram
       ...     coords={"arm": ["mu 0"], "init_scale": [1.0]},
       ...     attrs={"loss_cap": 9.0},
       ... )
-      >>> print(variance_components(results).set_index("source").share.round(2).to_dict())
+      >>> print(variance_components(results).set_index("source").proportion.round(2).to_dict())
       {'weights': 1.0, 'order': 0.0, 'interaction': 0.0}
     """
     ends = statistics.final(dataset)[of]
@@ -70,16 +70,16 @@ def variance_components(dataset: xr.Dataset, *, of: str = "loss") -> pd.DataFram
             "effective_rate": rates[arm],
             "scale": float(ends.init_scale.values[scale]),
         }
-        variances, low, high = shares(values[arm, scale])
+        variances, low, high = proportions(values[arm, scale])
         total = variances.sum()
-        share = variances / total if total > 0 else np.full(3, np.nan)
-        for source, *numbers in zip(SOURCES, share, low, high, variances, strict=True):
-            names = ("share", "low", "high", "variance")
+        proportion = variances / total if total > 0 else np.full(3, np.nan)
+        for source, *numbers in zip(SOURCES, proportion, low, high, variances, strict=True):
+            names = ("proportion", "low", "high", "variance")
             rows.append({**where, "source": source, **dict(zip(names, numbers, strict=True))})
     return pd.DataFrame(rows)
 
 
-def shares(
+def proportions(
     values: Float[np.ndarray, "weights order"],
 ) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
     """The variances of weights, order and interaction, and 95% intervals of their shares.
@@ -109,7 +109,7 @@ def shares(
       Weerahandi (1993), Generalized confidence intervals.
 
     Example:
-      >>> variances, low, high = shares(np.random.default_rng(0).normal(size=(50, 16)))
+      >>> variances, low, high = proportions(np.random.default_rng(0).normal(size=(50, 16)))
       >>> print(variances.round(1), low[2] > 0.9)
       [0. 0. 1.] True
     """

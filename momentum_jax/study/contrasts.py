@@ -4,12 +4,15 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import xarray as xr
 
-# Kinds of contrasts, each with what its heading says.
-KINDS = {
+# What makes the arms of a contrast comparable.
+ContrastKind = Literal["same effective rate", "same rate", "tuned", "control", "arms"]
+
+# The heading of each kind in the report.
+HEADINGS: dict[ContrastKind, str] = {
     "same effective rate": "At the same effective learning rate, learning_rate / (1 - mu)",
     "same rate": "At the same learning rate",
     "tuned": "Each at its own tuned learning rate",
@@ -23,7 +26,7 @@ class Contrast:
     """Arms that are compared with one baseline.
 
     Attributes:
-      kind: a key of `KINDS`.
+      kind: a `ContrastKind`.
       baseline: the name of the arm that the others are compared with; a family for "tuned".
       arms: the names of the others.
       rate: the (effective) learning rate that the arms share; nan where they share none.
@@ -36,15 +39,15 @@ class Contrast:
       ('mu 0.9',)
     """
 
-    kind: str
+    kind: ContrastKind
     baseline: str
     arms: tuple[str, ...]
     rate: float = math.nan
 
     def __post_init__(self):
         """Checks the kind."""
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} of a contrast must be one of {list(KINDS)}.")
+        if self.kind not in HEADINGS:
+            raise ValueError(f"kind={self.kind!r} of a contrast must be one of {list(HEADINGS)}.")
         object.__setattr__(self, "arms", tuple(self.arms))
         if not self.arms or self.baseline in self.arms:
             raise ValueError(

@@ -35,7 +35,7 @@ def describe(dataset: xr.Dataset) -> pd.DataFrame:
     runs = Runs(dataset)
     rates = coordinate(dataset, "effective_rate")
     middle = statistics.interquartile_mean
-    shares = {"failed": 1 - runs.values["solved"], "diverged": runs.values["diverged"]}
+    proportions = {"failed": 1 - runs.values["solved"], "diverged": runs.values["diverged"]}
     rows = []
     for place, scale in np.ndindex(len(runs.arms), len(runs.scales)):
         loss = runs.values["loss"][place, scale]
@@ -45,8 +45,8 @@ def describe(dataset: xr.Dataset) -> pd.DataFrame:
         }
         for name in SPREADS:
             if name in runs.measured:
-                found[name] = _spread(runs, name, place, scale)
-        for name, values in shares.items():
+                found[name] = _std(runs, name, place, scale)
+        for name, values in proportions.items():
             each = values[place, scale].mean(-1)
             found[name] = (each.mean(), *statistics.proportion(each))
         for name in runs.metrics:
@@ -64,11 +64,11 @@ def describe(dataset: xr.Dataset) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _spread(runs, name, place, scale):
+def _std(runs, name, place, scale):
     value, influence = (each[place, scale] for each in runs.measured[name])
     if not math.isfinite(value) or runs.count < statistics.FEWEST:
         return math.exp(value), math.nan, math.nan
-    if name in runs.spreads:
+    if name in runs.std_of:
         counts = spread_tests.resampled(runs.count, 1999)
         law = spread_tests.bootstrap_reference(influence[None], np.ones(1), counts)
     else:

@@ -119,10 +119,10 @@ def pictures(
 
     if main is not None:
         arms = [main.baseline, *main.arms]
-        rows = rows_of(table, main).query("question == 'spread'")
+        rows = rows_of(table, main).query("question == 'std'")
         height = 1.0 + 0.25 * (len(rows) + 1.3 * len(main.arms))
         alt = f"Ratio of the spread of the final loss to that of {main.baseline}, with intervals."
-        add("spread-ratios", alt, _forest, dataset, rows, main, size=(5.0, height))
+        add("std-ratios", alt, _forest, dataset, rows, main, size=(5.0, height))
     if any(plots.families(dataset, scale) for scale in scales):
         alt = "Final loss and its spread against the learning rate, one line per family."
         size = (1.2 + 2.5 * len(scales), 5.6) if len(scales) > 1 else (5.0, 6.0)
@@ -131,12 +131,12 @@ def pictures(
         shown = of_main_families(dataset, components)
         alt = "Shares of initial weights, data order and their interaction in the variance."
         size = (2.2 + 1.7 * len(scales), 1.3 + 0.2 * shown.arm.nunique())
-        add("variance-shares", alt, _variance, shown, size=size)
-    tuned = by_scale(table.loc[table.contrast.isin(TITLES) & table.question.eq("spread")])
+        add("variance-proportions", alt, _variance, shown, size=size)
+    tuned = by_scale(table.loc[table.contrast.isin(TITLES) & table.question.eq("std")])
     if len(tuned):
         alt = "Ratio of the spread with tuned learning rates: rate and method, together and apart."
         height = 1.3 + 0.9 + 0.25 * (len(tuned) + 3 * 1.3 * tuned.arm.nunique())
-        add("tuned-spread-ratios", alt, _tuned, tuned, size=(5.0, height))
+        add("tuned-std-ratios", alt, _tuned, tuned, size=(5.0, height))
     if arms and "loss" in dataset:
         alt = "Final loss against the initial scale."
         add("final-loss", alt, _final_loss, dataset, arms, size=(5.0, 3.6 + 0.2 * len(arms)))
@@ -187,7 +187,7 @@ def _tuned(tuned, figure):
 def _curves(dataset, described, figure):
     scales = dataset.init_scale.values
     panels = figure.subplots(2, len(scales), squeeze=False)
-    for row, quantity in zip(panels, ("loss", "spread"), strict=True):
+    for row, quantity in zip(panels, ("loss", "std"), strict=True):
         for axes, scale in zip(row, scales, strict=True):
             plots.rate_curve(dataset, float(scale), axes, quantity, described=described)
             axes.set(title="", xlabel="" if quantity == "loss" else axes.get_xlabel())
@@ -222,7 +222,7 @@ def _variance(components, figure):
     for axes, scale in zip(panels, scales, strict=True):
         plots.variance_bars(components[components.scale == scale], axes)
         axes.set_title(f"scale x{scale:g}", fontsize="medium")
-        axes.set_xlabel("share of variance", fontsize="small")
+        axes.set_xlabel("proportion of variance", fontsize="small")
     _legend(figure, dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True)), 3)
 
 

@@ -22,8 +22,8 @@ RESERVED = {
     "loss", "kinetic_energy", "sharpness", "gradient_norm", "final_params", "params", "landscape",
     "tuning_loss", "initial_sharpness", "arm", "init_scale", "seed", "order_seed", "step", "probe",
     "tuning_seed", "param", "landscape_0", "landscape_1", "family", "effective_rate", "mu",
-    "learning_rate", "nesterov", "batch_size", "restarts", "steps_taken", "spread", "log spread",
-    "robust spread", "total spread", "failures", "rescued", "lost", "lower loss",
+    "learning_rate", "nesterov", "batch_size", "restarts", "steps_taken", "std", "std of log loss",
+    "10-90% range", "total std", "failures", "rescued", "lost", "lower loss",
 }  # fmt: skip
 
 

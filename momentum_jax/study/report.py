@@ -20,7 +20,7 @@ from momentum_jax.study import _tables, comparisons, statistics
 from momentum_jax.study._drawing import digits
 from momentum_jax.study._tables import FAILURES, LOSSES, RATIOS, Markdown, main_contrast, rows_of
 from momentum_jax.study.components import variance_components
-from momentum_jax.study.contrasts import KINDS, as_json, contrasts, primary
+from momentum_jax.study.contrasts import HEADINGS, as_json, contrasts, primary
 from momentum_jax.study.figures import INK, PAPER, Picture, pictures
 
 
@@ -84,7 +84,7 @@ def write(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     paths, table = write(results, folder)
       >>> table.question.head(2).tolist()
-      ['spread', 'robust spread']
+      ['std', '10-90% range']
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
         for name in (metric["name"] for metric in metrics)
         for question, title in (
             (name, f"difference of {name}"),
-            (f"{name} spread", f"ratio of spreads of {name}"),
+            (f"{name} std", f"ratio of spreads of {name}"),
         )
     }
 
@@ -216,9 +216,9 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
         rows = table.iloc[:0] if contrast is None else rows_of(table, contrast)
         return _tables.lines(_tables.comparison_table(rows, questions, with_p))
 
-    shares = found.components
-    if shares is not None:
-        shares = shares.loc[shares.arm.isin([main.baseline, *main.arms])] if main else shares
+    parts = found.components
+    if parts is not None and main is not None:
+        parts = parts.loc[parts.arm.isin([main.baseline, *main.arms])]
     provenance = json.loads(dataset.attrs["provenance"])
     return (
         names
@@ -227,7 +227,7 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
         | {
             "problem": dataset.attrs["problem"],
             "pictures": {each.name: _image(each) for each in drawn},
-            "spreads": compared(main, RATIOS, "spread"),
+            "spreads": compared(main, RATIOS, "std"),
             "losses": compared(main, losses),
             "failures": compared(main, FAILURES, "failures"),
             "rates": {
@@ -235,11 +235,11 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
                 for kind in ("same effective rate", "same rate")
             },
             "others": [
-                (KINDS[each.kind], each.baseline, compared(each, RATIOS | FAILURES | losses))
+                (HEADINGS[each.kind], each.baseline, compared(each, RATIOS | FAILURES | losses))
                 for each in known
                 if each.kind in ("control", "arms") and each != main
             ],
-            "shares": _tables.lines(_tables.share_table(shares)),
+            "proportions": _tables.lines(_tables.proportion_table(parts)),
             "decomposition": _tables.decomposition(table),
             "tuned": _tables.lines(_tables.tuned_table(table)),
             "all_arms": _tables.lines(

@@ -11,7 +11,7 @@ from momentum_jax.study import _tables
 
 KEYS = ["contrast", "arm", "baseline", "scale", "question"]
 VALUES = ["value", "low", "high", "n"]
-SHOWN = ("spread", "failures", "loss")
+SHOWN = ("std", "failures", "loss")
 
 
 def compare_reports(folders: Sequence[str | Path]) -> pd.DataFrame:

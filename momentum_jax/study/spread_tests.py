@@ -59,7 +59,7 @@ def bootstrap_reference(
       Davison and Hinkley (1997), Bootstrap methods and their application, chapter 5.
 
     Args:
-      influences: of `log_spread`, one row for each spread. Each unit is drawn with all its rows.
+      influences: of `log_std`, one row for each spread. Each unit is drawn with all its rows.
       weights: of the log spreads in the sum: 1 / scales for an arm, -1 / scales for its baseline.
       counts: of `resampled`.
 
@@ -69,7 +69,7 @@ def bootstrap_reference(
     Example:
       >>> from momentum_jax.study import statistics
       >>> values = np.random.default_rng(0).normal(size=(2, 50, 1))
-      >>> influences = statistics.log_spread(values).influence
+      >>> influences = statistics.log_std(values).influence
       >>> reference = bootstrap_reference(influences, np.array([1.0, -1]), resampled(50, 999))
       >>> print(1.8 < np.quantile(reference, 0.95) < 2.5)
       True

@@ -145,13 +145,13 @@ def variances(
     return products / max(values.shape[-2] - 1, 1)
 
 
-def log_spread(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
+def log_std(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
     """The log of the standard deviation between units, with the influence of each.
 
     Undefined where it is not above 0.
 
     Example:
-      >>> print(np.exp(log_spread(np.array([[1.0], [2.0], [3.0]])).value))
+      >>> print(np.exp(log_std(np.array([[1.0], [2.0], [3.0]])).value))
       1.0
     """
     parts = variances(values)
@@ -162,11 +162,11 @@ def log_spread(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
     return Measured(np.log(total) / 2, (count * parts / total[..., None] - 1) / 2)
 
 
-def log_total_spread(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
+def log_total_std(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
     """The log of the standard deviation of all runs, whatever makes it, with each unit's influence.
 
     Example:
-      >>> print(np.exp(log_total_spread(np.array([[1.0, 3.0], [2.0, 2.0]])).value).round(3))
+      >>> print(np.exp(log_total_std(np.array([[1.0, 3.0], [2.0, 2.0]])).value).round(3))
       0.816
     """
     away = values - values.mean((-2, -1), keepdims=True)

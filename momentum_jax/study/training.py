@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import momentum_jax as mj
 from momentum_jax.diagnostics import curvature
+from momentum_jax.study._physics import kinetic_energy
 from momentum_jax.study.arms import Arm
 from momentum_jax.study.problem import Problem
 
@@ -62,7 +63,8 @@ def timetable(problem: Problem, arms: Sequence[Arm], steps: int, evaluations: in
     Steps are rounded up to a multiple of the evaluations, and these to one of the restarts.
 
     Example:
-      >>> from momentum_jax.study.arms import baseline
+      >>> from momentum_jax.study._physics import kinetic_energy
+    from momentum_jax.study.arms import baseline
       >>> from momentum_jax.study.problems import digits
       >>> timetable(digits(), [baseline()], 50, None)[0].steps
       60
@@ -208,7 +210,7 @@ def _one_run(problem, arm, static, times, record):
         found = dict(problem.evaluate(params, state, test))
         rate = {**static, **settings}.get("learning_rate", jnp.nan)
         # A static rate may be a schedule.
-        found["kinetic_energy"] = squared / (2 * (jnp.nan if callable(rate) else rate))
+        found["kinetic_energy"] = kinetic_energy(squared, jnp.nan if callable(rate) else rate)
         if few_params:
             found["params"] = jax.flatten_util.ravel_pytree(params)[0]
         rows = jax.tree.map(lambda x: x[:MEASURED_ROWS], data)
