@@ -467,8 +467,8 @@ def test_where_the_measures_of_spread_disagree_it_is_said():
     loss[1, 0, ::20] += 30
     built = study(loss)
     [said] = disagreements(compare(built), built)
-    assert "compared with arm 0, arm 1 is lower in robust spread (" in said
-    assert "but higher in spread (" in said
+    assert "compared with arm 0, arm 1 is lower in 10-90% range (" in said
+    assert "but higher in standard deviation (" in said
     agreed = study(correlated(random, 2, 1, 50))
     assert disagreements(compare(agreed), agreed) == []
 
@@ -594,8 +594,8 @@ def test_where_the_scales_disagree_it_is_said():
     built = study(loss)
     said = disagreements(compare(built), built)
     assert said[0] == (
-        "The scales disagree: compared with arm 0, the spread of arm 1 is lower at initial scale "
-        "1, but higher at 2."
+        "The initial scales disagree: compared with arm 0, the standard deviation of arm 1 is "
+        "lower at initial scale 1, but higher at 2."
     )
 
 

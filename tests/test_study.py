@@ -379,13 +379,13 @@ def test_help_names_every_option_and_default(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "2"], "--seeds 2: a spread needs at least 3"),
-        (["--steps", "0"], "'0' is not a whole number from 1"),
-        (["--steps", "many"], "'many' is not a whole number from 1"),
-        (["--learning-rate", "-1"], "'-1' is not a number above 0"),
-        (["--learning-rate", "big"], "'big' is not a number above 0"),
-        (["--mu", "1"], "'1' is not a number above 0 and below 1, or nesterov- and such"),
-        (["--order-seeds", "many"], "'many' is not a whole number from 1"),
+        (["--seeds", "2"], "--seeds 2: must be at least 3 to measure a standard deviation"),
+        (["--steps", "0"], "'0' must be a whole number, at least 1"),
+        (["--steps", "many"], "'many' must be a whole number, at least 1"),
+        (["--learning-rate", "-1"], "'-1' must be a finite number above 0"),
+        (["--learning-rate", "big"], "'big' must be a finite number above 0"),
+        (["--mu", "1"], "'1' must be a number above 0 and below 1, such as 0.9, or nesterov-0.9"),
+        (["--order-seeds", "many"], "'many' must be a whole number, at least 1"),
         (["--record", "weights"], "invalid choice: 'weights'"),
         (
             ["--problem", "nothing"],
@@ -424,7 +424,9 @@ def test_what_cannot_be_resumed_is_one_line(own, tmp_path, capsys):
     study = parse(["--problem", f"{own}:problem", *SMALL]).study
     study.save(out)
     resume = ("--resume", str(out))
-    assert "--steps cannot be changed" in refused(capsys, *resume, "--steps", "9")
+    assert "--steps cannot change in a study that has started" in refused(
+        capsys, *resume, "--steps", "9"
+    )
     changed = refused(capsys, *resume, "--seeds", "3")
     assert "holds another study, which differs in seeds" in changed
     begun = refused(capsys, "--problem", f"{own}:problem", "--out", str(out))
@@ -453,7 +455,7 @@ def test_too_little_room_is_said_before_the_work_starts(tmp_path, monkeypatch, c
     usage = shutil.disk_usage(tmp_path)._replace(free=10 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     error = refused(capsys, "--quick", "--out", str(tmp_path / "out"))
-    assert "10 MB are free there, and the results may take" in error
+    assert "but only 10 MB are free; give a folder on another disk" in error
     assert not (tmp_path / "out").exists()
 
 

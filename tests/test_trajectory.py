@@ -90,7 +90,7 @@ def test_the_picture():
     draw(found, figure)
     loss, sharpness, share, alignment = figure.axes
     assert [axes.get_ylabel() for axes in figure.axes] == [
-        "loss", "sharpness", "share of the stability limit", "alignment"
+        "loss", "sharpness", "fraction of the stability limit", "alignment"
     ]  # fmt: skip
     for axes, quantity in ((loss, "loss"), (share, "fraction"), (alignment, "alignment")):
         x, y = axes.lines[0].get_data()

@@ -1,4 +1,4 @@
-"""Plots of the tables: against the learning rate, of comparisons, of shares of the variance."""
+"""Plots of the tables: curves against the learning rate, forest plots, variance bars."""
 
 import math
 from typing import Any
@@ -18,14 +18,14 @@ HATCHES = {"weights": "", "order": "////", "interaction": "xxxx"}
 
 
 def families(dataset: xr.Dataset, scale: float) -> dict[str, dict[str, float]]:
-    """The arms of each family that was trained at two or more learning rates.
+    """Returns the arms of each family that was trained at two or more learning rates.
 
     Args:
       dataset: what `run` returned.
       scale: the initial scale; a learning rate may depend on it.
 
     Returns:
-      By family, the (effective) learning rate of each of its arms, in ascending order.
+      For each family, the effective learning rate of each of its arms, in ascending order.
 
     Example:
       >>> arms = {"arm": ["a", "b"], "init_scale": [1.0], "family": ("arm", ["mu 0", "mu 0"])}
@@ -54,23 +54,23 @@ def rate_curve(
     *,
     described: pd.DataFrame | None = None,
 ) -> Axes:
-    """A quantity of the final runs against the effective learning rate: one line per family.
+    """Draws a final quantity against the effective learning rate, with one line per family.
 
     Args:
       dataset: what `run` returned.
       scale: the initial scale.
       axes: where to draw.
       quantity: "loss" or a metric (median, with bars from the 10% to the 90% quantile), or
-        "std" (standard deviation of the final loss over the units).
-      described: what `describe(dataset)` returned: the spread and its 95% intervals. Without it,
-        the spread is computed here, and has no intervals.
+        "std" (standard deviation of the final loss between units).
+      described: what `describe(dataset)` returned, which has the standard deviation with 95%
+        intervals. Without it, the standard deviation is computed here, without intervals.
 
     Returns:
       `axes`. A hollow marker means that at least half of the runs diverged or ended above the loss
-      cap; at the lower edge, that the spread is undefined or estimated at 0. A
-      dotted vertical line is the edge of stability that theory gives for the mu of a family,
-      stability_limit(mu) / curvature / (1 - mu), with the median of `initial_sharpness` as the
-      curvature; it is left out where it lies beyond the plotted rates.
+      cap. A marker at the lower edge of the axis means that the standard deviation is undefined or
+      estimated as 0. A dotted vertical line is the edge of stability for the mu of a family,
+      stability_limit(mu) / curvature / (1 - mu), where the curvature is the median of
+      `initial_sharpness`; it is left out if it lies outside the plotted rates.
 
     Example:
       >>> from matplotlib.figure import Figure
@@ -95,10 +95,10 @@ def rate_curve(
         low, middle, high = _curve(ends.sel(arm=arms), arms, scale, quantity, described)
         hollow = capped.sel(arm=arms).mean(run_dims(capped)).values >= 0.5
         if logarithmic:
-            # A logarithmic axis shows neither 0 nor less: bars reach down to its edge.
+            # A logarithmic axis cannot show 0 or less: such bars reach down to its edge.
             middle, high = (np.where(each > 0, each, np.nan) for each in (middle, high))
             low = np.where(low > 0, low, 1e-30)
-            # What is undefined, or not above 0, is shown at the edge.
+            # Values that are undefined or not above 0 are drawn at the edge.
             gone = np.isnan(middle)
             edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "in_layout": False}
             for rate in x[gone]:
@@ -106,7 +106,7 @@ def rate_curve(
         errors = np.nan_to_num([middle - low, high - middle]).clip(0, 1e30)
         axes.errorbar(x, middle, errors, label=label(family), capsize=2, lw=1.3, ms=5, **looks)
         axes.plot(x[hollow], middle[hollow], ls="", mfc="#ffffff", ms=5, zorder=3, **looks)
-        # An interval of a spread that is near 0 can span many powers of ten: cut, not shown whole.
+        # The interval of a standard deviation near 0 can span many powers of ten, so it is cut.
         bars += [*middle] if quantity == "std" else [*middle, *high, *low[low > 1e-30]]
         extent += [x[0] / 1.2, x[-1] * 1.2]
     axes.set_xscale("log")
@@ -123,13 +123,14 @@ def rate_curve(
     log_ticks(axes.xaxis, np.array(axes.get_xlim()))
     mu = dataset.coords.get("mu")
     effective = mu is not None and bool((mu > 0).any())
-    name = {"loss": "final loss", "std": "spread of the final loss"}.get(quantity, quantity)
+    names = {"loss": "final loss", "std": "standard deviation of final loss"}
+    name = names.get(quantity, quantity)
     axes.set(xlabel="effective learning rate" if effective else "learning rate", ylabel=label(name))
     return axes
 
 
 def _curve(ends, arms, scale, quantity, described):
-    """(low, middle, high), each with one value per arm."""
+    """Three arrays (low, middle, high), each with one value per arm."""
     if quantity != "std":
         return ends[quantity].quantile([0.1, 0.5, 0.9], dim=run_dims(ends)).values
     if described is None:
@@ -141,7 +142,7 @@ def _curve(ends, arms, scale, quantity, described):
 
 
 def _edges(axes, dataset, scale):
-    """The edge of stability of each family, where it lies within the plotted rates."""
+    """Draws the edge of stability of each family, if it lies within the plotted rates."""
     if "initial_sharpness" not in dataset or "mu" not in dataset.coords:
         return
     curvature = float(dataset.initial_sharpness.sel(init_scale=scale).median())
@@ -161,19 +162,19 @@ def _edges(axes, dataset, scale):
 def forest(
     table: pd.DataFrame, axes: Axes, question: str = "std", *, margin: float | None = None
 ) -> Axes:
-    """Each comparison as a point with its intervals: one row per arm and initial scale.
+    """Draws each comparison as a point with its intervals: one row per arm and initial scale.
 
     Args:
       table: rows of what `compare` returned, all against one baseline.
       axes: where to draw.
-      question: which of its questions. Ratios ("std" and what ends with it) get a logarithmic
-        axis.
-      margin: of equivalence; shades the ratios from 1 / (1 + margin) to 1 + margin.
+      question: the question to draw. Ratios (measures of spread) get a logarithmic axis.
+      margin: the margin of equivalence; ratios from 1 / (1 + margin) to 1 + margin are shaded.
+        None shades nothing.
 
     Returns:
-      `axes`. The thick bar is the 95% interval, the thin bar with caps the interval adjusted for
-      all comparisons, which is printed at the right. A diamond combines all initial scales.
-      An arrow means that an interval goes on beyond the axis.
+      `axes`. The thick bar is the 95% interval. The thin bar with caps is the interval adjusted for
+      all comparisons, which is also printed at the right. A diamond combines all initial scales. An
+      arrow means that an interval extends beyond the axis.
 
     Example:
       >>> from matplotlib.figure import Figure
@@ -196,7 +197,7 @@ def forest(
         for row in group.sort_values("scale").itertuples():
             place += 1
             combined = math.isnan(row.scale)
-            places.append(place)
+            locations.append(place)
             labels.append("all scales" if combined else f"x{row.scale:g}")
             looks = style(number) | ({"marker": "D"} if combined else {})
             _forest_row(axes, row, place, (low, high), looks)
@@ -213,7 +214,7 @@ def forest(
 
 
 def _forest_limits(rows, neutral, ratio):
-    """From all intervals, but not much farther than the points and the usual interval."""
+    """The limits of the axis: all intervals, but not much wider than points and usual intervals."""
     wanted = rows[["value", "low", "high", "adjusted_low", "adjusted_high"]].to_numpy(float)
     if ratio:
         wanted, neutral = np.log(np.where(wanted > 0, wanted, np.nan)), math.log(neutral)
@@ -230,7 +231,7 @@ def _forest_limits(rows, neutral, ratio):
 
 
 def _forest_row(axes, row, place, limits, looks):
-    """A point with both of its intervals, and what they are in numbers."""
+    """Draws a point with its two intervals, and prints the numbers."""
     values = tuple(float(v) for v in (row.value, row.adjusted_low, row.adjusted_high))
     value = values[0]
     numbers = "undefined"
@@ -260,7 +261,7 @@ def variance_bars(components: pd.DataFrame, axes: Axes) -> Axes:
       axes: where to draw.
 
     Returns:
-      `axes`. The black line is the 95% interval of the weights' share.
+      `axes`. The black line is the 95% interval of the proportion due to the weights.
 
     Example:
       >>> from matplotlib.figure import Figure
