@@ -1,4 +1,4 @@
-"""The table of comparisons and the verdict, on studies whose answer is known."""
+"""Tests of the table of comparisons and the verdict, on studies with a known answer."""
 
 import json
 import math
@@ -19,7 +19,7 @@ RATES = np.array([0.1, 0.2, 0.4])
 
 
 def study(loss, *, pairs=((1, 0),), primary=None, margin=0.1, metrics=None, **attrs):
-    """A dataset of final losses (arm, init_scale, seed[, order_seed]) and pairs of arms."""
+    """Makes a dataset from final losses (arm, init_scale, seed[, order_seed]) and pairs of arms."""
     loss = np.asarray(loss, float)
     arms = [f"arm {place}" for place in range(len(loss))]
     dims = [*("arm", "init_scale", "seed", "order_seed")[: loss.ndim], "step"]
@@ -49,7 +49,7 @@ def study(loss, *, pairs=((1, 0),), primary=None, margin=0.1, metrics=None, **at
 
 
 def correlated(random, arms, scales=1, seeds=50, correlation=0.5):
-    """Normal losses near 10 with standard deviation 1, (arm, scale, seed)."""
+    """Draws normal losses (arm, scale, seed) with mean 10 and standard deviation 1."""
     shared = random.normal(size=(1, scales, seeds)) * correlation**0.5
     return 10 + shared + random.normal(size=(arms, scales, seeds)) * (1 - correlation) ** 0.5
 
@@ -66,7 +66,7 @@ def one(table, question, **where):
     return found
 
 
-# What the numbers are.
+# Values and intervals.
 
 
 def test_every_answer_is_that_of_the_final_values():
@@ -109,7 +109,7 @@ def test_every_answer_is_that_of_the_final_values():
     found = one(table, "failures", scale=1.0)
     gained, lost = np.sum(failed[0] > 0), np.sum(failed[0] < 0)
     assert found["p"] == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
-    # Bonett and Price (2012), by hand.
+    # The formula of Bonett and Price (2012).
     more, less = (gained + 1) / 42, (lost + 1) / 42
     half = 1.96 * ((more + less - (more - less) ** 2) / 42) ** 0.5
     assert found["high"] == pytest.approx(more - less + half, abs=1e-3)
@@ -134,8 +134,8 @@ def test_combined_rows_are_geometric_means_of_ratios_and_means_of_differences():
             assert combined == pytest.approx(single.mean())
 
 
-def test_what_differs_between_scales_does_not_enter_the_combined_spread():
-    """Arms with equal spread within each scale, of which one differs between scales."""
+def test_differences_between_scales_do_not_enter_the_combined_ratio():
+    """At each scale the standard deviations are equal; the mean of one arm depends on the scale."""
     random = np.random.default_rng(2)
     loss = correlated(random, 2, 2, 50)
     apart = loss.copy()
@@ -147,7 +147,7 @@ def test_what_differs_between_scales_does_not_enter_the_combined_spread():
 
 
 def test_units_of_one_seed_are_not_independent_over_scales():
-    """Five copies of a scale say no more than one."""
+    """Five copies of a scale give the same interval as one."""
     loss = correlated(np.random.default_rng(3), 2, 1, 40)
     once, five = (compare(study(np.repeat(loss, n, 1))) for n in (1, 5))
     for question in ("std", "10-90% range", "loss", "failures", "lower loss"):
@@ -156,7 +156,7 @@ def test_units_of_one_seed_are_not_independent_over_scales():
             assert a[name] == pytest.approx(b[name], rel=0.02), (question, name)
 
 
-def test_crossed_spread_is_the_weights_component():
+def test_the_crossed_standard_deviation_is_the_weights_component():
     random = np.random.default_rng(4)
     loss = 10 + random.normal(size=(2, 1, 40, 1)) + 2 * random.normal(size=(2, 1, 40, 4))
     built = study(loss)
@@ -189,7 +189,7 @@ def test_an_interval_excludes_1_where_p_is_below_5_percent():
     np.testing.assert_array_equal(outside, found.p < 0.05)
 
 
-# Families of comparisons.
+# Adjustment for several comparisons.
 
 
 def test_holm_counts_each_pair_once_and_spares_the_primary():
@@ -214,7 +214,7 @@ def test_adjusted_intervals_hold_together():
     loss = correlated(np.random.default_rng(8), 5, 2, 40)
     table = compare(study(loss, pairs=[(place, 0) for place in range(1, 5)], primary=(1, 0)))
     found = one(table, "loss", arm="arm 4", scale=1.0)
-    # Bonferroni over 4 arms x 2 scales.
+    # Bonferroni adjustment for 4 arms x 2 scales.
     half = (found["high"] - found["low"]) / 2
     wide = (found["adjusted_high"] - found["adjusted_low"]) / 2
     degrees = 40 - 2 * 10 - 1
@@ -224,7 +224,7 @@ def test_adjusted_intervals_hold_together():
 
 def test_one_of_300_comparisons_can_still_be_clear():
     random = np.random.default_rng(9)
-    # Below 0 there is no log spread, which saves time.
+    # Losses below 0 have no log, which saves time.
     loss = correlated(random, 101, 3, 30) - 10
     loss[7] = loss[7] / 8
     table = compare(study(loss, pairs=[(place, 0) for place in range(1, 101)]))
@@ -241,14 +241,14 @@ def test_one_of_300_comparisons_can_still_be_clear():
 
 
 def families(seeds=50, scales=2, noise=0.05, tuning=None):
-    """Families "mu 0" and "mu 0.9" that behave alike: their spread is the effective rate."""
+    """Makes two equal families whose standard deviation equals the effective learning rate."""
     random = np.random.default_rng(10)
     names = [f"{family} at {rate}" for family in ("mu 0", "mu 0.9") for rate in RATES]
     rates = np.tile(RATES, 2)[:, None, None]
     shared = random.normal(size=(1, scales, seeds))
     own = random.normal(size=(6, scales, seeds))
     loss = 10 + rates * (shared + noise * own)
-    # Plain descent is tuned to 0.4, the other family to 0.1.
+    # Tuning chooses 0.4 for "mu 0" and 0.1 for the other family.
     best = np.array([0.4] * 3 + [0.1] * 3)
     if tuning is None:
         tuning = np.abs(np.log(rates[:, :, 0] / best[:, None])) + np.zeros((6, scales))
@@ -274,7 +274,7 @@ def families(seeds=50, scales=2, noise=0.05, tuning=None):
 
 
 def test_momentum_is_not_credited_for_a_learning_rate():
-    """Two families alike at each effective rate, of which one is tuned to a smaller rate."""
+    """Two families are equal at each effective rate; one of them is tuned to a smaller rate."""
     built = families()
     table = compare(built)
     for scale in (1.0, 2.0, None):
@@ -291,7 +291,7 @@ def test_momentum_is_not_credited_for_a_learning_rate():
 
 
 def test_the_error_of_tuning_is_inside_the_interval():
-    """A flat tuning loss, of which ten seeds decide: most of the uncertainty is which rate."""
+    """With a flat tuning loss, most of the uncertainty is which rate ten seeds choose."""
     random = np.random.default_rng(11)
     undecided = random.normal(size=(6, 2, 10))
     sure = undecided + np.where(np.arange(3) == 1, -9, 0)[[0, 1, 2, 0, 1, 2]][:, None, None]
@@ -301,7 +301,7 @@ def test_the_error_of_tuning_is_inside_the_interval():
         widths[name] = math.log(found["high"] / found["low"])
         assert found["low"] <= 1 <= found["high"]
     assert widths["undecided"] > math.log(4) > 10 * widths["sure"]
-    # With no doubt about the rates it is the interval of two arms.
+    # If the choice of rates is certain, it is the interval of two fixed arms.
     arms = json.dumps([{"kind": "arms", "baseline": "mu 0 at 0.2", "arms": ["mu 0.9 at 0.2"]}])
     built = families(tuning=sure)
     plain = compare(built.assign_attrs(contrasts=arms.replace("}]", ', "rate": null}]')))
@@ -371,7 +371,7 @@ def test_a_difference_inside_the_margin_is_equivalent_though_significant():
 
 
 def test_equivalence_is_two_one_sided_tests_at_5_percent():
-    """At the edge of the margin it is declared in about 5% of studies."""
+    """If the true ratio is at the margin, "equivalent" is declared in about 5% of studies."""
     random, studies, declared = np.random.default_rng(14), 80, 0
     for _ in range(studies):
         loss = correlated(random, 2, 1, 50, 0.95)
@@ -437,7 +437,7 @@ def test_why_a_verdict_is_undefined():
     assert verdict(study(loss).assign_attrs(primary="null")).word == "undefined"
 
 
-def test_a_scale_without_spread_is_left_out_and_named():
+def test_a_scale_with_equal_losses_is_left_out_and_named():
     loss = correlated(np.random.default_rng(18), 2, 2, 30)
     loss[:, 1] = 7.0
     table = compare(study(loss))
@@ -447,7 +447,7 @@ def test_a_scale_without_spread_is_left_out_and_named():
     assert "without initial scale 2" in verdict(study(loss)).sentence
 
 
-def test_where_loss_and_metric_disagree_it_is_said():
+def test_disagreeing_loss_and_metric_are_reported():
     random = np.random.default_rng(19)
     loss = correlated(random, 2, 2, 50)
     loss[1] -= 1
@@ -459,8 +459,8 @@ def test_where_loss_and_metric_disagree_it_is_said():
     assert not any("initial scale 1" in each for each in said)
 
 
-def test_where_the_measures_of_spread_disagree_it_is_said():
-    """Narrow, but with one failure in twenty: a smaller range, and a larger deviation."""
+def test_disagreeing_measures_of_spread_are_reported():
+    """One run in twenty fails, so the range is smaller but the standard deviation is larger."""
     random = np.random.default_rng(20)
     loss = correlated(random, 2, 1, 100)
     loss[1] = 10 + (loss[1] - 10) / 4
@@ -473,7 +473,7 @@ def test_where_the_measures_of_spread_disagree_it_is_said():
     assert disagreements(compare(agreed), agreed) == []
 
 
-# Odd studies.
+# Unusual studies.
 
 
 def test_arms_that_are_identical_differ_in_nothing():
@@ -506,7 +506,7 @@ def test_few_seeds_give_values_without_intervals(seeds):
     assert found[found.measure == "mean loss"].low.isna().all()
 
 
-def test_losses_below_0_have_no_log_spread():
+def test_losses_below_0_have_no_std_of_log_loss():
     loss = correlated(np.random.default_rng(24), 2) - 12
     assert "std of log loss" not in set(compare(study(loss)).question)
     assert "std of log loss" not in set(describe(study(loss)).measure)
@@ -558,7 +558,7 @@ def test_describe_has_a_row_for_each_arm_scale_and_measure():
         assert row["low"] <= row["value"] <= row["high"]
 
 
-def test_the_interval_of_a_spread_covers_the_truth_of_normal_values():
+def test_the_interval_of_a_standard_deviation_covers_the_truth_of_normal_values():
     random = np.random.default_rng(28)
     table = describe(study(3 * random.normal(size=(100, 1, 40)) + 50, pairs=[(1, 0)]))
     found = table[table.measure == "std"]
@@ -566,8 +566,8 @@ def test_the_interval_of_a_spread_covers_the_truth_of_normal_values():
     assert 0.87 <= covered <= 0.99
 
 
-def test_noise_that_the_weights_do_not_make_is_in_the_total_spread_alone():
-    """Equal variance between units, three times the noise within them in one arm."""
+def test_noise_that_is_not_due_to_the_weights_is_only_in_the_total_std():
+    """Equal variance between units, but three times the noise within units in one arm."""
     random = np.random.default_rng(31)
     units = random.normal(size=(1, 1, 400, 1))
     noise = random.normal(size=(2, 1, 400, 4)) * np.array([0.3, 3.0])[:, None, None, None]
@@ -582,11 +582,11 @@ def test_noise_that_the_weights_do_not_make_is_in_the_total_spread_alone():
     flat = (50 + units + noise).reshape(2, -1)
     ratio = flat[1].std() / flat[0].std()
     assert total["value"] == pytest.approx(ratio, rel=1e-9)
-    # With one run a unit there is one spread.
+    # With one run per unit there is only one standard deviation.
     assert "total std" not in set(compare(study(50 + units + noise[..., :1])).question)
 
 
-def test_where_the_scales_disagree_it_is_said():
+def test_disagreeing_scales_are_reported():
     random = np.random.default_rng(32)
     loss = correlated(random, 2, 2, 100)
     loss[1, 0] = 10 + (loss[1, 0] - 10) / 3
@@ -599,8 +599,8 @@ def test_where_the_scales_disagree_it_is_said():
     )
 
 
-def test_where_all_runs_of_an_arm_diverged_there_is_no_spread():
-    """Without a loss cap, what replaces the loss is the loss at the start, which has a spread."""
+def test_if_all_runs_of_an_arm_diverged_the_ratio_is_undefined():
+    """Without a loss cap, diverged runs get their initial losses, which vary between runs."""
     loss = correlated(np.random.default_rng(34), 2, 1, 20)
     start = study(loss)
     ends = loss.copy()

@@ -1,4 +1,4 @@
-"""Variance components against analysis of variance, and against simulated data."""
+"""Tests of variance components against analysis of variance and simulated data."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ from momentum_jax.study.components import SOURCES, proportions, variance_compone
 
 
 def simulated(random, truth, weights, orders) -> Any:
-    """Final values (weights, order) whose variances have these shares of 1."""
+    """Draws final values (weights, order) with total variance 1 and these proportions."""
     sizes = (weights, 1), (1, orders), (weights, orders)
     return sum(
         part**0.5 * random.normal(size=size) for part, size in zip(truth, sizes, strict=True)
@@ -23,7 +23,7 @@ def simulated(random, truth, weights, orders) -> Any:
 
 
 def dataset(loss, **variables):
-    """A crossed dataset of final losses (arm, init_scale, seed, order_seed)."""
+    """Makes a crossed dataset from final losses (arm, init_scale, seed, order_seed)."""
     dims = ("arm", "init_scale", "seed", "order_seed", "step")
     return xr.Dataset(
         {name: (dims, each[..., None]) for name, each in {"loss": loss, **variables}.items()},
@@ -50,14 +50,14 @@ def test_variances_are_those_of_an_analysis_of_variance():
 
 
 @pytest.mark.parametrize("truth", [(0.9, 0.05, 0.05), (0.25, 0.12, 0.63), (0.0, 0.1, 0.9)])
-def test_shares_are_found_in_simulated_data(truth):
+def test_proportions_are_found_in_simulated_data(truth):
     random = np.random.default_rng(1)
     studies, covered, found = 200, np.zeros(3), []
     for _ in range(studies):
         variances, low, high = proportions(simulated(random, truth, 30, 8))
         found.append(variances)
         covered += (low <= np.array(truth)) & (np.array(truth) <= high)
-    # Cut off at 0, the estimates of a variance near 0 are a little too large.
+    # Estimates are cut off at 0, so those of a variance near 0 are slightly too large.
     np.testing.assert_allclose(np.mean(found, 0), truth, atol=0.04)
     assert (covered / studies >= 0.9).all()
 
@@ -87,17 +87,8 @@ def test_a_row_for_each_arm_scale_and_source():
     )
     table = variance_components(built)
     assert list(table.columns) == [
-        *(
-            "arm",
-            "family",
-            "effective_rate",
-            "scale",
-            "source",
-            "proportion",
-            "low",
-            "high",
-            "variance",
-        )
+        *("arm", "family", "effective_rate", "scale"),
+        *("source", "proportion", "low", "high", "variance"),
     ]
     assert table.source.tolist() == list(SOURCES) * 4
     assert table.scale.tolist() == [1.0] * 3 + [2.0] * 3 + [1.0] * 3 + [2.0] * 3
@@ -110,7 +101,7 @@ def test_a_row_for_each_arm_scale_and_source():
     assert (other.proportion["order"] > 0.999).all()
 
 
-def test_runs_that_end_alike_have_no_shares():
+def test_runs_with_equal_losses_have_no_proportions():
     table = variance_components(dataset(np.ones((1, 1, 8, 4))))
     assert table[["proportion", "low", "high"]].isna().to_numpy().all()
     assert (table.variance == 0).all()

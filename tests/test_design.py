@@ -1,4 +1,4 @@
-"""A study is one record: run from Python, stored, resumed and extended."""
+"""Tests of `Study`: default contrasts, storing, resuming and extending."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_tuning_sees_other_weights_and_other_examples_than_the_study(monkeypatch
     np.testing.assert_array_equal(tuned.data, main.data)
     assert results.tuning_loss.dims == ("arm", "init_scale", "tuning_seed")
     assert results.tuning_loss.sizes["tuning_seed"] == 3
-    # The final loss on the examples held out: known, for the noise-free rest of it is near 0.
+    # The final loss on the held-out examples is known, because its noise-free part is near 0.
     mean = np.mean(sorted(held_out))
     loss = results.tuning_loss.sel(arm="mu 0 at 0.1").values
     assert np.all((loss >= mean - 1e-3) & (loss < mean + 10))
@@ -178,7 +178,7 @@ def test_a_study_is_resumed_and_extended_without_training_again(tmp_path, traine
     np.testing.assert_array_equal(shared.loss, results.loss)
     assert [arm.name for arm in Study.load(tmp_path).arms] == ["mu 0", "mu 0.9", "mu 0.5"]
     assert json.loads(wide.attrs["notes"]) == []
-    (tmp_path / "summary.json").write_text("{}")  # a report has been written
+    (tmp_path / "summary.json").write_text("{}")  # As if a report had been written.
     late = dataclasses.replace(wider, seeds=range(7), init_scales=(1.0, 2.0, 3.0)).run(tmp_path)
     (note,) = json.loads(late.attrs["notes"])
     assert note.startswith("This study was extended in seeds, init_scales after a report had been")
@@ -291,10 +291,10 @@ def test_the_counts_are_those_of_what_is_trained(trained):
 
 
 def test_restarts_are_tuned_with_their_share_of_the_steps():
-    """At a quarter of the steps the best learning rate is another than at all of them."""
+    """With a quarter of the steps, a different learning rate would be best."""
 
     def sprint(learning_rate):
-        """Is at -1 after 1 / learning_rate steps, and falls back from there."""
+        """Reaches -1 after 1 / learning_rate steps, and then gets worse again."""
 
         def update(updates, state, params=None):
             forth = jnp.where(state < 1 / learning_rate, -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""The report says what the numbers say, in one file that needs no other."""
+"""Tests that the report agrees with its numbers and needs no other file."""
 
 import base64
 import json
@@ -45,7 +45,7 @@ def evil(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """What a browser would look for outside, and what it would show."""
+    """Collects the external resources of a page, and its visible text."""
 
     def __init__(self, text):
         super().__init__()
@@ -74,7 +74,7 @@ class Page(HTMLParser):
 
 
 def rendered(folder):
-    """report.md as any other Markdown renderer shows it."""
+    """Renders report.md with another Markdown renderer."""
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     return Page(markdown.render((folder / "report.md").read_text()))
 
@@ -237,7 +237,7 @@ def test_the_terminal_has_the_verdict_and_a_table_whose_columns_line_up(crossed,
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Writes only what is read here: empty pictures, and no bootstrap of the description."""
+    """Makes reports quickly: empty pictures, and no bootstrap in the description."""
     module = sys.modules["momentum_jax.study.report"]
     monkeypatch.setattr(figures.Picture, "render", lambda _: (b"", "<svg></svg>"))
     described = pd.DataFrame(columns=["arm", "scale", "measure", "value", "low", "high"])
@@ -255,7 +255,7 @@ def quick(monkeypatch):
     ("options", "question"),
     [
         (TWO, "Does momentum make the result of training depend less on the random initial"),
-        ({**TWO, "design": "order"}, "result of training depend less on the order of the data?"),
+        ({**TWO, "design": "order"}, "result of training depend less on the data order?"),
         (
             {**TWO, "families": {"Adam": math.nan, "Lion": math.nan}},
             "Does the result of training depend less on the random initial weights with Lion at "

@@ -1,4 +1,4 @@
-"""Two studies side by side: the comparisons that both have made."""
+"""Tests of the comparison of two finished studies."""
 
 import pytest
 import synthetic
@@ -13,7 +13,7 @@ FAMILIES = {"mu 0": 0.0, "mu 0.9": 0.9}
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """Folders and tables of two studies of the same arms, and of one of other arms."""
+    """Folders and tables of two studies with the same arms, and of one with other arms."""
     folder = tmp_path_factory.mktemp("studies")
     found = []
     with pytest.MonkeyPatch.context() as patch:
@@ -31,8 +31,8 @@ def studies(tmp_path_factory):
 def test_the_values_of_both_stand_side_by_side(studies):
     (one, table), (two, other), _ = studies
     found = compare_reports([one, two])
-    assert len(found) == len(other) < len(table)  # the second has no total spread
-    for scale in (1.0, 2.0, -1.0):  # -1: all scales together.
+    assert len(found) == len(other) < len(table)  # The second has no total std.
+    for scale in (1.0, 2.0, -1.0):  # -1 stands for all scales combined.
         row, first, second = (
             each.fillna({"scale": -1.0})
             .set_index(["arm", "contrast", "question", "scale"])

@@ -1,4 +1,4 @@
-"""What has ended is there whole, is known by its key, and is one process's at a time."""
+"""Tests of stored runs: complete files, keys, damage, and one process per folder."""
 
 import multiprocessing
 import re
@@ -44,7 +44,7 @@ def test_a_folder_takes_more_seeds_arms_scales_and_orders(tmp_path, trained):
     assert sum(trained) == 9 - 4 + 9
     shared = more.sel(arm=["add"], seed=[0, 1], order_seed=[0, 1])
     np.testing.assert_array_equal(shared.loss, few.loss)
-    renamed = fast.replaced(name="renamed")  # a name does not change a run
+    renamed = fast.replaced(name="renamed")  # The name is not part of the key.
     trained.clear()
     run(problem, [renamed], range(3), range(3), steps=2, folder=tmp_path)
     assert sum(trained) == 0
@@ -78,7 +78,7 @@ def test_a_damaged_chunk_is_named_and_trained_again(tmp_path, trained, damage):
         again = run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)
     assert trained == [8]
     xr.testing.assert_equal(again, whole)
-    run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)  # and is whole again: no warning
+    run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path)  # It is complete: no warning.
     assert path.with_suffix(".damaged").exists()
 
 

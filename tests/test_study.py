@@ -1,4 +1,4 @@
-"""The command: what a person types, and what they get."""
+"""Tests of the command: its options, output, errors and files."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def init(key):
 
 
 def loss(w):
-    # What takes its time, so that there is a time at which to be stopped.
+    # Slow on purpose, so that the test can stop the process during training.
     w = jax.lax.fori_loop(0, {work}, lambda i, w: w + 1e-9 * jnp.sin(w), w)
     return jnp.sum(jnp.array([1.0, 10.0, 100.0]) * w**2)
 
@@ -49,7 +49,7 @@ a_number = 3
 
 
 def environment(devices=2):
-    """Without the tests' own devices and cores: as a person has it."""
+    """The environment of a user, without the device settings of the tests."""
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
     }
@@ -62,7 +62,7 @@ def command(*arguments, **options):
 
 @pytest.fixture
 def own(tmp_path):
-    """A file with a problem of one's own."""
+    """A file with a user's own problem."""
     path = tmp_path / "bowl.py"
     path.write_text(OWN.format(work=1))
     return path
@@ -70,7 +70,7 @@ def own(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder and the output of one small study, run as a person runs it."""
+    """The folder and the output of one small study, run as a command."""
     folder = tmp_path_factory.mktemp("study") / "results"
     rates = ["--rates", "0.016", "0.16", "--learning-rate", "0.016"]
     rates += ["--tuning-seeds", "2", "--mu", "0.9"]
@@ -79,7 +79,7 @@ def finished(tmp_path_factory):
 
 
 def refused(capsys, *arguments):
-    """The one line that the command ends with."""
+    """Returns the single line with which the command ends."""
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
     assert stopped.value.code == 2
@@ -133,7 +133,7 @@ def test_the_files_hold_the_same_numbers(finished):
 
 
 def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
-    """SIGKILL in the middle; what had ended is not trained again."""
+    """After SIGKILL during training, finished runs are not trained again."""
     (tmp_path / "slow.py").write_text(OWN.format(work=4000))
     arguments = ["--problem", "slow.py:problem", "--seeds", "600", "--init-scale", "1"]
     arguments += ["--mu", "0.9", "--rates", "0.001", "--tuning-seeds", "0", "--no-controls"]
@@ -155,9 +155,9 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
     kept = list(chunks.glob("*.npz"))
     assert 1 <= len(kept) < 5
 
-    resumed = command("--resume", str(tmp_path / "stopped"))  # from another folder
+    resumed = command("--resume", str(tmp_path / "stopped"))  # Resumed from another working folder.
     assert "my bowl: 1200 runs" in resumed.stderr
-    # The bar starts where it stopped: only the rest is trained.
+    # The progress bar starts where it stopped: only the rest is trained.
     assert f"| {240 * len(kept)}/1200 " in resumed.stderr
     whole, again = (
         xr.load_dataset(tmp_path / name / "results.nc", engine="scipy")
@@ -185,7 +185,7 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
         f"\npython -m momentum_jax.study {begun}\npython -m momentum_jax.study {added}\n"
         in (Path(two) / "report.md").read_text()
     )
-    main(["--resume", two])  # nothing new: no command of its own
+    main(["--resume", two])  # Nothing new, so no new command.
     assert (Path(two) / "report.md").read_text().count("momentum_jax.study --") == 2
     capsys.readouterr()
 
@@ -200,7 +200,7 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
 
 
 def test_two_arms_that_differ_in_the_rate_alone_are_not_credited_to_momentum(tmp_path):
-    """Plain descent twice: whatever is found is said of the arms, and not of momentum."""
+    """Both arms have mu 0, so the report must speak of the arms and not of momentum."""
     rates = [
         study.Arm(f"plain at {rate}", mj.momentum, learning_rate=rate, mu=0.0)
         for rate in (0.5, 0.1)
@@ -215,7 +215,7 @@ def test_two_arms_that_differ_in_the_rate_alone_are_not_credited_to_momentum(tmp
         "than with plain at 0.5?"
     )
     page = (tmp_path / "report.md").read_text().split("## Reproduction")[0]
-    assert re.findall(r"\w*momentum\w*", page) == ["momentum_jax"]  # where error rates are
+    assert re.findall(r"\w*momentum\w*", page) == ["momentum_jax"]  # Of the error rates.
 
 
 def test_csv_is_the_table_and_nothing_else(tmp_path, capsys):
@@ -238,7 +238,7 @@ def test_csv_is_the_table_and_nothing_else(tmp_path, capsys):
 
 
 def test_two_processes_train_a_study_together(own, tmp_path):
-    """Over jax.distributed on this machine; each trains half, one writes the report."""
+    """Two processes with jax.distributed: each trains half, and one writes the report."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -360,7 +360,7 @@ def test_batch_sizes_are_compared_apart_and_at_equal_epochs():
 
 
 def test_help_names_every_option_and_default(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # else a default may be broken over two lines
+    monkeypatch.setenv("COLUMNS", "200")  # Wide, so that no default is split over two lines.
     with pytest.raises(SystemExit) as stopped:
         parse(["--help"])
     assert stopped.value.code == 0
