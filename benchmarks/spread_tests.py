@@ -1,8 +1,8 @@
-"""`python -m benchmarks.spread_tests`: how often the study's tests and intervals err.
+"""`python -m benchmarks.spread_tests`: measures the error rates of the study's tests.
 
-All studies are simulated and their answers known. A test at 5% should find a difference between
-equal spreads in 5% of the studies, and between unequal ones in many. A 95% interval should cover
-the truth in 95%.
+The studies are simulated, so the true answers are known. A test at the 5% level should find a
+difference between equal standard deviations in 5% of the studies, and between unequal ones in many.
+A 95% interval should cover the truth in 95% of the studies.
 """
 
 import argparse
@@ -20,22 +20,23 @@ from momentum_jax.study import components, spread_tests, statistics
 
 RESULT = pathlib.Path(__file__).parent / "results" / "spread-tests.json"
 UNITS, CORRELATIONS, DRAWS = (20, 50, 100), (0.5, 0.9), 999
-# The place of the 95% quantile among sorted draws.
+# The index of the 95% quantile among sorted draws.
 PLACE = math.ceil(0.95 * (1 + DRAWS)) - 1
 LAWS = ("normal", "t3", "lognormal", "10% failed", "5% capped")
 EQUAL = tuple((law, law, 1.0) for law in LAWS)
 SHAPES = tuple(("normal", law, 1.0) for law in ("5% capped", "t3", "lognormal"))
 POWER = tuple((law, law, ratio) for ratio in (0.7, 0.5) for law in LAWS[:4])
-# Scales, replicates, and the share of the weights in the variance of one run.
+# Scales, replicates, and the proportion of the variance of one run that is due to the weights.
 ONE, THREE = (1, 1, 1.0), (3, 1, 1.0)
 CROSSED = ((1, 2, 0.5), (1, 2, 0.25), (1, 16, 0.25))
 CHOSEN, EXCHANGE = "studentized bootstrap", "permutation about medians"
 
 
 def of_law(normal: np.ndarray, law: str, random: np.random.Generator) -> np.ndarray:
-    """Standard normal values, as values of a law with standard deviation 1.
+    """Transforms standard normal values to a distribution with standard deviation 1.
 
-    "10% failed" and "5% capped": that share ends at 2.3 before scaling, the others near 0.3.
+    For "10% failed" and "5% capped", this proportion is 2.3 before scaling, and the others are near
+    0.3.
     """
     if law == "normal":
         return normal
@@ -50,7 +51,7 @@ def of_law(normal: np.ndarray, law: str, random: np.random.Generator) -> np.ndar
 
 
 def study(random: np.random.Generator, cell: tuple, units: int, shape: tuple, correlation: float):
-    """Final values of two arms, (2, scale, unit, replicate); an arm may be wider by noise alone."""
+    """Simulates the final values of two arms, (2, scale, unit, replicate)."""
     scales, replicates, proportion = shape
 
     def normal(*size: int) -> np.ndarray:
@@ -65,13 +66,13 @@ def study(random: np.random.Generator, cell: tuple, units: int, shape: tuple, co
 
 
 def decided(value: float, error: float, law: np.ndarray, truth: float) -> tuple[bool, bool]:
-    """Whether a difference is found, and whether the interval covers the truth."""
+    """Returns whether a difference is found, and whether the interval covers the truth."""
     half = error * np.sort(np.nan_to_num(law, nan=0.0))[PLACE]
     return bool(abs(value) > half), bool(abs(value - truth) <= half)
 
 
 def chosen_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool | None]]:
-    """The two tests of the study."""
+    """Runs the two tests that the study uses."""
     scales, units = values.shape[1:3]
     swapped = spread_tests.swaps(units, DRAWS)
     p = spread_tests.exchange_p(values[0], values[1], swapped)
@@ -90,7 +91,7 @@ def chosen_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool
 
 
 def other_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool | None]]:
-    """Tests that were not chosen, at one scale with one replicate."""
+    """Runs the candidate tests that the study does not use, at one scale with one replicate."""
     arm, baseline = values[:, 0]
     units = len(arm)
     value, influence = statistics.log_std(values[:, 0])
@@ -100,7 +101,7 @@ def other_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool 
     error = float(np.std(influence[0] - influence[1], ddof=1)) / math.sqrt(units)
     student = spread_tests.t_reference(units - 1.0, DRAWS)
     found: dict[str, Any] = {"log ratio against t": decided(value, error, student, math.log(ratio))}
-    # Squared residuals scaled to equal spread, swapped: their means, mean squares and product.
+    # Squared residuals, scaled to equal variance and swapped: means, mean squares and product.
     ours, theirs = 1 + 2 * influence
     swapped = spread_tests.swaps(units, DRAWS)
 
@@ -130,7 +131,7 @@ def other_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool 
 
 
 def measure_tests(studies: int, cells: tuple, shape: tuple) -> Iterator[dict[str, Any]]:
-    """The share of studies in which each test finds a difference, and its interval covers."""
+    """Measures how often each test finds a difference, and how often its interval covers."""
     for units in UNITS:
         for cell in cells:
             for correlation in CORRELATIONS:
@@ -158,7 +159,7 @@ def measure_tests(studies: int, cells: tuple, shape: tuple) -> Iterator[dict[str
                         "pairs": units,
                         "correlation": correlation,
                         "test": name,
-                        # An undefined ratio finds nothing.
+                        # An undefined ratio counts as no difference found.
                         "finds": round(sum(finds) / studies, 4),
                         "covers": None if None in covers else round(float(np.mean(covers)), 4),
                         "undefined": round(1 - len(answers) / studies, 4),
@@ -166,7 +167,7 @@ def measure_tests(studies: int, cells: tuple, shape: tuple) -> Iterator[dict[str
 
 
 def measure_intervals(studies: int) -> Iterator[dict[str, Any]]:
-    """The share of studies in which the study's other intervals cover the truth."""
+    """Measures how often the other intervals of the study cover the truth."""
     normal = stats.norm.ppf((np.arange(1_000_000) + 0.5) / 1_000_000)
     for law in LAWS:
         mean = of_law(normal, law, np.random.default_rng(0)).mean()
@@ -201,7 +202,7 @@ def measure_intervals(studies: int) -> Iterator[dict[str, Any]]:
 
 
 def measure_components(studies: int) -> Iterator[dict[str, Any]]:
-    """The share of studies in which the intervals of the variance shares cover the truth."""
+    """Measures how often the intervals of the variance proportions cover the truth."""
     for weights in (16, 50):
         for orders in (2, 4, 16):
             for law in LAWS[:4]:
@@ -230,7 +231,7 @@ def measure_components(studies: int) -> Iterator[dict[str, Any]]:
 
 
 def print_tests(rows: list[dict[str, Any]]) -> None:
-    """One line for each cell: per cent found (covered), with correlations 0.5 and 0.9."""
+    """Prints one line per cell: per cent found (covered), for correlations 0.5 and 0.9."""
     names = list(dict.fromkeys(row["test"] for row in rows))
     print("".join(f"\n  {place + 1}: {name}" for place, name in enumerate(names)))
     cells: dict[tuple, dict] = {}
@@ -254,7 +255,7 @@ def _range(values: list[float]) -> str:
 
 
 def short_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Per cent found by the two tests of the study, with 20, 50 and 100 pairs, by cell."""
+    """Formats per cent found by the two tests of the study, with 20, 50 and 100 pairs."""
     lines = []
     for cell in (*EQUAL, *SHAPES, *POWER[:4]):
         name = cell[0] if cell[0] == cell[1] else f"{cell[0]} against {cell[1]}"
@@ -276,7 +277,7 @@ def short_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def short_components(rows: list[dict[str, Any]]) -> list[str]:
-    """Per cent of intervals of the weights' share that cover it, with 2, 4 and 16 orders."""
+    """Formats per cent of covering intervals of the weights' proportion, with 2, 4, 16 orders."""
     lines = []
     for law in LAWS[:4]:
         found = [
@@ -288,7 +289,7 @@ def short_components(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints and writes."""
+    """Measures, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spread_tests", description=__doc__)
     parser.add_argument("--studies", type=int, default=600, metavar="N", help="(%(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=RESULT, metavar="FILE")

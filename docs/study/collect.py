@@ -1,7 +1,7 @@
-"""`python docs/study/collect.py FOLDER NAME` keeps what the page needs of a finished study.
+"""`python docs/study/collect.py FOLDER NAME` copies what the page needs from a finished study.
 
-Writes `docs/study/NAME/numbers.json`, with numbers of four significant digits, and the pictures of
-the page. Tables are kept as columns: {"arm": [...], "value": [...], ...}.
+It writes `docs/study/NAME/numbers.json`, with four significant digits, and copies the pictures that
+the page shows. Tables are stored as columns: {"arm": [...], "value": [...], ...}.
 """
 
 import json
@@ -31,18 +31,18 @@ PROPORTIONS = ("arm", "family", "effective_rate", "scale", "source", "proportion
 
 
 def columns(table, names):
-    """The columns of these names, for JSON: without nan, and rounded."""
+    """Converts some columns of a table for JSON: numbers are rounded, and nan becomes None."""
 
-    def rounded(value):
+    def four_digits(value):
         if not isinstance(value, float):
             return value
         return float(f"{value:.4g}") if math.isfinite(value) else None
 
-    return {name: [rounded(value) for value in table[name].tolist()] for name in names}
+    return {name: [four_digits(value) for value in table[name].tolist()] for name in names}
 
 
 def main(folder, name):
-    """Copies."""
+    """Writes the numbers and copies the pictures of one study."""
     summary = json.loads((folder / "summary.json").read_text())
     dataset = xr.load_dataset(folder / "results.nc", engine="scipy")
     table = pd.read_csv(folder / "comparisons.csv")
