@@ -291,7 +291,9 @@ def short_components(rows: list[dict[str, Any]]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spread_tests", description=__doc__)
-    parser.add_argument("--studies", type=int, default=600, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--studies", type=int, default=600, metavar="N", help="number of studies (%(default)s)"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULT, metavar="FILE")
     options = parser.parse_args(arguments)
     studies = options.studies

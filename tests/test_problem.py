@@ -53,11 +53,11 @@ def test_a_problem_needs_two_functions_only():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (dict(test_data=np.zeros(3)), "test_data needs data"),
-        (dict(validation_data=np.zeros(3)), "validation_data needs data"),
+        (dict(test_data=np.zeros(3)), "test_data is given without data"),
+        (dict(validation_data=np.zeros(3)), "validation_data is given without data"),
         (dict(solved={"accuracy": 0.5}), r"\['accuracy'\].* there is no metric"),
-        (dict(solved={"acuracy": 0.5}, metrics={"accuracy": bowl}), r"there are \['accuracy'\]"),
-        (dict(metrics={"loss": bowl}), "'loss', a name of the results: rename it"),
+        (dict(solved={"acuracy": 0.5}, metrics={"accuracy": bowl}), r"metrics are \['accuracy'\]"),
+        (dict(metrics={"loss": bowl}), "'loss' is reserved for the results: rename"),
         (dict(metrics={"seed": bowl}), "'seed'"),
         (dict(curvature=0.0), r"curvature=0.0 must be above 0"),
         (dict(data={"x": np.zeros(3), "y": np.zeros(4)}), r"\[3, 4\]"),
@@ -291,7 +291,10 @@ def test_functions_that_cannot_be_trained_are_refused_in_one_line():
         ({"data": np.ones((3, 1))}, r"loss\(params, batch\) of odd fails: TypeError"),
         ({"init": lambda key, size: key}, r"init\(key\) of odd fails: TypeError"),
         ({"init": lambda key: ()}, r"init\(key\) of odd must return params, but returns \(\)"),
-        (counted, r"must return floats, but is int32 at n: numbers that are not trained belong in"),
+        (
+            counted,
+            r"must return floats, but returns int32 at n: numbers that are not trained belong in",
+        ),
         ({"scaled": lambda path: True}, r"scaled\(path, leaf\) of odd fails: TypeError"),
     ]:
         odd: Any = Problem(**{"init": draw, "loss": bowl, "name": "odd"} | change)
@@ -305,7 +308,7 @@ def test_functions_that_cannot_be_trained_are_refused_in_one_line():
     ("state", "loss", "says"),
     [
         (None, lambda w, s: (bowl(w), s), r"init\(key\) of odd must return \(params, state\)"),
-        (1.0, lambda w, s: bowl(w), r"must return \(loss, new_state\), as it is stateful"),
+        (1.0, lambda w, s: bowl(w), r"must return \(loss, new_state\) because the problem is"),
         (1.0, lambda w, s: (w, s), "must return one float, but returns shape"),
         (
             {"mean": jnp.ones(2), "var": jnp.ones(2)},

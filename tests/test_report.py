@@ -102,20 +102,20 @@ def test_the_document_answers_first_and_in_order(crossed):
         "# Does momentum make the result of training depend less on the random initial weights?",
         f"> **{said.sentence}**",
         "## The comparison that decides",
-        "The primary comparison was declared before the runs: mu 0.9 at 0.01 relative to mu 0 at "
-        "0.1 at the same effective learning rate",
+        "The primary comparison was declared before the runs. It compares mu 0.9 at 0.01 with mu 0 "
+        "at 0.1 at the same effective learning rate",
         "an 80% chance to detect a ratio of",
         "(std-ratios.png)",
         "(rate-curves.png)",
         "(variance-proportions.png)",
         "## Failures",
         "## Each at its own tuned learning rate",
-        "the rate alone gives",
+        "The factor for the rate alone is",
         "## Controls, against the baseline",
         "## Loss over the steps",
         "## Pairs of runs",
         "## All arms",
-        "## Learning rates found by tuning",
+        "## Tuned learning rates",
         "## Protocol",
         "## Limitations",
         "## Reproduction",
@@ -276,10 +276,10 @@ def test_the_question_is_that_of_the_arms_and_of_the_design(quick, tmp_path, opt
 @pytest.mark.parametrize(
     ("design", "sentence"),
     [
-        ("crossed", "Shares of the variance of the final loss."),
-        ("paired", "Initial weights and data order were not separated in this study"),
+        ("crossed", "Proportions of the variance of the final loss."),
+        ("paired", "This study did not separate initial weights and data order"),
         ("weights", "All runs used one data order"),
-        ("order", "All runs started from one set of initial weights"),
+        ("order", "All runs started from the same initial weights"),
     ],
 )
 def test_each_design_says_what_it_separates(quick, tmp_path, design, sentence):
@@ -292,7 +292,7 @@ def test_that_every_run_diverged_is_said_first(tmp_path):
     dataset = synthetic.dataset(diverged=True, recorded=True, control=False, **few)
     _, table = write(dataset, tmp_path)
     document = (tmp_path / "report.md").read_text()
-    first = "Every run diverged, so no comparison below means anything."
+    first = "Every run diverged, so the comparisons below have no meaning."
     assert document.splitlines()[2].startswith(f"**{first}")
     assert terminal_text(dataset, table).startswith(first)
 
@@ -300,10 +300,10 @@ def test_that_every_run_diverged_is_said_first(tmp_path):
 def test_few_units_diverged_runs_and_edges_of_the_grid_are_said(quick, tmp_path):
     document, shown = quick(tmp_path, seeds=3, notes=["Something odd."], **TWO)
     for text in (document, shown):
-        assert "- Too few units: 3 (initial weights)." in text
+        assert "- Too few seeds: 3. Use at least 6;" in text
         assert re.search(r"- \d+ of \d+ runs diverged\. .* the loss cap", text)
         assert "at initial scale x1" in text
-        assert "highest of its grid" in text
+        assert "highest of the grid" in text
         assert "- Something odd." in text
 
 
@@ -338,7 +338,7 @@ def test_a_primary_comparison_outside_of_the_contrasts_is_shown(quick, tmp_path)
     )
     write(dataset, tmp_path)
     document = (tmp_path / "report.md").read_text()
-    assert "mu 0.9 at 0.05 relative to mu 0 at 0.02, by the ratio" in document
+    assert "It compares mu 0.9 at 0.05 with mu 0 at 0.02. It is the ratio" in document
     assert "within 0.833 to 1.20" in document
-    spreads = document.partition("### Measures of the spread")[2].partition("## ")[0]
-    assert spreads.count("| mu 0.9 at 0.05") == 3
+    ratios = document.partition("### Measures of spread")[2].partition("## ")[0]
+    assert ratios.count("| mu 0.9 at 0.05") == 3

@@ -64,7 +64,9 @@ def test_an_arm_may_be_called_nan(studies):
 def test_a_folder_without_a_finished_study_is_refused_in_one_line(studies, tmp_path):
     (folder, _), *_ = studies
     for function in (compare_reports, compare_studies):
-        with pytest.raises(ValueError, match=r"holds no finished study: there is no \S+$"):
+        with pytest.raises(
+            ValueError, match=r"holds no finished study, because it has no \S+: give"
+        ):
             function([folder, tmp_path])
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"summary.json is damaged: [^\n]+$"):

@@ -125,7 +125,7 @@ def test_on_fewer_devices_it_resumes(tmp_path, monkeypatch):
 def test_other_functions_or_data_are_another_study(tmp_path):
     run(uneven_bowl(), [PLAIN], **SETTINGS, folder=tmp_path / "a")
     other = Problem(draw_pair, lambda w: 2 * bowl(w), name="bowl", solved={"loss": 0.1})
-    message = r"holds runs of another study, which differs in the functions of the problem\."
+    message = r"holds runs of another study, which differs in the functions of the problem:"
     with pytest.raises(ValueError, match=message):
         run(other, [PLAIN], **SETTINGS, folder=tmp_path / "a")
     problem, add = counting(24), Arm("add", optax.sgd, batch_size=6, learning_rate=1.0)

@@ -389,18 +389,21 @@ def test_help_names_every_option_and_default(capsys, monkeypatch):
         (["--record", "weights"], "invalid choice: 'weights'"),
         (
             ["--problem", "nothing"],
-            "--problem nothing: no problem is called 'nothing': there are digits, mnist1d",
+            "--problem nothing: there is no problem 'nothing': give one of digits, mnist1d",
         ),
         (["--problem", "no.py:p"], "there is no file 'no.py'"),
-        (["--batch-size", "1500"], "--batch-size 1500: digits has"),
+        (
+            ["--batch-size", "1500"],
+            "--batch-size 1500: must be at most the number of training examples of digits, 1077",
+        ),
         (["--problem", "quadratic", "--batch-size", "8"], "quadratic has no data to draw batches"),
-        (["--rates", "0.2"], "needs two or more rates to choose from"),
+        (["--rates", "0.2"], "needs at least two rates to choose from"),
         (["--out", __file__], "already exists and is not empty"),
         (["--out", str(Path(__file__).parent)], "already exists and is not empty"),
         (["--out", "/dev/null/results"], "--out /dev/null/results: cannot write there"),
-        (["--resume", "/nowhere"], "/nowhere holds no study: there is no study.json"),
+        (["--resume", "/nowhere"], "/nowhere holds no study, because it has no study.json"),
         (["compare", "/nowhere", "/here"], "/nowhere holds no finished study"),
-        (["--distributed"], "--distributed needs --out"),
+        (["--distributed"], "--distributed: give --out too"),
         (["--wrong"], "unrecognized arguments: --wrong"),
     ],
 )
@@ -412,8 +415,8 @@ def test_an_error_is_one_line_before_the_work_starts(arguments, message, capsys,
 
 def test_an_error_in_ones_own_file_is_one_line_too(own, capsys):
     for name, message in (
-        ("a_number", "must be a momentum_jax.study Problem"),
-        ("q", "no 'q'"),
+        ("a_number", "must be a momentum_jax.study.Problem"),
+        ("q", "no object 'q'"),
         ("vector", "loss(params) of vector must return one float, but returns shape (3,)"),
     ):
         assert message in refused(capsys, "--problem", f"{own}:{name}")

@@ -402,7 +402,9 @@ def test_a_metric_that_is_not_finite_is_said(problem):
     count = int(np.isnan(result.odd.isel(step=-1)).sum())
     assert 0 < count < 8
     (note,) = json.loads(result.attrs["notes"])
-    assert note.startswith(f"The metric odd is not finite in {count} of 8 runs although the loss")
+    assert note.startswith(
+        f"The metric odd is not finite in {count} of 8 runs, although their loss"
+    )
 
 
 def test_one_arm_has_no_primary_comparison():
@@ -430,11 +432,13 @@ def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
             run(fixed, [arm], range(3), orders, steps=1)
     said = json.loads(run(fixed, [part], range(3), steps=1).attrs["notes"])
     assert said == [
-        "init(key) of fixed returns the same weights for different keys: what varies here is the "
-        "data order alone."
+        "init(key) of fixed returns the same weights for different keys: only the data order "
+        "varies in this study."
     ]
     for seeds in ([0], range(3)):
-        with pytest.raises(ValueError, match="vary the data order, but problem has none: leave"):
+        with pytest.raises(
+            ValueError, match="vary the data order, but problem has no data order: give"
+        ):
             run(problem, [whole], seeds, range(3), steps=1)
     assert json.loads(run(problem, [part], range(3), steps=1).attrs["notes"]) == []
 
@@ -442,22 +446,28 @@ def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arms": []}, "unique names, at least one"),
-        ({"arms": [PLAIN, PLAIN]}, "unique names"),
-        ({"seeds": []}, "must be a sequence of different numbers"),
-        ({"seeds": [0, 1, 0]}, "seeds=.* must be a sequence of different numbers"),
+        ({"arms": []}, r"arms=\[\] must be at least one arm"),
+        ({"arms": [PLAIN, PLAIN]}, "names must differ"),
+        ({"seeds": []}, "must be a sequence of one or more different numbers"),
+        ({"seeds": [0, 1, 0]}, "seeds=.* must be a sequence of one or more different numbers"),
         ({"seeds": [-1]}, "must be at least 0"),
         ({"order_seeds": [2**32]}, "order_seeds=.* must be at least 0 and below"),
-        ({"order_seeds": []}, "order_seeds=.* must be a sequence of different numbers"),
+        ({"order_seeds": []}, "order_seeds=.* must be a sequence of one or more different numbers"),
         ({"init_scales": [0.0]}, "init_scales=.* must be finite and not 0"),
-        ({"init_scales": [1.0, 1.0]}, "init_scales=.* must be a sequence of different numbers"),
+        (
+            {"init_scales": [1.0, 1.0]},
+            "init_scales=.* must be a sequence of one or more different numbers",
+        ),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"evaluations": -3}, "evaluations=-3 must be at least 1"),
-        ({"record": ["loss", "weights"]}, r"record=\['loss', 'weights'\] is unknown: there are"),
+        (
+            {"record": ["loss", "weights"]},
+            r"record=\['loss', 'weights'\] is unknown: it may contain",
+        ),
         ({"arms": [Arm("odd", mj.momentum, learning_rat=0.1)]}, "the arm 'odd' fails: TypeError"),
         ({"arms": [Arm("big", mj.momentum, batch_size=33)]}, "at most the number of training"),
-        ({"arms": [PLAIN.replaced(mu=(0.1, 0.2))]}, "or one for each of the 1 initial"),
-        ({"contrasts": [Contrast("arms", "plain", ("other",))]}, 'the contrast "arms" compares'),
+        ({"arms": [PLAIN.replaced(mu=(0.1, 0.2))]}, "with one number for each of the 1 initial"),
+        ({"contrasts": [Contrast("arms", "plain", ("other",))]}, 'the contrast "arms" names'),
         ({"primary": Primary("plain", "other")}, "the primary comparison names"),
     ],
 )

@@ -123,7 +123,7 @@ def _open_folder(options):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        options.error(f"--out {folder}: cannot write there ({error.strerror})")
+        options.error(f"--out {folder}: cannot write there ({error.strerror}); give another folder")
     counts = options.study.counts
     runs = counts["runs"] + counts["tuning_runs"]
     needed = 2**24 + sweep.bytes_needed(options.study.problem, runs, counts["steps"])

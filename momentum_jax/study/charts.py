@@ -197,7 +197,7 @@ def forest(
         for row in group.sort_values("scale").itertuples():
             place += 1
             combined = math.isnan(row.scale)
-            locations.append(place)
+            places.append(place)
             labels.append("all scales" if combined else f"x{row.scale:g}")
             looks = style(number) | ({"marker": "D"} if combined else {})
             _forest_row(axes, row, place, (low, high), looks)

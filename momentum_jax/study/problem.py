@@ -136,8 +136,8 @@ class Problem:
             )
         if unknown := sorted(set(self.solved) - {"loss", *metrics}):
             raise ValueError(
-                f"solved names {unknown}, but must name 'loss' or a metric: the metrics are "
-                f"{sorted(metrics)}."
+                f"solved names {unknown}, but must name 'loss' or a metric: "
+                + (f"the metrics are {sorted(metrics)}." if metrics else "there is no metric.")
             )
         if self.curvature is not None and not 0 < self.curvature < np.inf:
             raise ValueError(
@@ -158,7 +158,7 @@ class Problem:
             if len(lengths) != 1 or lengths & {(), (0,)}:
                 raise ValueError(
                     f"{field} must hold arrays of equal length, at least 1, with one example per "
-                    f"row, but their lengths are {sorted(sum(lengths, ()))}."
+                    f"row, but their lengths are {sorted(sum(lengths, ())) or 'none'}."
                 )
         if self.data is None and "batch_size" in self.defaults:
             raise ValueError("defaults has batch_size, but there is no data: leave it out.")

@@ -86,7 +86,7 @@ def find(text: str) -> Problem:
         what = f"{name}()" if made is not found else name
         raise ValueError(
             f"{what} in {path} must be a momentum_jax.study.Problem, or a function without "
-            f"arguments that returns one, but is a {type(made).__name__}."
+            f"arguments that returns one, but is of type {type(made).__name__}."
         )
     return dataclasses.replace(made, source=f"{file}:{name}")
 
