@@ -304,9 +304,9 @@ def test_the_error_of_tuning_is_inside_the_interval():
     # If the choice of rates is certain, it is the interval of two fixed arms.
     arms = json.dumps([{"kind": "arms", "baseline": "mu 0 at 0.2", "arms": ["mu 0.9 at 0.2"]}])
     built = families(tuning=sure)
-    plain = compare(built.assign_attrs(contrasts=arms.replace("}]", ', "rate": null}]')))
+    fixed = compare(built.assign_attrs(contrasts=arms.replace("}]", ', "rate": null}]')))
     a = one(compare(built), "std", contrast="tuned", scale=None)
-    b = one(plain, "std", scale=None)
+    b = one(fixed, "std", scale=None)
     assert a["value"] == pytest.approx(b["value"])
     assert math.log(a["high"] / a["low"]) == pytest.approx(math.log(b["high"] / b["low"]), rel=0.1)
 

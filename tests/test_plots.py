@@ -14,7 +14,7 @@ from momentum_jax.diagnostics import Measurement
 from momentum_jax.study import plots
 from momentum_jax.study.statistics import final
 
-ARMS = ["plain", "heavy"]
+ARMS = ["baseline", "heavy"]
 
 
 @pytest.fixture
@@ -55,13 +55,13 @@ def test_final_loss_takes_all_runs_of_a_crossed_study():
 
 def test_loss_curves_draw_the_median_over_the_steps_and_keep_diverged_runs(results):
     axes: Any = plots.loss_curves(results, ARMS, 2.0, Figure().subplots())
-    plain, heavy, cap = axes.lines
+    baseline, heavy, cap = axes.lines
     expected = np.sort(np.nan_to_num(results.loss.values[:, 2], nan=np.inf), axis=1)[:, 5]
-    np.testing.assert_array_equal(plain.get_xdata(), [5, 10, 15, 20])
-    drawn = [np.asarray(line.get_ydata(), float) for line in (plain, heavy, cap)]
+    np.testing.assert_array_equal(baseline.get_xdata(), [5, 10, 15, 20])
+    drawn = [np.asarray(line.get_ydata(), float) for line in (baseline, heavy, cap)]
     np.testing.assert_allclose(drawn[:2], expected)
     assert set(drawn[2]) == {2.0}
-    assert plain.get_marker() != heavy.get_marker()
+    assert baseline.get_marker() != heavy.get_marker()
     assert axes.get_title() == "initial scale x2"
 
 
@@ -307,7 +307,7 @@ def test_alignment_and_gain_have_a_scale_each_and_the_gain_its_ceiling():
 
 
 def test_pairs_are_drawn_at_their_losses_and_marked(results):
-    axes: Any = plots.paired(results, "plain", "heavy", Figure().subplots())
+    axes: Any = plots.paired(results, "baseline", "heavy", Figure().subplots())
     ends = np.nan_to_num(results.loss.values[..., -1], nan=2.0)
     solved = ends <= 0.5
     expected = {
@@ -326,10 +326,10 @@ def test_pairs_are_drawn_at_their_losses_and_marked(results):
 def test_losses_of_0_and_below_are_drawn(results):
     """Losses of 0 are at the edge of a logarithmic axis; negative losses need a linear axis."""
     results.loss[0, 0, 0, -1] = 0
-    axes: Any = plots.paired(results, "plain", "heavy", Figure().subplots())
+    axes: Any = plots.paired(results, "baseline", "heavy", Figure().subplots())
     assert axes.get_yscale() == "log"
     results.loss[0, 0, 0, -1] = -1
-    axes: Any = plots.paired(results, "plain", "heavy", Figure().subplots())
+    axes: Any = plots.paired(results, "baseline", "heavy", Figure().subplots())
     assert axes.get_yscale() == "linear"
 
 

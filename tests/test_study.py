@@ -91,7 +91,7 @@ def refused(capsys, *arguments):
 def test_it_says_what_it_does_and_where_the_results_are(finished):
     folder, done = finished
     assert (
-        "double well: 48 runs of 40 steps (4 arms x 2 initial scales x 6 initial weights), "
+        "double well: 48 runs of 40 steps (4 arms x 6 seeds x initial scales 0.5, 2), "
         "16 runs to tune learning rates, on 2 x cpu" in done.stderr
     )
     for bar in ("tuning: 100%", "training: 100%", "loss=", "comparisons: 100%", "pictures: 100%"):
@@ -202,17 +202,17 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
 def test_two_arms_that_differ_in_the_rate_alone_are_not_credited_to_momentum(tmp_path):
     """Both arms have mu 0, so the report must speak of the arms and not of momentum."""
     rates = [
-        study.Arm(f"plain at {rate}", mj.momentum, learning_rate=rate, mu=0.0)
+        study.Arm(f"baseline at {rate}", mj.momentum, learning_rate=rate, mu=0.0)
         for rate in (0.5, 0.1)
     ]
     results = study.run(problems.find("digits"), rates, range(8), range(2), steps=20)
     study.report(results, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "momentum" not in summary["verdict"]["sentence"]
-    assert "plain at 0.1" in summary["verdict"]["sentence"]
+    assert "baseline at 0.1" in summary["verdict"]["sentence"]
     assert summary["question"] == (
-        "Does the result of training depend less on the random initial weights with plain at 0.1 "
-        "than with plain at 0.5?"
+        "Does the result of training depend less on the random initial weights with baseline at 0.1 "
+        "than with baseline at 0.5?"
     )
     page = (tmp_path / "report.md").read_text().split("## Reproduction")[0]
     assert re.findall(r"\w*momentum\w*", page) == ["momentum_jax"]  # Of the error rates.

@@ -14,7 +14,7 @@ import momentum_jax as mj
 from momentum_jax.study import Arm, Contrast, Primary, Problem, run, sweep, training
 from momentum_jax.study import arms as make
 
-PLAIN = Arm("plain", mj.momentum, learning_rate=0.05, mu=0.0)
+BASELINE = Arm("baseline", mj.momentum, learning_rate=0.05, mu=0.0)
 HEAVY = Arm("heavy", mj.momentum, learning_rate=0.05, mu=0.9)
 HEAVY_AGAIN = HEAVY.replaced(name="heavy again")
 AHEAD = Arm("ahead", make.nesterov, learning_rate=0.05, mu=0.9)
@@ -135,7 +135,7 @@ def test_seeds_draw_the_weights_and_order_seeds_the_order():
     ],
 )
 def test_the_design_is_recorded(problem, seeds, order_seeds, design):
-    arm = PLAIN.replaced(batch_size=8)
+    arm = BASELINE.replaced(batch_size=8)
     assert run(problem, [arm], seeds, order_seeds, steps=1).attrs["design"] == design
 
 
@@ -184,7 +184,7 @@ def test_model_state_is_carried_along_and_not_trained():
         test_loss=lambda w, state, batch: jnp.sum(w**2) + state,
         stateful=True,
     )
-    arm = PLAIN.replaced(batch_size=8)
+    arm = BASELINE.replaced(batch_size=8)
     result = run(stateful, [arm], seeds=[0, 1], init_scales=[1.0, 2.0], steps=3)
     means = 3.5 * (1 - 0.5 ** np.arange(4))
     np.testing.assert_allclose(result.running_mean.values, np.broadcast_to(means, (1, 2, 2, 4)))
@@ -212,7 +212,7 @@ def test_the_transform_is_given_the_loss_and_a_key_of_its_own():
 
 
 def test_arms_start_from_the_same_weights_and_see_the_same_batches(problem):
-    arms = [HEAVY, PLAIN, HEAVY_AGAIN]
+    arms = [HEAVY, BASELINE, HEAVY_AGAIN]
     result = run(problem, arms, seeds=[0, 1], init_scales=[0.5, 2.0], steps=20)
     heavy, again = (result.loss.sel(arm=name).values for name in ("heavy", "heavy again"))
     np.testing.assert_array_equal(heavy, again)
@@ -221,18 +221,20 @@ def test_arms_start_from_the_same_weights_and_see_the_same_batches(problem):
 
 
 def test_how_runs_are_grouped_does_not_change_them(problem, monkeypatch):
-    together = run(problem, [PLAIN, HEAVY], range(5), steps=20)
+    together = run(problem, [BASELINE, HEAVY], range(5), steps=20)
     monkeypatch.setattr(training, "_runs_at_once", lambda *arguments: 8)
-    in_pieces = run(problem, [HEAVY, PLAIN], range(5), steps=20)
-    np.testing.assert_allclose(together.loss, in_pieces.loss.sel(arm=["plain", "heavy"]), rtol=1e-4)
+    in_pieces = run(problem, [HEAVY, BASELINE], range(5), steps=20)
+    np.testing.assert_allclose(
+        together.loss, in_pieces.loss.sel(arm=["baseline", "heavy"]), rtol=1e-4
+    )
 
 
 def test_a_program_that_needs_too_much_memory_trains_fewer_runs_at_once(problem, monkeypatch):
-    usual = run(problem, [PLAIN], range(40), steps=5)
+    usual = run(problem, [BASELINE], range(40), steps=5)
     monkeypatch.setattr(training, "MEMORY", 1)
     added = []
     monkeypatch.setattr(sweep.storing.Store, "add", _noting(sweep.storing.Store.add, added))
-    spare = run(problem, [PLAIN], range(40), steps=5)
+    spare = run(problem, [BASELINE], range(40), steps=5)
     np.testing.assert_allclose(usual.loss, spare.loss, rtol=1e-4)
     assert max(added) <= 40
 
@@ -246,7 +248,7 @@ def _noting(add, counts):
 
 
 def test_arms_that_differ_in_numbers_share_a_program():
-    arms = [PLAIN, HEAVY, AHEAD, HEAVY.replaced(name="light", mu=0.1)]
+    arms = [BASELINE, HEAVY, AHEAD, HEAVY.replaced(name="light", mu=0.1)]
     assert run(uneven_bowl(), arms, range(3), steps=2).attrs["programs"] == 2
 
 
@@ -308,8 +310,8 @@ def test_settings_are_coordinates_also_one_for_each_scale():
 def test_the_best_of_several_restarts_takes_the_same_number_of_gradients():
     """The first restart equals the run of the other arms; the last value is the best restart."""
     many = Arm("many", mj.momentum, restarts=4, learning_rate=0.05, mu=0.0)
-    result = run(uneven_bowl(), [PLAIN, many], seeds=range(6), steps=40)
-    one, curves = (result.loss.sel(arm=name).values[0] for name in ("plain", "many"))
+    result = run(uneven_bowl(), [BASELINE, many], seeds=range(6), steps=40)
+    one, curves = (result.loss.sel(arm=name).values[0] for name in ("baseline", "many"))
     np.testing.assert_allclose(curves[:, :10], one[:, :10], rtol=1e-5)
     ends = [curves[:, at] for at in (10, 20, 30)]
     # The result of a restart of 10 steps on this quadratic is known.
@@ -377,14 +379,14 @@ def test_a_diverging_run_is_recorded_and_harms_no_other(problem):
 
 
 def test_the_dataset_survives_a_file(tmp_path):
-    result = run(uneven_bowl(), [PLAIN, HEAVY], range(3), [0, 1][:1], steps=5)
+    result = run(uneven_bowl(), [BASELINE, HEAVY], range(3), [0, 1][:1], steps=5)
     result.to_netcdf(tmp_path / "results.nc", engine="scipy")
     xr.testing.assert_identical(xr.load_dataset(tmp_path / "results.nc", engine="scipy"), result)
     assert json.loads(result.attrs["contrasts"]) == [
-        {"kind": "arms", "baseline": "plain", "arms": ["heavy"], "rate": None}
+        {"kind": "arms", "baseline": "baseline", "arms": ["heavy"], "rate": None}
     ]
     assert json.loads(result.attrs["primary"]) == {
-        "arm": "heavy", "baseline": "plain", "margin": 0.1
+        "arm": "heavy", "baseline": "baseline", "margin": 0.1
     }  # fmt: skip
     np.testing.assert_allclose(
         result.landscape.interp(landscape_0=0.5, landscape_1=-0.25),
@@ -398,7 +400,7 @@ def test_a_metric_that_is_not_finite_is_said(problem):
         return jnp.where(w[0] > 0, jnp.nan, 1.0)
 
     odd_one = Problem(problem.init, problem.loss, {"odd": odd}, problem.data, name="odd")
-    result = run(odd_one, [PLAIN.replaced(learning_rate=0.0)], range(8), steps=1)
+    result = run(odd_one, [BASELINE.replaced(learning_rate=0.0)], range(8), steps=1)
     count = int(np.isnan(result.odd.isel(step=-1)).sum())
     assert 0 < count < 8
     (note,) = json.loads(result.attrs["notes"])
@@ -408,8 +410,8 @@ def test_a_metric_that_is_not_finite_is_said(problem):
 
 
 def test_one_arm_has_no_primary_comparison():
-    assert run(uneven_bowl(), [PLAIN], [0], steps=1).attrs["primary"] == "null"
-    both = run(uneven_bowl(), [PLAIN, HEAVY], [0], steps=1, contrasts=[])
+    assert run(uneven_bowl(), [BASELINE], [0], steps=1).attrs["primary"] == "null"
+    both = run(uneven_bowl(), [BASELINE, HEAVY], [0], steps=1, contrasts=[])
     assert both.attrs["primary"] == "null"
 
 
@@ -426,7 +428,7 @@ def test_params_keep_their_dtype():
 
 def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
     fixed = Problem(lambda key: jnp.ones(3), problem.loss, {}, problem.data, name="fixed")
-    whole, part = PLAIN, PLAIN.replaced(batch_size=8)
+    whole, part = BASELINE, BASELINE.replaced(batch_size=8)
     for arm, orders in ((whole, None), (part, [0])):
         with pytest.raises(ValueError, match="same weights for different keys, and there is no"):
             run(fixed, [arm], range(3), orders, steps=1)
@@ -447,7 +449,7 @@ def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
     ("change", "message"),
     [
         ({"arms": []}, r"arms=\[\] must be at least one arm"),
-        ({"arms": [PLAIN, PLAIN]}, "names must differ"),
+        ({"arms": [BASELINE, BASELINE]}, "names must differ"),
         ({"seeds": []}, "must be a sequence of one or more different numbers"),
         ({"seeds": [0, 1, 0]}, "seeds=.* must be a sequence of one or more different numbers"),
         ({"seeds": [-1]}, "must be at least 0"),
@@ -466,12 +468,12 @@ def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
         ),
         ({"arms": [Arm("odd", mj.momentum, learning_rat=0.1)]}, "the arm 'odd' fails: TypeError"),
         ({"arms": [Arm("big", mj.momentum, batch_size=33)]}, "at most the number of training"),
-        ({"arms": [PLAIN.replaced(mu=(0.1, 0.2))]}, "with one number for each of the 1 initial"),
-        ({"contrasts": [Contrast("arms", "plain", ("other",))]}, 'the contrast "arms" names'),
-        ({"primary": Primary("plain", "other")}, "the primary comparison names"),
+        ({"arms": [BASELINE.replaced(mu=(0.1, 0.2))]}, "with one number for each of the 1 initial"),
+        ({"contrasts": [Contrast("arms", "baseline", ("other",))]}, 'the contrast "arms" names'),
+        ({"primary": Primary("baseline", "other")}, "the primary comparison names"),
     ],
 )
 def test_refusals(problem, change, message):
-    settings: dict[str, Any] = dict(arms=[PLAIN], seeds=[0], steps=2)
+    settings: dict[str, Any] = dict(arms=[BASELINE], seeds=[0], steps=2)
     with pytest.raises(ValueError, match=message):
         run(problem, **settings | change)

@@ -63,8 +63,9 @@ def _print_plan(options):
     tuning = f", {counts['tuning_runs']} runs to tune learning rates" if study.tuning_seeds else ""
     print(
         f"{study.problem.name}: {counts['runs']} runs of {counts['steps']} steps "
-        f"({counts['arms']} arms x {len(study.init_scales)} initial scales x {len(study.seeds)} "
-        f"seeds{orders}){tuning}, on {sweep.describe_devices()}",
+        f"({counts['arms']} arms x {len(study.seeds)} seeds{orders} x initial scales "
+        f"{', '.join(f'{scale:g}' for scale in study.init_scales)}){tuning}, "
+        f"on {sweep.describe_devices()}",
         file=sys.stderr,
         flush=True,
     )

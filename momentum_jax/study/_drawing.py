@@ -30,11 +30,11 @@ def run_dims(of: xr.Dataset | xr.DataArray) -> list[str]:
     return [name for name in ("seed", "order_seed") if name in of.dims]
 
 
-def digits(value: float) -> str:
+def three_digits(value: float) -> str:
     """Formats a number with three significant digits.
 
     Example:
-      >>> digits(0.5), digits(12.0), digits(12345.6), digits(1e-7)
+      >>> three_digits(0.5), three_digits(12.0), three_digits(12345.6), three_digits(1e-7)
       ('0.500', '12.0', '12346', '1.00e-07')
     """
     if value == 0 or not np.isfinite(value):

@@ -11,7 +11,7 @@ import xarray as xr
 
 from momentum_jax.study import statistics
 from momentum_jax.study._answers import SPREADS, is_ratio, question_name
-from momentum_jax.study._drawing import digits
+from momentum_jax.study._drawing import three_digits
 from momentum_jax.study.contrasts import Contrast, contrasts, primary
 
 # The headings of columns, by question or contrast.
@@ -138,7 +138,7 @@ def interval(value: float, low: float, high: float) -> str:
     if math.isnan(value):
         return "undefined"
     known = not (math.isnan(low) or math.isnan(high))
-    return digits(value) + (f" [{digits(low)}, {digits(high)}]" if known else "")
+    return three_digits(value) + (f" [{three_digits(low)}, {three_digits(high)}]" if known else "")
 
 
 def _scale(scale: float) -> str:
@@ -152,7 +152,7 @@ def rate_table(table: pd.DataFrame, chosen: Sequence[Contrast]) -> Rows:
         rows = rows_of(table, contrast).query("question == 'std'")
         for arm, group in rows.groupby("arm", sort=False):
             cells = group.sort_values("scale", na_position="first").to_dict("records")
-            shown = {"rate": digits(contrast.rate), "arm": str(arm)}
+            shown = {"rate": three_digits(contrast.rate), "arm": str(arm)}
             shown |= {_scale(cell["scale"]): estimate(cell) for cell in cells}
             found.append(shown | {"relative to": contrast.baseline})
     return found
@@ -236,7 +236,7 @@ def found_rates_table(rows: Sequence[Mapping[str, Any]], rate_name: str) -> Rows
         {
             "family": row["family"],
             "initial scale": _scale(row["scale"]),
-            rate_name: digits(row["rate"]),
+            rate_name: three_digits(row["rate"]),
             "at the edge of the grid": row["edge"] or "no",
         }
         for row in rows

@@ -10,7 +10,15 @@ from matplotlib.axes import Axes
 
 from momentum_jax import theory
 from momentum_jax.study._answers import is_ratio
-from momentum_jax.study._drawing import COLORS, cap_line, digits, label, log_ticks, run_dims, style
+from momentum_jax.study._drawing import (
+    COLORS,
+    cap_line,
+    label,
+    log_ticks,
+    run_dims,
+    style,
+    three_digits,
+)
 from momentum_jax.study._physics import effective_learning_rate
 from momentum_jax.study.statistics import final, log_std, units
 
@@ -236,8 +244,8 @@ def _forest_row(axes, row, place, limits, looks):
     value = values[0]
     numbers = "undefined"
     if math.isfinite(value):
-        interval = ", ".join(map(digits, values[1:]))
-        numbers = digits(value) + ("" if "nan" in interval else f" [{interval}]")
+        interval = ", ".join(map(three_digits, values[1:]))
+        numbers = three_digits(value) + ("" if "nan" in interval else f" [{interval}]")
         for ends, width in (((row.low, row.high), 3.0), (values[1:], 1.0)):
             if math.isnan(ends[0]) or math.isnan(ends[1]):
                 continue

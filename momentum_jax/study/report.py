@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from tqdm import tqdm
 
 from momentum_jax.study import _tables, comparisons, statistics
-from momentum_jax.study._drawing import digits
+from momentum_jax.study._drawing import three_digits
 from momentum_jax.study._tables import FAILURES, LOSSES, RATIOS, Markdown, main_contrast, rows_of
 from momentum_jax.study.components import variance_components
 from momentum_jax.study.contrasts import HEADINGS, as_json, contrasts, primary
@@ -162,7 +162,7 @@ def _render(name: str, context: Mapping[str, Any], shown: Callable[[Any], str]) 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["digits"] = digits
+    environment.filters["three_digits"] = three_digits
     # Blocks without output leave blank lines behind.
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(name).render(context)).lstrip()
 
