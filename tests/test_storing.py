@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import xarray as xr
-from test_sweep import AHEAD, HEAVY, BASELINE, bowl, counting, draw_pair, uneven_bowl
+from test_sweep import AHEAD, BASELINE, HEAVY, bowl, counting, draw_pair, uneven_bowl
 
 from momentum_jax.study import Arm, Problem, run, storing, training
 

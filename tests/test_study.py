@@ -211,8 +211,8 @@ def test_two_arms_that_differ_in_the_rate_alone_are_not_credited_to_momentum(tmp
     assert "momentum" not in summary["verdict"]["sentence"]
     assert "baseline at 0.1" in summary["verdict"]["sentence"]
     assert summary["question"] == (
-        "Does the result of training depend less on the random initial weights with baseline at 0.1 "
-        "than with baseline at 0.5?"
+        "Does the result of training depend less on the random initial weights with baseline at "
+        "0.1 than with baseline at 0.5?"
     )
     page = (tmp_path / "report.md").read_text().split("## Reproduction")[0]
     assert re.findall(r"\w*momentum\w*", page) == ["momentum_jax"]  # Of the error rates.
