@@ -419,13 +419,13 @@ def test_the_sentence_speaks_of_the_design():
 def test_why_a_verdict_is_undefined():
     random = np.random.default_rng(17)
     loss = correlated(random, 2, 1, 20)
-    diverged, alike = loss.copy(), loss.copy()
-    diverged[1], alike[0] = np.nan, 3.0
+    diverged, equal = loss.copy(), loss.copy()
+    diverged[1], equal[0] = np.nan, 3.0
     noise = 10 + random.normal(size=(2, 1, 20, 1)) * [[[[1]]], [[[0]]]]
     noise = noise + np.tile([1.0, -1.0], 10)[:, None] * [1, -1]
     for values, why in (
         (diverged, "all runs of the arm diverged"),
-        (alike, "all runs of the baseline end alike"),
+        (equal, "all runs of the baseline end with the same loss"),
         (loss[..., :5], "fewer than 6 units"),
         (noise, "no variance due to the initial weights"),
     ):
@@ -443,8 +443,8 @@ def test_a_scale_with_equal_losses_is_left_out_and_named():
     table = compare(study(loss))
     found, single = (one(table, "std", scale=scale) for scale in (None, 1.0))
     assert found["value"] == pytest.approx(single["value"])
-    assert "without initial scale 2" in found["note"]
-    assert "without initial scale 2" in verdict(study(loss)).sentence
+    assert "initial scale 2 is left out" in found["note"]
+    assert "initial scale 2 is left out" in verdict(study(loss)).sentence
 
 
 def test_disagreeing_loss_and_metric_are_reported():
@@ -616,4 +616,4 @@ def test_few_units_have_no_interval_and_no_p():
     table = compare(study(loss, solved={"loss": 10.0}))
     found: Any = table[~table.question.isin(["rescued", "lost"])]
     assert found[["low", "high", "p", "p_adjusted"]].isna().values.all()
-    assert set(found.note) == {"fewer than 6 units: no interval"}
+    assert set(found.note) == {"there are fewer than 6 units, so no interval is computed"}

@@ -185,15 +185,15 @@ def test_a_study_is_resumed_and_extended_without_training_again(tmp_path, traine
     assert json.loads(Study.load(tmp_path).run(tmp_path).attrs["notes"]) == [note]
 
 
-def test_the_primary_comparison_stays_what_it_was_begun_with(tmp_path):
-    begun = small()
-    begun.save(tmp_path)
+def test_the_primary_comparison_cannot_change(tmp_path):
+    first = small()
+    first.save(tmp_path)
     other = [FAMILIES[0], *make.with_momentum(["0.5"]), FAMILIES[1]]
     with pytest.raises(ValueError, match="holds another study, which differs in primary"):
         small(arms=other).save(tmp_path)
     more = dataclasses.replace(Study.load(tmp_path), arms=other)
     more.save(tmp_path)
-    assert more.the_primary == begun.the_primary
+    assert more.the_primary == first.the_primary
 
 
 @pytest.mark.usefixtures("as_shipped")

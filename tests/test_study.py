@@ -179,10 +179,10 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
     assert dict(second.sizes) | {"seed": 8, "arm": 6, "init_scale": 2} == dict(second.sizes)
     shared = second.loss.sel(arm=first.arm, seed=first.seed, init_scale=first.init_scale)
     np.testing.assert_array_equal(shared, first.loss)
-    begun = " ".join([*arguments, "--seeds", "6"])
+    started = " ".join([*arguments, "--seeds", "6"])
     added = "--resume DIR --seeds 8 --mu 0.9 --init-scale 2"
     assert (
-        f"\npython -m momentum_jax.study {begun}\npython -m momentum_jax.study {added}\n"
+        f"\npython -m momentum_jax.study {started}\npython -m momentum_jax.study {added}\n"
         in (Path(two) / "report.md").read_text()
     )
     main(["--resume", two])  # Nothing new, so no new command.
@@ -432,8 +432,8 @@ def test_what_cannot_be_resumed_is_one_line(own, tmp_path, capsys):
     )
     changed = refused(capsys, *resume, "--seeds", "3")
     assert "holds another study, which differs in seeds" in changed
-    begun = refused(capsys, "--problem", f"{own}:problem", "--out", str(out))
-    assert f"it holds a study: --resume {out} resumes or extends it" in begun
+    started = refused(capsys, "--problem", f"{own}:problem", "--out", str(out))
+    assert f"it holds a study: --resume {out} resumes or extends it" in started
     (out / design.FILE).write_text("{")
     assert f"{out / design.FILE} is damaged: it is not JSON" in refused(capsys, *resume)
     own.unlink()

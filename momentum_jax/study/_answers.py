@@ -23,7 +23,7 @@ NAMES = {
 TOTALS = {"total std": statistics.log_total_std}
 COUNTS = ("rescued", "lost")
 PAIRED = ("failures", "lower loss")
-FEW = f"fewer than {statistics.FEWEST} units: no interval"
+FEW = f"there are fewer than {statistics.FEWEST} units, so no interval is computed"
 
 
 class Answer(NamedTuple):
