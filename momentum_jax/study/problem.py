@@ -28,7 +28,7 @@ RESERVED = {
 
 
 def quarter_decades(first: float, count: int) -> tuple[float, ...]:
-    """Learning rates in steps of 10^(1/4), rounded to three significant digits.
+    """Returns learning rates in steps of 10^(1/4), rounded to three significant digits.
 
     Example:
       >>> quarter_decades(0.1, 5)
