@@ -1,8 +1,8 @@
-"""`python -m benchmarks.spread_tests`: how often the study's tests and intervals err.
+"""`python -m benchmarks.spread_tests`: measures the error rates of the study's tests.
 
-All studies are simulated and their answers known. A test at 5% should find a difference between
-equal spreads in 5% of the studies, and between unequal ones in many. A 95% interval should cover
-the truth in 95%.
+The studies are simulated, so the true answers are known. A test at the 5% level should find a
+difference between equal standard deviations in 5% of the studies, and between unequal ones in many.
+A 95% interval should cover the truth in 95% of the studies.
 """
 
 import argparse
@@ -20,22 +20,23 @@ from momentum_jax.study import components, spread_tests, statistics
 
 RESULT = pathlib.Path(__file__).parent / "results" / "spread-tests.json"
 UNITS, CORRELATIONS, DRAWS = (20, 50, 100), (0.5, 0.9), 999
-# The place of the 95% quantile among sorted draws.
+# The index of the 95% quantile among sorted draws.
 PLACE = math.ceil(0.95 * (1 + DRAWS)) - 1
 LAWS = ("normal", "t3", "lognormal", "10% failed", "5% capped")
 EQUAL = tuple((law, law, 1.0) for law in LAWS)
 SHAPES = tuple(("normal", law, 1.0) for law in ("5% capped", "t3", "lognormal"))
 POWER = tuple((law, law, ratio) for ratio in (0.7, 0.5) for law in LAWS[:4])
-# Scales, replicates, and the share of the weights in the variance of one run.
+# Scales, replicates, and the proportion of the variance of one run that is due to the weights.
 ONE, THREE = (1, 1, 1.0), (3, 1, 1.0)
 CROSSED = ((1, 2, 0.5), (1, 2, 0.25), (1, 16, 0.25))
 CHOSEN, EXCHANGE = "studentized bootstrap", "permutation about medians"
 
 
 def of_law(normal: np.ndarray, law: str, random: np.random.Generator) -> np.ndarray:
-    """Standard normal values, as values of a law with standard deviation 1.
+    """Transforms standard normal values to a distribution with standard deviation 1.
 
-    "10% failed" and "5% capped": that share ends at 2.3 before scaling, the others near 0.3.
+    For "10% failed" and "5% capped", this proportion is 2.3 before scaling, and the others are near
+    0.3.
     """
     if law == "normal":
         return normal
@@ -43,15 +44,15 @@ def of_law(normal: np.ndarray, law: str, random: np.random.Generator) -> np.ndar
         return stats.t.ppf(stats.norm.cdf(normal), 3) / math.sqrt(3)
     if law == "lognormal":
         return np.exp(normal) / math.sqrt(math.e * (math.e - 1))
-    share = {"10% failed": 0.1, "5% capped": 0.05}[law]
+    proportion = {"10% failed": 0.1, "5% capped": 0.05}[law]
     near = 0.3 + 0.05 * random.normal(size=normal.shape)
-    deviation = math.sqrt(share * (1 - share) * 4 + (1 - share) * 0.05**2)
-    return np.where(normal > stats.norm.ppf(1 - share), 2.3, near) / deviation
+    deviation = math.sqrt(proportion * (1 - proportion) * 4 + (1 - proportion) * 0.05**2)
+    return np.where(normal > stats.norm.ppf(1 - proportion), 2.3, near) / deviation
 
 
 def study(random: np.random.Generator, cell: tuple, units: int, shape: tuple, correlation: float):
-    """Final values of two arms, (2, scale, unit, replicate); an arm may be wider by noise alone."""
-    scales, replicates, share = shape
+    """Simulates the final values of two arms, (2, scale, unit, replicate)."""
+    scales, replicates, proportion = shape
 
     def normal(*size: int) -> np.ndarray:
         shared, own = random.normal(size=(1, *size)), random.normal(size=(2, *size))
@@ -60,23 +61,23 @@ def study(random: np.random.Generator, cell: tuple, units: int, shape: tuple, co
     of_units = normal(scales, units, 1)
     values = np.stack([of_law(*each, random) for each in zip(of_units, cell[:2], strict=True)])
     if replicates > 1:
-        values = values + normal(scales, units, replicates) * math.sqrt(1 / share - 1)
+        values = values + normal(scales, units, replicates) * math.sqrt(1 / proportion - 1)
     return values * np.array([cell[2], 1]).reshape(2, 1, 1, 1)
 
 
 def decided(value: float, error: float, law: np.ndarray, truth: float) -> tuple[bool, bool]:
-    """Whether a difference is found, and whether the interval covers the truth."""
+    """Returns whether a difference is found, and whether the interval covers the truth."""
     half = error * np.sort(np.nan_to_num(law, nan=0.0))[PLACE]
     return bool(abs(value) > half), bool(abs(value - truth) <= half)
 
 
 def chosen_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool | None]]:
-    """The two tests of the study."""
+    """Runs the two tests that the study uses."""
     scales, units = values.shape[1:3]
     swapped = spread_tests.swaps(units, DRAWS)
     p = spread_tests.exchange_p(values[0], values[1], swapped)
     found: dict[str, Any] = {EXCHANGE: (p < 0.05, None)}
-    value, influence = statistics.log_spread(values)
+    value, influence = statistics.log_std(values)
     value = (value[0] - value[1]).mean()
     if np.isfinite(value):
         error = float((influence[0] - influence[1]).mean(0).std(ddof=1)) / math.sqrt(units)
@@ -90,17 +91,17 @@ def chosen_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool
 
 
 def other_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool | None]]:
-    """Tests that were not chosen, at one scale with one replicate."""
+    """Runs the candidate tests that the study does not use, at one scale with one replicate."""
     arm, baseline = values[:, 0]
     units = len(arm)
-    value, influence = statistics.log_spread(values[:, 0])
+    value, influence = statistics.log_std(values[:, 0])
     if not np.isfinite(value).all():
         return {}
     value = value[0] - value[1]
     error = float(np.std(influence[0] - influence[1], ddof=1)) / math.sqrt(units)
     student = spread_tests.t_reference(units - 1.0, DRAWS)
     found: dict[str, Any] = {"log ratio against t": decided(value, error, student, math.log(ratio))}
-    # Squared residuals scaled to equal spread, swapped: their means, mean squares and product.
+    # Squared residuals, scaled to equal variance and swapped: means, mean squares and product.
     ours, theirs = 1 + 2 * influence
     swapped = spread_tests.swaps(units, DRAWS)
 
@@ -130,7 +131,7 @@ def other_tests(values: np.ndarray, ratio: float) -> dict[str, tuple[bool, bool 
 
 
 def measure_tests(studies: int, cells: tuple, shape: tuple) -> Iterator[dict[str, Any]]:
-    """The share of studies in which each test finds a difference, and its interval covers."""
+    """Measures how often each test finds a difference, and how often its interval covers."""
     for units in UNITS:
         for cell in cells:
             for correlation in CORRELATIONS:
@@ -143,7 +144,14 @@ def measure_tests(studies: int, cells: tuple, shape: tuple) -> Iterator[dict[str
                         found |= other_tests(values, cell[2])
                     for name, answers in found.items():
                         counted.setdefault(name, []).append(answers)
-                names = ("arm", "baseline", "ratio", "scales", "replicates", "share_of_weights")
+                names = (
+                    "arm",
+                    "baseline",
+                    "ratio",
+                    "scales",
+                    "replicates",
+                    "proportion_of_weights",
+                )
                 for name, answers in counted.items():
                     finds, covers = zip(*answers, strict=True)
                     yield {
@@ -151,7 +159,7 @@ def measure_tests(studies: int, cells: tuple, shape: tuple) -> Iterator[dict[str
                         "pairs": units,
                         "correlation": correlation,
                         "test": name,
-                        # An undefined ratio finds nothing.
+                        # An undefined ratio counts as no difference found.
                         "finds": round(sum(finds) / studies, 4),
                         "covers": None if None in covers else round(float(np.mean(covers)), 4),
                         "undefined": round(1 - len(answers) / studies, 4),
@@ -159,7 +167,7 @@ def measure_tests(studies: int, cells: tuple, shape: tuple) -> Iterator[dict[str
 
 
 def measure_intervals(studies: int) -> Iterator[dict[str, Any]]:
-    """The share of studies in which the study's other intervals cover the truth."""
+    """Measures how often the other intervals of the study cover the truth."""
     normal = stats.norm.ppf((np.arange(1_000_000) + 0.5) / 1_000_000)
     for law in LAWS:
         mean = of_law(normal, law, np.random.default_rng(0)).mean()
@@ -182,7 +190,7 @@ def measure_intervals(studies: int) -> Iterator[dict[str, Any]]:
                     hits.setdefault(name, []).append(abs(value[0] - value[1]) <= half)
                 low, high = statistics.bootstrap(np.mean, values[0])
                 hits.setdefault("mean, BCa", []).append(low <= mean <= high)
-                value, influence = statistics.log_spread(values[0])
+                value, influence = statistics.log_std(values[0])
                 if np.isfinite(value):
                     law_of_t = spread_tests.bootstrap_reference(influence[None], np.ones(1), counts)
                     error = float(influence.std(ddof=1)) / math.sqrt(units)
@@ -194,7 +202,7 @@ def measure_intervals(studies: int) -> Iterator[dict[str, Any]]:
 
 
 def measure_components(studies: int) -> Iterator[dict[str, Any]]:
-    """The share of studies in which the intervals of the variance shares cover the truth."""
+    """Measures how often the intervals of the variance proportions cover the truth."""
     for weights in (16, 50):
         for orders in (2, 4, 16):
             for law in LAWS[:4]:
@@ -206,29 +214,29 @@ def measure_components(studies: int) -> Iterator[dict[str, Any]]:
                         effects = (of_law(random.normal(size=size), law, random) for size in sizes)
                         values = np.asarray(
                             sum(
-                                math.sqrt(share) * effect
-                                for share, effect in zip(truth, effects, strict=True)
+                                math.sqrt(part) * effect
+                                for part, effect in zip(truth, effects, strict=True)
                             )
                         )
-                        _, low, high = components.shares(values)
+                        _, low, high = components.proportions(values)
                         if np.isfinite(low).all():
                             covers.append((low <= truth) & (truth <= high))
                     yield {
                         "weights": weights,
                         "orders": orders,
                         "law": law,
-                        "shares": truth,
+                        "proportions": truth,
                         "covers": np.round(np.mean(covers, 0), 4).tolist(),
                     }
 
 
 def print_tests(rows: list[dict[str, Any]]) -> None:
-    """One line for each cell: per cent found (covered), with correlations 0.5 and 0.9."""
+    """Prints one line per cell: per cent found (covered), for correlations 0.5 and 0.9."""
     names = list(dict.fromkeys(row["test"] for row in rows))
     print("".join(f"\n  {place + 1}: {name}" for place, name in enumerate(names)))
     cells: dict[tuple, dict] = {}
     for row in rows:
-        shape = (row["scales"], row["replicates"], row["share_of_weights"])
+        shape = (row["scales"], row["replicates"], row["proportion_of_weights"])
         cell = (row["pairs"], row["arm"], row["baseline"], row["ratio"], shape)
         cells.setdefault(cell, {})[row["test"], row["correlation"]] = row
     for (pairs, arm, baseline, ratio, shape), found in cells.items():
@@ -247,7 +255,7 @@ def _range(values: list[float]) -> str:
 
 
 def short_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Per cent found by the two tests of the study, with 20, 50 and 100 pairs, by cell."""
+    """Formats per cent found by the two tests of the study, with 20, 50 and 100 pairs."""
     lines = []
     for cell in (*EQUAL, *SHAPES, *POWER[:4]):
         name = cell[0] if cell[0] == cell[1] else f"{cell[0]} against {cell[1]}"
@@ -257,7 +265,7 @@ def short_table(rows: list[dict[str, Any]]) -> list[str]:
         for test in (CHOSEN, EXCHANGE):
             for pairs in UNITS:
                 wanted = (*cell, *ONE, pairs, test)
-                keys = ("arm", "baseline", "ratio", "scales", "replicates", "share_of_weights")
+                keys = ("arm", "baseline", "ratio", "scales", "replicates", "proportion_of_weights")
                 found = [
                     row["finds"]
                     for row in rows
@@ -269,7 +277,7 @@ def short_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def short_components(rows: list[dict[str, Any]]) -> list[str]:
-    """Per cent of intervals of the weights' share that cover it, with 2, 4 and 16 orders."""
+    """Formats per cent of covering intervals of the weights' proportion, with 2, 4, 16 orders."""
     lines = []
     for law in LAWS[:4]:
         found = [
@@ -281,9 +289,11 @@ def short_components(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints and writes."""
+    """Measures, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spread_tests", description=__doc__)
-    parser.add_argument("--studies", type=int, default=600, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--studies", type=int, default=600, metavar="N", help="number of studies (%(default)s)"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULT, metavar="FILE")
     options = parser.parse_args(arguments)
     studies = options.studies
@@ -294,8 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
         several += measure_tests(studies, (*EQUAL[:3], SHAPES[2], POWER[0], POWER[4]), shape)
     print_tests(several)
     other = list(measure_intervals(studies))
-    shares = list(measure_components(max(studies // 4, 1)))
-    for row in (*other, *shares):
+    parts = list(measure_components(max(studies // 4, 1)))
+    for row in (*other, *parts):
         print(*row.values())
     result = {
         "date": str(datetime.date.today()),
@@ -303,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
         "draws": DRAWS,
         "tests": tests + several,
         "intervals": other,
-        "components": shares,
+        "components": parts,
     }
     lines = ",\n".join(
         f"{json.dumps(name)}: "

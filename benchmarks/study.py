@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study`: runs a second of the study and of the usual Python loop."""
+"""`python -m benchmarks.study`: measures runs per second of the study and of a Python loop."""
 
 import argparse
 import datetime
@@ -21,7 +21,7 @@ LEARNING_RATE, MU = 0.05, 0.9
 
 
 def usual_loop(problem: problems.Problem) -> Any:
-    """Trains one run as most do: a jitted Optax step in a Python loop, losses read at times."""
+    """Makes a function that trains one run in a Python loop, with a jitted Optax step."""
     tx = optax.sgd(LEARNING_RATE, MU)
 
     @jax.jit
@@ -53,7 +53,7 @@ def usual_loop(problem: problems.Problem) -> Any:
 
 
 def measure(rounds: int, sample_seconds: float) -> dict[str, Any]:
-    """Seconds a run, of ours and of the loop, on the digits problem."""
+    """Measures seconds per run of the study and of the loop, on the digits problem."""
     problem = problems.digits()
     arm = Arm("", optax.sgd, learning_rate=LEARNING_RATE, momentum=MU)
     times = Timetable(EVALUATIONS, STEPS // EVALUATIONS)
@@ -71,15 +71,17 @@ def measure(rounds: int, sample_seconds: float) -> dict[str, Any]:
 
     seconds = interleave({"ours": ours, "loop": loop}, rounds, sample_seconds)
     seconds["ours"] = [each / RUNS for each in seconds["ours"]]
-    # As a ratio of times, so below 1 / 4 for four times the runs a second.
+    # The target is a ratio of times: 1 / 4 means four times as many runs per second.
     return compare(seconds, "loop", target=1 / 4)
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints the result and writes it as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="(%(default)s)")
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="where the JSON goes")
+    parser.add_argument(
+        "--rounds", type=int, default=20, metavar="N", help="number of rounds (%(default)s)"
+    )
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the JSON here")
     options = parser.parse_args()
     result = {
         "date": str(datetime.date.today()),
@@ -91,7 +93,7 @@ def main() -> None:
     }
     times = result["loop"]["median"] / result["ours"]["median"]
     print(
-        f"digits, {STEPS} steps: {1 / result['ours']['median']:.1f} runs a second in the study, "
+        f"digits, {STEPS} steps: {1 / result['ours']['median']:.1f} runs per second in the study, "
         f"{1 / result['loop']['median']:.1f} in a Python loop: {times:.1f} times as many "
         f"(paired ratio of times {result['ratio']['median']:.3f} "
         f"[{result['ratio']['low']:.3f}, {result['ratio']['high']:.3f}])"
@@ -101,6 +103,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # A device a core, as the study's command has it.
+    # One device per core, as in the command of the study.
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     main()

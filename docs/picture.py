@@ -56,7 +56,7 @@ def spreads(found, family):
     return {
         f"{row['effective_rate']:g}": [row["low"], row["value"], row["high"]]
         for row in chosen
-        if (row["family"], row["scale"], row["measure"]) == (family, SCALE, "spread")
+        if (row["family"], row["scale"], row["measure"]) == (family, SCALE, "std")
     }
 
 

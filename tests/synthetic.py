@@ -1,14 +1,14 @@
-"""Datasets of the form that `study.run` returns, made without any training.
+"""Makes datasets of the form that `study.run` returns, without any training.
 
-The law is simple and known. A run's final loss is
+The distribution is simple and known. The final loss of a run is
 
     0.3 + exp(-12 * rate) + 0.05 * factor * (weights * a + order * b + interaction * c)
 
-where rate is the effective learning rate, a, b and c are standard normal draws of the seed, of the
-order seed and of the pair of both, and `factor` belongs to the family. The draws of two arms or
-scales correlate by 0.5. Beyond the edge of stability of its mu, which lies at the rate
-stability_limit(mu) / (SHARPNESS * scale) / (1 - mu), half of the runs diverge (nan) and the others
-end three times as high.
+where rate is the effective learning rate, and a, b and c are standard normal draws of the seed, of
+the order seed and of the pair of both. `factor` depends on the family. The draws of two arms or
+scales have correlation 0.5. The edge of stability of a mu is the effective rate
+stability_limit(mu) / (SHARPNESS * scale) / (1 - mu). Above it, half of the runs diverge (nan), and
+the others end three times as high.
 """
 
 import json
@@ -29,7 +29,7 @@ RATES = tuple(np.geomspace(0.01, 1.0, 9).tolist())
 
 
 def arm_name(family: str, mu: float, rate: float) -> str:
-    """The name of the arm of a family at an effective rate, such as "mu 0.9 at 0.01"."""
+    """Names the arm of a family at an effective rate, such as "mu 0.9 at 0.01"."""
     return f"{family} at {rate * (1 - (0 if math.isnan(mu) else mu)):.3g}"
 
 
@@ -41,8 +41,8 @@ def dataset(
     families: Mapping[str, float] = FAMILIES,
     rates: Sequence[float] = RATES,
     scales: Sequence[float] = (0.5, 1.0, 2.0),
-    spreads: Mapping[str, float] | None = None,
-    shares: tuple[float, float, float] = (0.6, 0.2, 0.2),
+    stds: Mapping[str, float] | None = None,
+    proportions: tuple[float, float, float] = (0.6, 0.2, 0.2),
     control: bool = True,
     recorded: bool = False,
     two_params: bool = False,
@@ -50,27 +50,27 @@ def dataset(
     notes: Sequence[str] = (),
     problem: str = "synthetic",
 ) -> xr.Dataset:
-    """A synthetic study; see the module for its law.
+    """Makes a synthetic study; see the module for its distribution.
 
     Args:
       design: "crossed", "paired" (no dimension `order_seed`), "weights" (one order seed) or
         "order" (one seed; `seeds` order seeds).
-      seeds: how many units.
-      orders: how many order seeds of the crossed design.
+      seeds: number of units.
+      orders: number of order seeds of the crossed design.
       families: the mu of each family, the baseline first; nan for an optimizer without mu.
       rates: the effective learning rates of each family; the middle one is the primary rate.
       scales: the initial scales.
-      spreads: factors on the spread, by family; 1 if not given.
-      shares: of the variance, due to weights, order and their interaction.
+      stds: factors on the standard deviation, by family; 1 if not given.
+      proportions: the proportions of the variance due to weights, order and interaction.
       control: whether there is a control arm "noise" at the primary rate.
       recorded: whether sharpness and gradient norm are recorded.
-      two_params: whether the paths of two params and a landscape are there.
+      two_params: whether there are paths of two params and a landscape.
       diverged: whether every run diverges.
       notes: sentences that the report must show.
-      problem: its name.
+      problem: the name of the problem.
 
     Returns:
-      A dataset with every variable, coordinate and attribute that `study.run` may give.
+      A dataset with every variable, coordinate and attribute that `study.run` can return.
     """
     sizes = {"crossed": (seeds, orders), "order": (1, seeds)}.get(design, (seeds, 1))
     arms = [(name, mu, rate) for name, mu in families.items() for rate in rates]
@@ -80,11 +80,11 @@ def dataset(
     names = [arm_name(*arm) for arm in arms]
     if control:
         names[-1] = "noise"
-    weights, order, both = np.sqrt(shares)
+    weights, order, both = np.sqrt(proportions)
     random = np.random.default_rng(0)
 
     def draw():
-        """The luck of each run, with variance 1."""
+        """Draws the random part of each run, with variance 1."""
         return (
             weights * random.normal(size=(sizes[0], 1))
             + order * random.normal(size=(1, sizes[1]))
@@ -97,7 +97,7 @@ def dataset(
     fall = np.linspace(0, 1, len(STEPS)) ** 0.3
     for i, (family, mu, rate) in enumerate(arms):
         edge = math.inf if math.isnan(mu) else theory.stability_limit(mu) / SHARPNESS / (1 - mu)
-        factor = (spreads or {}).get(family, 1.0)
+        factor = (stds or {}).get(family, 1.0)
         for j, scale in enumerate(scales):
             luck = math.sqrt(0.5) * (common + draw())
             end = 0.3 + math.exp(-12 * rate) + 0.05 * factor * luck

@@ -1,4 +1,4 @@
-"""Arms are what they are named, know their effective rates, and survive JSON."""
+"""Tests of arms: names, effective learning rates, refusals, and storage as JSON."""
 
 import functools
 import json
@@ -106,7 +106,11 @@ def test_an_arm_that_cannot_be_imported_says_so():
         (lambda: Arm("a", mj.momentum, batch_size=0), ValueError, "batch_size=0 of the arm 'a'"),
         (lambda: Arm("a", mj.momentum, restarts=0), ValueError, "restarts=0 of the arm 'a'"),
         (lambda: Arm("a", mj.momentum, steps=0), ValueError, "steps=0 of the arm 'a'"),
-        (lambda: Arm("a", mj.momentum, static=["mu"]), ValueError, r"names \['mu'\], which are no"),
+        (
+            lambda: Arm("a", mj.momentum, static=["mu"]),
+            ValueError,
+            r"names \['mu'\], but must name",
+        ),
         (lambda: Arm("a", mj.momentum, static=["mu"], mu=[0.9]), TypeError, "must be hashable"),
     ],
 )

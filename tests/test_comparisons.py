@@ -1,4 +1,4 @@
-"""The table of comparisons and the verdict, on studies whose answer is known."""
+"""Tests of the table of comparisons and the verdict, on studies with a known answer."""
 
 import json
 import math
@@ -12,13 +12,14 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from momentum_jax.study import comparisons, components, statistics
+from momentum_jax.study._answers import is_ratio
 from momentum_jax.study.comparisons import compare, describe, disagreements, verdict
 
 RATES = np.array([0.1, 0.2, 0.4])
 
 
 def study(loss, *, pairs=((1, 0),), primary=None, margin=0.1, metrics=None, **attrs):
-    """A dataset of final losses (arm, init_scale, seed[, order_seed]) and pairs of arms."""
+    """Makes a dataset from final losses (arm, init_scale, seed[, order_seed]) and pairs of arms."""
     loss = np.asarray(loss, float)
     arms = [f"arm {place}" for place in range(len(loss))]
     dims = [*("arm", "init_scale", "seed", "order_seed")[: loss.ndim], "step"]
@@ -47,10 +48,10 @@ def study(loss, *, pairs=((1, 0),), primary=None, margin=0.1, metrics=None, **at
     )
 
 
-def correlated(random, arms, scales=1, seeds=50, share=0.5):
-    """Normal losses near 10 with standard deviation 1, (arm, scale, seed)."""
-    shared = random.normal(size=(1, scales, seeds)) * share**0.5
-    return 10 + shared + random.normal(size=(arms, scales, seeds)) * (1 - share) ** 0.5
+def correlated(random, arms, scales=1, seeds=50, correlation=0.5):
+    """Draws normal losses (arm, scale, seed) with mean 10 and standard deviation 1."""
+    shared = random.normal(size=(1, scales, seeds)) * correlation**0.5
+    return 10 + shared + random.normal(size=(arms, scales, seeds)) * (1 - correlation) ** 0.5
 
 
 def rows(table, question, **where) -> Any:
@@ -65,7 +66,7 @@ def one(table, question, **where):
     return found
 
 
-# What the numbers are.
+# Values and intervals.
 
 
 def test_every_answer_is_that_of_the_final_values():
@@ -79,9 +80,9 @@ def test_every_answer_is_that_of_the_final_values():
     for place, scale in enumerate([1.0, 2.0]):
         [base, arm], [few, many] = loss[:, place], accuracy[:, place]
         answers = {
-            "spread": arm.std() / base.std(),
-            "log spread": np.log(arm).std() / np.log(base).std(),
-            "robust spread": np.ptp(np.quantile(arm, [0.1, 0.9]))
+            "std": arm.std() / base.std(),
+            "std of log loss": np.log(arm).std() / np.log(base).std(),
+            "10-90% range": np.ptp(np.quantile(arm, [0.1, 0.9]))
             / np.ptp(np.quantile(base, [0.1, 0.9])),
             "failures": np.mean(arm > 1) - np.mean(base > 1),
             "rescued": np.sum((arm <= 1) & (base > 1)),
@@ -89,7 +90,7 @@ def test_every_answer_is_that_of_the_final_values():
             "loss": stats.trim_mean(arm, 0.25) - stats.trim_mean(base, 0.25),
             "lower loss": np.mean(arm < base),
             "accuracy": many.mean() - few.mean(),
-            "accuracy spread": many.std() / few.std(),
+            "accuracy std": many.std() / few.std(),
         }
         for question, value in answers.items():
             found = one(table, question, scale=scale)
@@ -108,7 +109,7 @@ def test_every_answer_is_that_of_the_final_values():
     found = one(table, "failures", scale=1.0)
     gained, lost = np.sum(failed[0] > 0), np.sum(failed[0] < 0)
     assert found["p"] == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
-    # Bonett and Price (2012), by hand.
+    # The formula of Bonett and Price (2012).
     more, less = (gained + 1) / 42, (lost + 1) / 42
     half = 1.96 * ((more + less - (more - less) ** 2) / 42) ** 0.5
     assert found["high"] == pytest.approx(more - less + half, abs=1e-3)
@@ -127,41 +128,41 @@ def test_combined_rows_are_geometric_means_of_ratios_and_means_of_differences():
         single = table[(table.question == question) & table.scale.notna()].value
         if question in ("rescued", "lost"):
             assert combined == single.sum()
-        elif question.endswith("spread"):
+        elif is_ratio(question):
             assert combined == pytest.approx(np.exp(np.log(single).mean()))
         else:
             assert combined == pytest.approx(single.mean())
 
 
-def test_what_differs_between_scales_does_not_enter_the_combined_spread():
-    """Arms with equal spread within each scale, of which one differs between scales."""
+def test_differences_between_scales_do_not_enter_the_combined_ratio():
+    """At each scale the standard deviations are equal; the mean of one arm depends on the scale."""
     random = np.random.default_rng(2)
     loss = correlated(random, 2, 2, 50)
     apart = loss.copy()
     apart[1, 1] += 100
-    before, after = (one(compare(study(x)), "spread", scale=None) for x in (loss, apart))
+    before, after = (one(compare(study(x)), "std", scale=None) for x in (loss, apart))
     for name in ("value", "low", "high", "p"):
         assert after[name] == pytest.approx(before[name], rel=1e-6)
     assert 0.8 < after["value"] < 1.25
 
 
 def test_units_of_one_seed_are_not_independent_over_scales():
-    """Five copies of a scale say no more than one."""
+    """Five copies of a scale give the same interval as one."""
     loss = correlated(np.random.default_rng(3), 2, 1, 40)
     once, five = (compare(study(np.repeat(loss, n, 1))) for n in (1, 5))
-    for question in ("spread", "robust spread", "loss", "failures", "lower loss"):
+    for question in ("std", "10-90% range", "loss", "failures", "lower loss"):
         a, b = (one(table, question, scale=None) for table in (once, five))
         for name in ("value", "low", "high"):
             assert a[name] == pytest.approx(b[name], rel=0.02), (question, name)
 
 
-def test_crossed_spread_is_the_weights_component():
+def test_the_crossed_standard_deviation_is_the_weights_component():
     random = np.random.default_rng(4)
     loss = 10 + random.normal(size=(2, 1, 40, 1)) + 2 * random.normal(size=(2, 1, 40, 4))
     built = study(loss)
     table = components.variance_components(built)
     variance = table[table.source == "weights"].variance.to_numpy()
-    found = one(compare(built), "spread", scale=1.0)
+    found = one(compare(built), "std", scale=1.0)
     assert found["value"] == pytest.approx((variance[1] / variance[0]) ** 0.5)
 
 
@@ -169,7 +170,7 @@ def test_swapping_the_arms_turns_every_answer_around():
     loss = correlated(np.random.default_rng(5), 2, 2, 30) * [[[1]], [[1.3]]]
     there, back = (compare(study(loss, pairs=[pair])) for pair in ((1, 0), (0, 1)))
     for scale in (1.0, None):
-        for question in ("spread", "robust spread", "log spread"):
+        for question in ("std", "10-90% range", "std of log loss"):
             a, b = (one(table, question, scale=scale) for table in (there, back))
             assert a["value"] * b["value"] == pytest.approx(1)
             assert a["low"] * b["high"] == pytest.approx(1)
@@ -182,27 +183,27 @@ def test_an_interval_excludes_1_where_p_is_below_5_percent():
     random = np.random.default_rng(6)
     loss = correlated(random, 12, 2, 25) * np.linspace(0.6, 1.6, 12)[:, None, None]
     table = compare(study(loss, pairs=[(place, 0) for place in range(1, 12)]))
-    found = table[table.question.isin(["spread", "log spread", "robust spread"])]
+    found = table[table.question.isin(["std", "std of log loss", "10-90% range"])]
     outside = (found.low > 1) | (found.high < 1)
     assert 10 < outside.sum() < len(found)
     np.testing.assert_array_equal(outside, found.p < 0.05)
 
 
-# Families of comparisons.
+# Adjustment for several comparisons.
 
 
 def test_holm_counts_each_pair_once_and_spares_the_primary():
     random = np.random.default_rng(7)
     loss = correlated(random, 4, 2, 30) * np.array([1, 1.2, 1.4, 1.6])[:, None, None]
     table = compare(study(loss, pairs=[(1, 0), (2, 0), (3, 0), (1, 0)], primary=(2, 0)))
-    copies = rows(table, "spread", arm="arm 1")
+    copies = rows(table, "std", arm="arm 1")
     assert len(copies) == 2 * 3
     assert copies.iloc[:3].equals(copies.iloc[3:].set_axis(copies.index[:3]))
-    for question in ("spread", "loss", "failures"):
+    for question in ("std", "loss", "failures"):
         for combined in (False, True):
             found = rows(table, question).drop_duplicates(["arm", "scale"])
             found = found[found.scale.isna() == combined]
-            first = (found.arm == "arm 2") & combined & (question == "spread")
+            first = (found.arm == "arm 2") & combined & (question == "std")
             adjusted = multipletests(found.p[~first], method="holm")[1]
             np.testing.assert_allclose(found.p_adjusted[~first], np.asarray(adjusted))
             assert (found.p_adjusted[first] == found.p[first]).all()
@@ -213,7 +214,7 @@ def test_adjusted_intervals_hold_together():
     loss = correlated(np.random.default_rng(8), 5, 2, 40)
     table = compare(study(loss, pairs=[(place, 0) for place in range(1, 5)], primary=(1, 0)))
     found = one(table, "loss", arm="arm 4", scale=1.0)
-    # Bonferroni over 4 arms x 2 scales.
+    # Bonferroni adjustment for 4 arms x 2 scales.
     half = (found["high"] - found["low"]) / 2
     wide = (found["adjusted_high"] - found["adjusted_low"]) / 2
     degrees = 40 - 2 * 10 - 1
@@ -223,11 +224,11 @@ def test_adjusted_intervals_hold_together():
 
 def test_one_of_300_comparisons_can_still_be_clear():
     random = np.random.default_rng(9)
-    # Below 0 there is no log spread, which saves time.
+    # Losses below 0 have no log, which saves time.
     loss = correlated(random, 101, 3, 30) - 10
     loss[7] = loss[7] / 8
     table = compare(study(loss, pairs=[(place, 0) for place in range(1, 101)]))
-    single = rows(table, "spread")
+    single = rows(table, "std")
     single = single[single.scale.notna()]
     assert len(single) == 300
     clear = single[single.p_adjusted < 0.05]
@@ -240,14 +241,14 @@ def test_one_of_300_comparisons_can_still_be_clear():
 
 
 def families(seeds=50, scales=2, noise=0.05, tuning=None):
-    """Families "mu 0" and "mu 0.9" that behave alike: their spread is the effective rate."""
+    """Makes two equal families whose standard deviation equals the effective learning rate."""
     random = np.random.default_rng(10)
     names = [f"{family} at {rate}" for family in ("mu 0", "mu 0.9") for rate in RATES]
     rates = np.tile(RATES, 2)[:, None, None]
     shared = random.normal(size=(1, scales, seeds))
     own = random.normal(size=(6, scales, seeds))
     loss = 10 + rates * (shared + noise * own)
-    # Plain descent is tuned to 0.4, the other family to 0.1.
+    # Tuning chooses 0.4 for "mu 0" and 0.1 for the other family.
     best = np.array([0.4] * 3 + [0.1] * 3)
     if tuning is None:
         tuning = np.abs(np.log(rates[:, :, 0] / best[:, None])) + np.zeros((6, scales))
@@ -273,13 +274,11 @@ def families(seeds=50, scales=2, noise=0.05, tuning=None):
 
 
 def test_momentum_is_not_credited_for_a_learning_rate():
-    """Two families alike at each effective rate, of which one is tuned to a smaller rate."""
+    """Two families are equal at each effective rate; one of them is tuned to a smaller rate."""
     built = families()
     table = compare(built)
     for scale in (1.0, 2.0, None):
-        found = {
-            kind: one(table, "spread", contrast=kind, scale=scale) for kind in comparisons.TUNED
-        }
+        found = {kind: one(table, "std", contrast=kind, scale=scale) for kind in comparisons.TUNED}
         whole, rate, method = found.values()
         assert whole["high"] < 0.5
         assert rate["high"] < 0.5
@@ -292,22 +291,22 @@ def test_momentum_is_not_credited_for_a_learning_rate():
 
 
 def test_the_error_of_tuning_is_inside_the_interval():
-    """A flat tuning loss, of which ten seeds decide: most of the uncertainty is which rate."""
+    """With a flat tuning loss, most of the uncertainty is which rate ten seeds choose."""
     random = np.random.default_rng(11)
     undecided = random.normal(size=(6, 2, 10))
     sure = undecided + np.where(np.arange(3) == 1, -9, 0)[[0, 1, 2, 0, 1, 2]][:, None, None]
     widths = {}
     for name, tuning in (("sure", sure), ("undecided", undecided)):
-        found = one(compare(families(tuning=tuning)), "spread", contrast="tuned", scale=1.0)
+        found = one(compare(families(tuning=tuning)), "std", contrast="tuned", scale=1.0)
         widths[name] = math.log(found["high"] / found["low"])
         assert found["low"] <= 1 <= found["high"]
     assert widths["undecided"] > math.log(4) > 10 * widths["sure"]
-    # With no doubt about the rates it is the interval of two arms.
+    # If the choice of rates is certain, it is the interval of two fixed arms.
     arms = json.dumps([{"kind": "arms", "baseline": "mu 0 at 0.2", "arms": ["mu 0.9 at 0.2"]}])
     built = families(tuning=sure)
-    plain = compare(built.assign_attrs(contrasts=arms.replace("}]", ', "rate": null}]')))
-    a = one(compare(built), "spread", contrast="tuned", scale=None)
-    b = one(plain, "spread", scale=None)
+    fixed = compare(built.assign_attrs(contrasts=arms.replace("}]", ', "rate": null}]')))
+    a = one(compare(built), "std", contrast="tuned", scale=None)
+    b = one(fixed, "std", scale=None)
     assert a["value"] == pytest.approx(b["value"])
     assert math.log(a["high"] / a["low"]) == pytest.approx(math.log(b["high"] / b["low"]), rel=0.1)
 
@@ -316,9 +315,9 @@ def test_a_baseline_without_the_arms_rate_leaves_the_split_undefined():
     built = families()
     kept = built.isel(arm=[1, 2, 3, 4, 5])
     table = compare(kept)
-    assert one(table, "spread", contrast="tuned", scale=1.0)["value"] < 0.5
+    assert one(table, "std", contrast="tuned", scale=1.0)["value"] < 0.5
     for kind in comparisons.TUNED[1:]:
-        found = one(table, "spread", contrast=kind, scale=1.0)
+        found = one(table, "std", contrast=kind, scale=1.0)
         assert math.isnan(found["value"])
         assert "effective rate" in found["note"]
 
@@ -327,7 +326,7 @@ def test_a_baseline_without_the_arms_rate_leaves_the_split_undefined():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "share", "word"),
+    ("ratio", "correlation", "word"),
     [
         (0.5, 0.5, "narrower"),
         (2.0, 0.5, "wider"),
@@ -335,13 +334,13 @@ def test_a_baseline_without_the_arms_rate_leaves_the_split_undefined():
         (1.0, 0.5, "inconclusive"),
     ],
 )
-def test_verdict_says_what_the_interval_says(ratio, share, word):
-    loss = correlated(np.random.default_rng(12), 2, 2, 60, share)
+def test_verdict_says_what_the_interval_says(ratio, correlation, word):
+    loss = correlated(np.random.default_rng(12), 2, 2, 60, correlation)
     loss[1] = 10 + (loss[1] - 10) * ratio
     built = study(loss)
     table = compare(built)
     found = verdict(built, table)
-    row = one(table, "spread", scale=None)
+    row = one(table, "std", scale=None)
     assert found.word == word
     assert found.sentence.startswith(word.capitalize())
     for name in ("value", "low", "high"):
@@ -372,7 +371,7 @@ def test_a_difference_inside_the_margin_is_equivalent_though_significant():
 
 
 def test_equivalence_is_two_one_sided_tests_at_5_percent():
-    """At the edge of the margin it is declared in about 5% of studies."""
+    """If the true ratio is at the margin, "equivalent" is declared in about 5% of studies."""
     random, studies, declared = np.random.default_rng(14), 80, 0
     for _ in range(studies):
         loss = correlated(random, 2, 1, 50, 0.95)
@@ -420,13 +419,13 @@ def test_the_sentence_speaks_of_the_design():
 def test_why_a_verdict_is_undefined():
     random = np.random.default_rng(17)
     loss = correlated(random, 2, 1, 20)
-    diverged, alike = loss.copy(), loss.copy()
-    diverged[1], alike[0] = np.nan, 3.0
+    diverged, equal = loss.copy(), loss.copy()
+    diverged[1], equal[0] = np.nan, 3.0
     noise = 10 + random.normal(size=(2, 1, 20, 1)) * [[[[1]]], [[[0]]]]
     noise = noise + np.tile([1.0, -1.0], 10)[:, None] * [1, -1]
     for values, why in (
         (diverged, "all runs of the arm diverged"),
-        (alike, "all runs of the baseline end alike"),
+        (equal, "all runs of the baseline end with the same loss"),
         (loss[..., :5], "fewer than 6 units"),
         (noise, "no variance due to the initial weights"),
     ):
@@ -438,17 +437,17 @@ def test_why_a_verdict_is_undefined():
     assert verdict(study(loss).assign_attrs(primary="null")).word == "undefined"
 
 
-def test_a_scale_without_spread_is_left_out_and_named():
+def test_a_scale_with_equal_losses_is_left_out_and_named():
     loss = correlated(np.random.default_rng(18), 2, 2, 30)
     loss[:, 1] = 7.0
     table = compare(study(loss))
-    found, single = (one(table, "spread", scale=scale) for scale in (None, 1.0))
+    found, single = (one(table, "std", scale=scale) for scale in (None, 1.0))
     assert found["value"] == pytest.approx(single["value"])
-    assert "without initial scale 2" in found["note"]
-    assert "without initial scale 2" in verdict(study(loss)).sentence
+    assert "initial scale 2 is left out" in found["note"]
+    assert "initial scale 2 is left out" in verdict(study(loss)).sentence
 
 
-def test_where_loss_and_metric_disagree_it_is_said():
+def test_disagreeing_loss_and_metric_are_reported():
     random = np.random.default_rng(19)
     loss = correlated(random, 2, 2, 50)
     loss[1] -= 1
@@ -460,21 +459,21 @@ def test_where_loss_and_metric_disagree_it_is_said():
     assert not any("initial scale 1" in each for each in said)
 
 
-def test_where_the_measures_of_spread_disagree_it_is_said():
-    """Narrow, but with one failure in twenty: a smaller range, and a larger deviation."""
+def test_disagreeing_measures_of_spread_are_reported():
+    """One run in twenty fails, so the range is smaller but the standard deviation is larger."""
     random = np.random.default_rng(20)
     loss = correlated(random, 2, 1, 100)
     loss[1] = 10 + (loss[1] - 10) / 4
     loss[1, 0, ::20] += 30
     built = study(loss)
     [said] = disagreements(compare(built), built)
-    assert "compared with arm 0, arm 1 is lower in robust spread (" in said
-    assert "but higher in spread (" in said
+    assert "compared with arm 0, arm 1 is lower in 10-90% range (" in said
+    assert "but higher in standard deviation (" in said
     agreed = study(correlated(random, 2, 1, 50))
     assert disagreements(compare(agreed), agreed) == []
 
 
-# Odd studies.
+# Unusual studies.
 
 
 def test_arms_that_are_identical_differ_in_nothing():
@@ -484,16 +483,14 @@ def test_arms_that_are_identical_differ_in_nothing():
         if row["question"] in ("rescued", "lost"):
             assert row["value"] == 0
         else:
-            null = {"lower loss": 0.5}.get(
-                row["question"], float(row["question"].endswith("spread"))
-            )
+            null = {"lower loss": 0.5}.get(row["question"], float(is_ratio(row["question"])))
             assert row["value"] == null
             assert row["p"] == row["p_adjusted"] == 1
 
 
 def test_an_exact_multiple_has_an_interval_of_no_width():
     loss = correlated(np.random.default_rng(22), 1, 1, 20) - 9
-    found = one(compare(study(np.concatenate([loss, loss * 2]))), "spread", scale=1.0)
+    found = one(compare(study(np.concatenate([loss, loss * 2]))), "std", scale=1.0)
     assert (found["value"], found["low"], found["high"]) == pytest.approx((2, 2, 2), rel=1e-4)
     assert found["p"] < 0.01
 
@@ -509,10 +506,10 @@ def test_few_seeds_give_values_without_intervals(seeds):
     assert found[found.measure == "mean loss"].low.isna().all()
 
 
-def test_losses_below_0_have_no_log_spread():
+def test_losses_below_0_have_no_std_of_log_loss():
     loss = correlated(np.random.default_rng(24), 2) - 12
-    assert "log spread" not in set(compare(study(loss)).question)
-    assert "log spread" not in set(describe(study(loss)).measure)
+    assert "std of log loss" not in set(compare(study(loss)).question)
+    assert "std of log loss" not in set(describe(study(loss)).measure)
 
 
 def test_without_contrasts_only_the_primary_is_compared():
@@ -550,9 +547,9 @@ def test_describe_has_a_row_for_each_arm_scale_and_measure():
         expected = {
             "mean loss": values.mean(),
             "interquartile mean loss": stats.trim_mean(values, 0.25),
-            "spread": values.std(ddof=1),
-            "robust spread": np.ptp(np.quantile(values, [0.1, 0.9])),
-            "log spread": np.log(values).std(ddof=1),
+            "std": values.std(ddof=1),
+            "10-90% range": np.ptp(np.quantile(values, [0.1, 0.9])),
+            "std of log loss": np.log(values).std(ddof=1),
             "failed": np.mean(values > 1),
             "diverged": np.mean(~np.isfinite(loss[place])),
             "mean accuracy": accuracy[place].mean(),
@@ -561,22 +558,22 @@ def test_describe_has_a_row_for_each_arm_scale_and_measure():
         assert row["low"] <= row["value"] <= row["high"]
 
 
-def test_the_interval_of_a_spread_covers_the_truth_of_normal_values():
+def test_the_interval_of_a_standard_deviation_covers_the_truth_of_normal_values():
     random = np.random.default_rng(28)
     table = describe(study(3 * random.normal(size=(100, 1, 40)) + 50, pairs=[(1, 0)]))
-    found = table[table.measure == "spread"]
+    found = table[table.measure == "std"]
     covered = ((found.low <= 3) & (found.high >= 3)).mean()
     assert 0.87 <= covered <= 0.99
 
 
-def test_noise_that_the_weights_do_not_make_is_in_the_total_spread_alone():
-    """Equal variance between units, three times the noise within them in one arm."""
+def test_noise_that_is_not_due_to_the_weights_is_only_in_the_total_std():
+    """Equal variance between units, but three times the noise within units in one arm."""
     random = np.random.default_rng(31)
     units = random.normal(size=(1, 1, 400, 1))
     noise = random.normal(size=(2, 1, 400, 4)) * np.array([0.3, 3.0])[:, None, None, None]
     table = compare(study(50 + units + noise))
     weights, total, ranges = (
-        one(table, question, scale=1.0) for question in ("spread", "total spread", "robust spread")
+        one(table, question, scale=1.0) for question in ("std", "total std", "10-90% range")
     )
     expected = math.sqrt((1 + 9) / (1 + 0.09))
     assert total["low"] < expected < total["high"]
@@ -585,11 +582,11 @@ def test_noise_that_the_weights_do_not_make_is_in_the_total_spread_alone():
     flat = (50 + units + noise).reshape(2, -1)
     ratio = flat[1].std() / flat[0].std()
     assert total["value"] == pytest.approx(ratio, rel=1e-9)
-    # With one run a unit there is one spread.
-    assert "total spread" not in set(compare(study(50 + units + noise[..., :1])).question)
+    # With one run per unit there is only one standard deviation.
+    assert "total std" not in set(compare(study(50 + units + noise[..., :1])).question)
 
 
-def test_where_the_scales_disagree_it_is_said():
+def test_disagreeing_scales_are_reported():
     random = np.random.default_rng(32)
     loss = correlated(random, 2, 2, 100)
     loss[1, 0] = 10 + (loss[1, 0] - 10) / 3
@@ -597,13 +594,13 @@ def test_where_the_scales_disagree_it_is_said():
     built = study(loss)
     said = disagreements(compare(built), built)
     assert said[0] == (
-        "The scales disagree: compared with arm 0, the spread of arm 1 is lower at initial scale "
-        "1, but higher at 2."
+        "The initial scales disagree: compared with arm 0, the standard deviation of arm 1 is "
+        "lower at initial scale 1, but higher at 2."
     )
 
 
-def test_where_all_runs_of_an_arm_diverged_there_is_no_spread():
-    """Without a loss cap, what replaces the loss is the loss at the start, which has a spread."""
+def test_if_all_runs_of_an_arm_diverged_the_ratio_is_undefined():
+    """Without a loss cap, diverged runs get their initial losses, which vary between runs."""
     loss = correlated(np.random.default_rng(34), 2, 1, 20)
     start = study(loss)
     ends = loss.copy()
@@ -619,4 +616,4 @@ def test_few_units_have_no_interval_and_no_p():
     table = compare(study(loss, solved={"loss": 10.0}))
     found: Any = table[~table.question.isin(["rescued", "lost"])]
     assert found[["low", "high", "p", "p_adjusted"]].isna().values.all()
-    assert set(found.note) == {"fewer than 6 units: no interval"}
+    assert set(found.note) == {"there are fewer than 6 units, so no interval is computed"}

@@ -1,4 +1,4 @@
-"""Variance components against analysis of variance, and against simulated data."""
+"""Tests of variance components against analysis of variance and simulated data."""
 
 import json
 from typing import Any
@@ -11,19 +11,19 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
 from momentum_jax.study import components
-from momentum_jax.study.components import SOURCES, shares, variance_components
+from momentum_jax.study.components import SOURCES, proportions, variance_components
 
 
 def simulated(random, truth, weights, orders) -> Any:
-    """Final values (weights, order) whose variances have these shares of 1."""
+    """Draws final values (weights, order) with total variance 1 and these proportions."""
     sizes = (weights, 1), (1, orders), (weights, orders)
     return sum(
-        share**0.5 * random.normal(size=size) for share, size in zip(truth, sizes, strict=True)
+        part**0.5 * random.normal(size=size) for part, size in zip(truth, sizes, strict=True)
     )
 
 
 def dataset(loss, **variables):
-    """A crossed dataset of final losses (arm, init_scale, seed, order_seed)."""
+    """Makes a crossed dataset from final losses (arm, init_scale, seed, order_seed)."""
     dims = ("arm", "init_scale", "seed", "order_seed", "step")
     return xr.Dataset(
         {name: (dims, each[..., None]) for name, each in {"loss": loss, **variables}.items()},
@@ -46,18 +46,18 @@ def test_variances_are_those_of_an_analysis_of_variance():
     table = anova_lm(ols("y ~ C(w) + C(o)", frame).fit())
     of_weights, of_order, rest = table.mean_sq
     expected = np.maximum([(of_weights - rest) / 5, (of_order - rest) / 7, rest], 0)
-    np.testing.assert_allclose(shares(values)[0], expected)
+    np.testing.assert_allclose(proportions(values)[0], expected)
 
 
 @pytest.mark.parametrize("truth", [(0.9, 0.05, 0.05), (0.25, 0.12, 0.63), (0.0, 0.1, 0.9)])
-def test_shares_are_found_in_simulated_data(truth):
+def test_proportions_are_found_in_simulated_data(truth):
     random = np.random.default_rng(1)
     studies, covered, found = 200, np.zeros(3), []
     for _ in range(studies):
-        variances, low, high = shares(simulated(random, truth, 30, 8))
+        variances, low, high = proportions(simulated(random, truth, 30, 8))
         found.append(variances)
         covered += (low <= np.array(truth)) & (np.array(truth) <= high)
-    # Cut off at 0, the estimates of a variance near 0 are a little too large.
+    # Estimates are cut off at 0, so those of a variance near 0 are slightly too large.
     np.testing.assert_allclose(np.mean(found, 0), truth, atol=0.04)
     assert (covered / studies >= 0.9).all()
 
@@ -69,11 +69,11 @@ def test_heavy_tails_widen_the_interval(monkeypatch):
     for _ in range(studies):
         sizes = (50, 1), (1, 16), (50, 16)
         effects = [np.exp(random.normal(size=size)) / 2.161 for size in sizes]
-        samples.append(sum(share**0.5 * each for share, each in zip(truth, effects, strict=True)))
+        samples.append(sum(part**0.5 * each for part, each in zip(truth, effects, strict=True)))
     for name in ("jackknife", "normal"):
         if name == "normal":
             monkeypatch.setattr(components, "_degrees", lambda parts, limit: limit)
-        bounds = [components.shares(sample)[1:] for sample in samples]
+        bounds = [components.proportions(sample)[1:] for sample in samples]
         covered[name] = np.mean([low[0] <= truth[0] <= high[0] for low, high in bounds])
     assert covered["jackknife"] > covered["normal"] + 0.2
 
@@ -87,22 +87,23 @@ def test_a_row_for_each_arm_scale_and_source():
     )
     table = variance_components(built)
     assert list(table.columns) == [
-        *("arm", "family", "effective_rate", "scale", "source", "share", "low", "high", "variance")
+        *("arm", "family", "effective_rate", "scale"),
+        *("source", "proportion", "low", "high", "variance"),
     ]
     assert table.source.tolist() == list(SOURCES) * 4
     assert table.scale.tolist() == [1.0] * 3 + [2.0] * 3 + [1.0] * 3 + [2.0] * 3
     assert table.family.tolist() == ["a"] * 6 + ["b"] * 6
-    sums = table.groupby(["arm", "scale"]).share.sum()
+    sums = table.groupby(["arm", "scale"]).proportion.sum()
     np.testing.assert_allclose(sums, 1)
     first = table[(table.arm == "arm 0") & (table.scale == 1)].set_index("source")
-    assert first.share["weights"] == pytest.approx(1)
+    assert first.proportion["weights"] == pytest.approx(1)
     other = variance_components(built, of="accuracy").set_index("source")
-    assert (other.share["order"] > 0.999).all()
+    assert (other.proportion["order"] > 0.999).all()
 
 
-def test_runs_that_end_alike_have_no_shares():
+def test_runs_with_equal_losses_have_no_proportions():
     table = variance_components(dataset(np.ones((1, 1, 8, 4))))
-    assert table[["share", "low", "high"]].isna().to_numpy().all()
+    assert table[["proportion", "low", "high"]].isna().to_numpy().all()
     assert (table.variance == 0).all()
 
 

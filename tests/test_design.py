@@ -1,4 +1,4 @@
-"""A study is one record: run from Python, stored, resumed and extended."""
+"""Tests of `Study`: default contrasts, storing, resuming and extending."""
 
 import dataclasses
 import json
@@ -79,13 +79,13 @@ def test_without_momentum_there_are_learning_rates_and_no_effective_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rates": ()}, r"rates=\[\] and the arms without a learning rate"),
-        ({"arms": [FAMILIES[0].at(0.1)]}, "need each other: give both or neither"),
+        ({"rates": ()}, r"rates=\[\] are for arms without a learning rate"),
+        ({"arms": [FAMILIES[0].at(0.1)]}, "which are .*: give both or neither"),
         ({"arms": [], "rates": ()}, r"arms=\(\) must have at least one arm"),
-        ({"rates": [0.1], "tuning_seeds": 2}, "needs two or more rates to choose from"),
-        ({"contrasts": [Contrast("tuned", "mu 0", ("mu 0.9",))]}, "needs tuning_seeds"),
-        ({"rates": [0.1, 0.1000001]}, "several arms are called .*first six digits"),
-        ({"arms": [FAMILIES[0], FAMILIES[0]]}, "several arms are called"),
+        ({"rates": [0.1], "tuning_seeds": 2}, "needs at least two rates to choose from"),
+        ({"contrasts": [Contrast("tuned", "mu 0", ("mu 0.9",))]}, "give tuning_seeds=10"),
+        ({"rates": [0.1, 0.1000001]}, "several arms have the names .*first six digits"),
+        ({"arms": [FAMILIES[0], FAMILIES[0]]}, "several arms have the names"),
         ({"rates": [-0.1, 0.1]}, "must be above 0 and finite"),
         ({"margin": 0.0}, "margin=0.0 must be above 0"),
     ],
@@ -123,7 +123,7 @@ def test_tuning_sees_other_weights_and_other_examples_than_the_study(monkeypatch
     np.testing.assert_array_equal(tuned.data, main.data)
     assert results.tuning_loss.dims == ("arm", "init_scale", "tuning_seed")
     assert results.tuning_loss.sizes["tuning_seed"] == 3
-    # The final loss on the examples held out: known, for the noise-free rest of it is near 0.
+    # The final loss on the held-out examples is known, because its noise-free part is near 0.
     mean = np.mean(sorted(held_out))
     loss = results.tuning_loss.sel(arm="mu 0 at 0.1").values
     assert np.all((loss >= mean - 1e-3) & (loss < mean + 10))
@@ -178,22 +178,22 @@ def test_a_study_is_resumed_and_extended_without_training_again(tmp_path, traine
     np.testing.assert_array_equal(shared.loss, results.loss)
     assert [arm.name for arm in Study.load(tmp_path).arms] == ["mu 0", "mu 0.9", "mu 0.5"]
     assert json.loads(wide.attrs["notes"]) == []
-    (tmp_path / "summary.json").write_text("{}")  # a report has been written
+    (tmp_path / "summary.json").write_text("{}")  # As if a report had been written.
     late = dataclasses.replace(wider, seeds=range(7), init_scales=(1.0, 2.0, 3.0)).run(tmp_path)
     (note,) = json.loads(late.attrs["notes"])
     assert note.startswith("This study was extended in seeds, init_scales after a report had been")
     assert json.loads(Study.load(tmp_path).run(tmp_path).attrs["notes"]) == [note]
 
 
-def test_the_primary_comparison_stays_what_it_was_begun_with(tmp_path):
-    begun = small()
-    begun.save(tmp_path)
+def test_the_primary_comparison_cannot_change(tmp_path):
+    first = small()
+    first.save(tmp_path)
     other = [FAMILIES[0], *make.with_momentum(["0.5"]), FAMILIES[1]]
     with pytest.raises(ValueError, match="holds another study, which differs in primary"):
         small(arms=other).save(tmp_path)
     more = dataclasses.replace(Study.load(tmp_path), arms=other)
     more.save(tmp_path)
-    assert more.the_primary == begun.the_primary
+    assert more.the_primary == first.the_primary
 
 
 @pytest.mark.usefixtures("as_shipped")
@@ -242,7 +242,9 @@ def test_tuning_takes_the_steps_of_each_family(monkeypatch):
 )
 def test_a_folder_with_another_study_is_refused(tmp_path, changes, names):
     small().save(tmp_path)
-    with pytest.raises(ValueError, match=f"holds another study, which differs in {names}: arms"):
+    with pytest.raises(
+        ValueError, match=f"holds another study, which differs in {names}: only arms"
+    ):
         small(**changes).save(tmp_path)
     assert Study.load(tmp_path).to_json() == small().to_json()
 
@@ -270,10 +272,10 @@ def test_a_study_with_a_wrong_value_is_one_line_with_its_name(tmp_path, name, va
 
 
 def test_a_study_that_is_not_there_or_made_in_a_program(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no study: there is no study\.json"):
+    with pytest.raises(ValueError, match=r"holds no study, because it has no study\.json"):
         Study.load(tmp_path)
     small(problem=uneven_bowl()).save(tmp_path)
-    with pytest.raises(ValueError, match="the problem was made in a program: give problem="):
+    with pytest.raises(ValueError, match=r"was made in a program .*: give problem="):
         Study.load(tmp_path)
     assert Study.load(tmp_path, uneven_bowl()).problem.name == "bowl"
 
@@ -291,10 +293,10 @@ def test_the_counts_are_those_of_what_is_trained(trained):
 
 
 def test_restarts_are_tuned_with_their_share_of_the_steps():
-    """At a quarter of the steps the best learning rate is another than at all of them."""
+    """With a quarter of the steps, a different learning rate would be best."""
 
     def sprint(learning_rate):
-        """Is at -1 after 1 / learning_rate steps, and falls back from there."""
+        """Reaches -1 after 1 / learning_rate steps, and then gets worse again."""
 
         def update(updates, state, params=None):
             forth = jnp.where(state < 1 / learning_rate, -1.0, 1.0)

@@ -126,9 +126,9 @@ def test_what_the_page_of_the_study_claims_holds_in_its_numbers(study_page):
     mnist1d = of["mnist1d"]
     for rate in ("0.112", "0.2", "0.356", "0.632"):
         arm, baseline = f"mu 0.9 at {float(rate) / 10:g}", f"mu 0 at {rate}"
-        assert mnist1d.compared(arm, baseline, question="total spread")["adjusted_high"] < 1
+        assert mnist1d.compared(arm, baseline, question="total std")["adjusted_high"] < 1
         shares = [
-            mnist1d.row("components", arm=name, scale=1.0, source="weights")["share"]
+            mnist1d.row("components", arm=name, scale=1.0, source="weights")["proportion"]
             for name in (arm, baseline)
         ]
         assert shares[0] > shares[1]

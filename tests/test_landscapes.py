@@ -1,4 +1,4 @@
-"""The losses in closed form have the minima, barriers and curvatures of their docstrings."""
+"""Tests that the closed-form losses have the documented minima, barriers and curvatures."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from momentum_jax.study.landscapes import double_well, quadratic, safran_shamir
 
 
 def descended(problem, learning_rate, mu, steps, params):
-    """Params after heavy ball from rest, from each of a batch of initial params."""
+    """Runs heavy ball from velocity 0, for a batch of initial params; returns the final params."""
 
     def run(w):
         def step(_, carry):
@@ -32,7 +32,7 @@ def drawn(problem, runs):
     return jax.jit(jax.vmap(problem.init))(jax.random.split(jax.random.key(0), runs))
 
 
-# double well
+# Double well.
 
 
 WELL = double_well()
@@ -46,7 +46,7 @@ def test_the_wells_are_where_the_docstring_says():
         assert float(WELL.loss(point)) == pytest.approx(height, abs=1e-7)
         curvatures = np.linalg.eigvalsh(curvature(point))
         assert (curvatures[0] < 0) == (x == 1 / 4)
-    for x in np.linspace(-4, 4, 17):  # no other stationary point
+    for x in np.linspace(-4, 4, 17):  # There is no other stationary point.
         np.testing.assert_allclose(
             slope(jnp.array([x, 0.7])), [(x + 1) * (x - 0.25) * (x - 1), 0.7], rtol=1e-5, atol=1e-5
         )
@@ -101,7 +101,7 @@ def test_noise_has_mean_exactly_zero_and_the_deviation_asked_for():
             slope + noisy.data[:3].mean(0),
             rtol=1e-4,
         )
-        assert noisy.loss(w, noisy.test_data) == make().loss(w)  # measured without noise
+        assert noisy.loss(w, noisy.test_data) == make().loss(w)  # Measured without noise.
         assert noisy.loss(w, noisy.data[:1]) != make().loss(w)
         assert noisy.for_tuning().evaluate(w, None, noisy.validation_data)["loss"] == make().loss(w)
 
@@ -113,7 +113,7 @@ def test_a_noise_that_is_none_is_refused(make, noise):
         make(noise=noise)
 
 
-# quadratic
+# Quadratic.
 
 
 def test_the_quadratic_has_the_curvatures_asked_for():
@@ -142,7 +142,7 @@ def test_momentum_solves_the_quadratic_and_plain_descent_does_not_in_that_time()
 
 
 def edge(mu, curvature):
-    """The largest stable effective learning rate."""
+    """Returns the largest stable effective learning rate."""
     return theory.stability_limit(mu) / (1 - mu) / curvature
 
 
@@ -165,11 +165,11 @@ def test_an_impossible_quadratic_is_refused(settings):
         quadratic(**settings)
 
 
-# Safran and Shamir
+# Safran and Shamir.
 
 
 def closed_form(w):
-    """The loss as the paper has it: angles between units, in float64."""
+    """Computes the loss as in the paper, from angles between units, in float64."""
     w = np.asarray(w, np.float64)
 
     def total(a, b):
@@ -188,7 +188,7 @@ def test_the_closed_form_is_the_mean_over_gaussian_inputs():
     errors = (np.maximum(x @ w.T, 0).sum(1) - np.maximum(x, 0).sum(1)) ** 2 / 2
     deviation = errors.std() / np.sqrt(len(errors))
     assert abs(errors.mean() - closed_form(w)) < 4 * deviation
-    assert 4 * deviation < 0.01 * closed_form(w)  # or the line above would say nothing
+    assert 4 * deviation < 0.01 * closed_form(w)  # Otherwise the assertion above would be too weak.
 
 
 @pytest.mark.parametrize("units", [2, 6, 10, 20])
@@ -219,10 +219,10 @@ def test_slope_and_curvature_are_finite_where_units_are_equal_opposite_or_dead()
     slope, curvature = jax.jit(jax.grad(loss)), jax.jit(jax.hessian(loss))
     eye = np.eye(4, dtype=np.float32)
     for w in (
-        eye,  # every unit is one of the teacher's
+        eye,  # Every unit equals a unit of the teacher.
         eye[::-1],
         -eye,
-        np.ones((4, 4), np.float32),  # all are the same
+        np.ones((4, 4), np.float32),  # All units are equal.
         np.repeat(eye[:1], 4, axis=0),
         np.concatenate([eye[:2], -eye[:2]]),
     ):
@@ -231,7 +231,7 @@ def test_slope_and_curvature_are_finite_where_units_are_equal_opposite_or_dead()
         assert float(loss(w)) == pytest.approx(closed_form(w), abs=1e-6)
     np.testing.assert_allclose(slope(eye), 0, atol=1e-6)
     dead = np.diag(np.array([1, 1, 1, 0], np.float32))
-    assert float(loss(dead)) == pytest.approx(0.25)  # 1/2 E relu(x)^2
+    assert float(loss(dead)) == pytest.approx(0.25)  # 1/2 E relu(x)^2.
     assert np.isfinite(slope(dead)).all()
     assert np.isfinite(slope(np.zeros_like(eye))).all()
 
@@ -262,7 +262,7 @@ def test_gradient_descent_ends_at_zero_or_in_a_spurious_minimum():
     solved = losses <= problem.solved["loss"]
     assert 0.6 < solved.mean() < 0.97
     lowest = losses[~solved].argmin()
-    # A spurious minimum it is, and not a slow run: nothing pulls there, and every way is up.
+    # It is a spurious minimum and not a slow run: zero gradient, positive curvature.
     spurious = np.asarray(ends)[~solved][lowest]
     assert losses[~solved][lowest] == pytest.approx(0.0215, abs=2e-4)
     assert np.abs(jax.jit(jax.grad(problem.loss))(spurious)).max() < 1e-3

@@ -1,4 +1,4 @@
-"""The problems with networks: rows that do not overlap, networks as documented, rates that fit."""
+"""Tests of the network problems: disjoint rows, documented networks, suitable rates."""
 
 import math
 import random
@@ -12,7 +12,7 @@ from momentum_jax.study import datasets, networks
 
 
 def losses_of(logits, classes):
-    """The mean cross-entropy."""
+    """Computes the mean cross-entropy in NumPy."""
     return (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(classes)), classes]).mean()
 
 
@@ -72,7 +72,7 @@ def test_each_part_has_its_use(make, load):
     assert problem.test_examples() is test
 
 
-# digits
+# Digits.
 
 
 def test_digits_are_standardized_by_the_training_images(digits16):
@@ -100,7 +100,7 @@ def test_guessing_costs_what_the_problem_says(digits16):
     assert float(loss) == pytest.approx(digits16.loss_cap)
 
 
-# mnist1d
+# MNIST-1D.
 
 
 def test_mnist1d_has_the_published_sizes():
@@ -110,7 +110,9 @@ def test_mnist1d_has_the_published_sizes():
     assert together.std() == pytest.approx(1, abs=1e-5)
 
 
-def test_mnist1d_leaves_the_global_generators_alone(series, as_shipped):  # beartype draws too
+def test_mnist1d_leaves_the_global_generators_alone(
+    series, as_shipped
+):  # Beartype draws random numbers too.
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002  the global generator is what this is about
     expected = random.random(), np.random.random()  # noqa: NPY002
@@ -146,7 +148,7 @@ def test_the_conv_net_is_three_strided_convolutions(series):
     )
 
 
-# mnist conv
+# MNIST.
 
 
 def test_mnist_is_averaged_over_squares_of_four_pixels():
@@ -174,7 +176,7 @@ def test_the_conv_net_normalizes_with_the_batch_and_measures_with_running_statis
             weights = params[f"convolution_{layer}"]
             channels = weights["bias"].size
             kernel = np.asarray(weights["kernel"], np.float64).reshape(3, 3, h.shape[-1], channels)
-            # The second axis of windows varies slowest.
+            # The second axis of the windows varies slowest.
             kernel = kernel.transpose(1, 0, 2, 3)
             size = (h.shape[1] - 3) // 2 + 1
             out = np.zeros((7, size, size, channels)) + weights["bias"]
@@ -205,7 +207,7 @@ def test_the_conv_net_normalizes_with_the_batch_and_measures_with_running_statis
     assert float(measured["accuracy"]) == pytest.approx(accuracy)
 
 
-# sequence
+# Sequences.
 
 
 def test_the_answer_is_the_letter_after_the_first_mark():
@@ -245,11 +247,11 @@ def test_the_attention_net_is_two_layers_of_attention():
     assert float(jax.jit(problem.loss)(params, few)) == pytest.approx(expected, rel=1e-4)
 
 
-# What a good rate reaches
+# What a good learning rate reaches.
 
 
 def ends(problem, rates, scales, steps, seeds=3):
-    """Final loss and accuracy (rate, scale, seed) of plain gradient descent."""
+    """Trains with plain gradient descent; returns final loss and accuracy (rate, scale, seed)."""
 
     def run(data, test_data, seed, rate, scale):
         key = jax.random.key(seed)

@@ -1,4 +1,4 @@
-"""The pictures show the numbers that they name."""
+"""Tests that the plots show the numbers of their data."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from momentum_jax.diagnostics import Measurement
 from momentum_jax.study import plots
 from momentum_jax.study.statistics import final
 
-ARMS = ["plain", "heavy"]
+ARMS = ["baseline", "heavy"]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def results():
 
 
 def errorbar(axes, number):
-    """Of the errorbar with this number: x, y, and the ends of its bars."""
+    """Returns x, y and the ends of the bars of the errorbar with this index."""
     line, _, (bars,) = axes.containers[number]
     ends = [bar[:, 1] for bar in bars.get_segments() if len(bar)]
     return line.get_xdata(), line.get_ydata(), np.array(ends)
@@ -55,13 +55,13 @@ def test_final_loss_takes_all_runs_of_a_crossed_study():
 
 def test_loss_curves_draw_the_median_over_the_steps_and_keep_diverged_runs(results):
     axes: Any = plots.loss_curves(results, ARMS, 2.0, Figure().subplots())
-    plain, heavy, cap = axes.lines
+    baseline, heavy, cap = axes.lines
     expected = np.sort(np.nan_to_num(results.loss.values[:, 2], nan=np.inf), axis=1)[:, 5]
-    np.testing.assert_array_equal(plain.get_xdata(), [5, 10, 15, 20])
-    drawn = [np.asarray(line.get_ydata(), float) for line in (plain, heavy, cap)]
+    np.testing.assert_array_equal(baseline.get_xdata(), [5, 10, 15, 20])
+    drawn = [np.asarray(line.get_ydata(), float) for line in (baseline, heavy, cap)]
     np.testing.assert_allclose(drawn[:2], expected)
     assert set(drawn[2]) == {2.0}
-    assert plain.get_marker() != heavy.get_marker()
+    assert baseline.get_marker() != heavy.get_marker()
     assert axes.get_title() == "initial scale x2"
 
 
@@ -80,7 +80,7 @@ def test_the_rate_curve_has_one_line_per_family_with_median_and_quantiles():
     results = synthetic.dataset(**FEW)
     axes: Any = plots.rate_curve(results, 2.0, Figure().subplots())
     names = [container.get_label() for container in axes.containers]
-    assert names == ["mu 0", "mu 0.9", "mu 0.99"]  # The control arm has one rate, and no line.
+    assert names == ["mu 0", "mu 0.9", "mu 0.99"]  # The control arm has only one rate, so no line.
     lines = [container.lines[0] for container in axes.containers]
     assert len({line.get_color() for line in lines}) == 3
     assert len({line.get_marker() for line in lines}) == 3
@@ -96,7 +96,7 @@ def test_the_rate_curve_has_one_line_per_family_with_median_and_quantiles():
 
 
 def vertical(axes):
-    """Where the dotted vertical lines are."""
+    """Returns the positions of the dotted vertical lines."""
     dotted = [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"]
     return [left for left, right in dotted if left == right]
 
@@ -117,26 +117,26 @@ def test_the_edge_of_stability_is_where_theory_has_it():
 
 def test_the_spread_is_that_of_the_description_with_its_interval():
     results = synthetic.dataset(families={"mu 0": 0.0}, control=False, **FEW)
-    described = pd.DataFrame({"arm": results.arm.values, "scale": 1.0, "measure": "spread"})
+    described = pd.DataFrame({"arm": results.arm.values, "scale": 1.0, "measure": "std"})
     described = described.assign(value=[1, 2, np.nan], low=[0.1, 0, np.nan], high=[3, np.inf, 0])
     figure = Figure(layout="constrained")
-    axes: Any = plots.rate_curve(results, 1.0, figure.subplots(), "spread", described=described)
+    axes: Any = plots.rate_curve(results, 1.0, figure.subplots(), "std", described=described)
     figure.draw_without_rendering()
     _, middle, low_high = errorbar(axes, 0)
     np.testing.assert_array_equal(middle[:2], [1, 2])
     np.testing.assert_allclose(low_high[0], [0.1, 3])
-    # The axis shows the values, whatever the intervals: one from 0 to infinity is cut.
+    # The axis fits the values; an interval from 0 to infinity is cut.
     low, high = axes.get_ylim()
     assert (low, high) == (0.5, 4.0)
     assert low_high[1][0] < low
     assert low_high[1][1] > high
     edge = [line for line in axes.lines if line.get_transform() == axes.get_xaxis_transform()]
-    assert RATES[2] in edge[0].get_xdata()  # An undefined spread is not left out.
+    assert RATES[2] in edge[0].get_xdata()  # An undefined value is drawn at the edge.
 
 
 def test_the_spread_is_computed_where_it_is_not_given():
     results = synthetic.dataset(design="weights", families={"mu 0": 0.0}, control=False, **FEW)
-    axes: Any = plots.rate_curve(results, 1.0, Figure().subplots(), "spread")
+    axes: Any = plots.rate_curve(results, 1.0, Figure().subplots(), "std")
     expected = final(results).loss.sel(init_scale=1.0).std("seed", ddof=1).values.ravel()
     np.testing.assert_allclose(errorbar(axes, 0)[1], expected, rtol=1e-6)
 
@@ -147,7 +147,7 @@ def test_points_where_half_of_the_runs_diverged_are_hollow():
     axes: Any = plots.rate_curve(results, 1.0, Figure().subplots())
     [hollow] = [line for line in axes.lines if line.get_markerfacecolor() == "#ffffff"]
     assert list(hollow.get_xdata()) == [RATES[1]]
-    assert list(hollow.get_ydata()) == [2.3]  # At the loss cap.
+    assert list(hollow.get_ydata()) == [2.3]  # The loss cap.
 
 
 def test_negative_losses_have_a_linear_axis():
@@ -167,7 +167,7 @@ def test_a_metric_has_a_curve_too_and_optimizers_without_mu():
     assert len(axes.containers) == 2
 
 
-def comparison(arm, scale, numbers, question="spread"):
+def comparison(arm, scale, numbers, question="std"):
     value, low, high, adjusted_low, adjusted_high = numbers
     return {
         "arm": arm,
@@ -201,7 +201,7 @@ def test_the_forest_has_a_row_per_arm_and_scale_with_both_intervals():
     }
     assert spans[0.4, 0.6] == spans[0.5, 0.7] > spans[0.3, 0.7] == spans[0.4, 0.8]
     markers = {line.get_marker() for line in axes.lines if line.get_markersize() == 6}
-    assert "D" in markers  # The diamond of all scales.
+    assert "D" in markers  # The diamond of the combined row.
     [band] = axes.patches
     low, high = band.get_extents().transformed(axes.transData.inverted()).intervalx
     assert (low, high) == pytest.approx((1 / 1.1, 1.1))
@@ -223,13 +223,13 @@ def test_a_difference_is_drawn_around_0_and_an_endless_interval_ends_in_an_arrow
 
 
 def test_the_bars_are_the_shares_one_after_the_other():
-    shares = {"weights": 0.5, "order": 0.2, "interaction": 0.3}
+    parts = {"weights": 0.5, "order": 0.2, "interaction": 0.3}
     rows = [
-        {"arm": arm, "scale": 1.0, "source": source, "share": share, "low": 0.1, "high": 0.7}
+        {"arm": arm, "scale": 1.0, "source": source, "proportion": part, "low": 0.1, "high": 0.7}
         for arm in ("mu 0", "mu 0.9")
-        for source, share in shares.items()
+        for source, part in parts.items()
     ]
-    rows[3]["share"] = np.nan
+    rows[3]["proportion"] = np.nan
     axes: Any = plots.variance_bars(pd.DataFrame(rows), Figure().subplots())
     bars: Any = axes.containers
     widths = [[bar.get_width() for bar in of_source] for of_source in bars]
@@ -249,7 +249,7 @@ def test_the_path_is_drawn_from_its_start_to_its_end_over_a_map_that_holds_it():
     points = np.array([[4.0, 1.0], [2.0, -0.5], [0.5, 0.25], [np.inf, np.nan]])
     axes: Any = plots.path(bowl, {"mu 0.9": points, "mu 0": points[:2]}, Figure().subplots())
     drawn = [np.asarray(line.get_xydata()) for line in axes.lines]
-    np.testing.assert_array_equal(drawn[0], points[:3])  # What is not finite is left out.
+    np.testing.assert_array_equal(drawn[0], points[:3])  # Points that are not finite are left out.
     np.testing.assert_array_equal(np.concatenate(drawn[1:3]), points[[0, 2]])
     assert axes.get_legend_handles_labels()[1] == ["mu 0.9", "mu 0"]
     (low_x, high_x), (low_y, high_y) = axes.get_xlim(), axes.get_ylim()
@@ -260,7 +260,7 @@ def test_the_path_is_drawn_from_its_start_to_its_end_over_a_map_that_holds_it():
 
 
 def test_the_map_is_that_of_the_loss():
-    """Each level is an ellipse of the bowl: the loss is the same all along it."""
+    """The loss is constant along each contour, which is an ellipse."""
     points = np.array([[2.0, 1.0], [-2.0, -1.0]])
     axes: Any = plots.path(bowl, {"": points}, Figure().subplots())
     lines: Any = axes.collections[0].get_paths()
@@ -294,20 +294,20 @@ def test_energies_without_a_loss_are_refused():
 
 def test_alignment_and_gain_have_a_scale_each_and_the_gain_its_ceiling():
     motion = measured(alignment=np.array([1.0, 0.5, -0.5]), gain=np.array([1.0, 2.0, 4.0]))
-    # At learning rate 4 and mu 0.75.
+    # Learning rate 4 and mu 0.75.
     motion = motion._replace(effective_learning_rate=np.full(3, 16.0), friction=np.full(3, 0.125))
     axes: Any = plots.alignment_and_gain(motion, Figure().subplots())
     right = axes.figure.axes[1]
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), [1, 0.5, -0.5])
     np.testing.assert_array_equal(right.lines[0].get_ydata(), [1, 2, 4])
-    np.testing.assert_allclose(np.asarray(right.lines[1].get_ydata(), float), 4)  # 1 / (1 - mu)
+    np.testing.assert_allclose(np.asarray(right.lines[1].get_ydata(), float), 4)  # 1 / (1 - mu).
     no_friction = motion._replace(effective_learning_rate=np.full(3, np.inf), friction=np.zeros(3))
     axes: Any = plots.alignment_and_gain(no_friction, Figure().subplots())
     assert len(axes.figure.axes[1].lines) == 1
 
 
 def test_pairs_are_drawn_at_their_losses_and_marked(results):
-    axes: Any = plots.paired(results, "plain", "heavy", Figure().subplots())
+    axes: Any = plots.paired(results, "baseline", "heavy", Figure().subplots())
     ends = np.nan_to_num(results.loss.values[..., -1], nan=2.0)
     solved = ends <= 0.5
     expected = {
@@ -324,12 +324,12 @@ def test_pairs_are_drawn_at_their_losses_and_marked(results):
 
 
 def test_losses_of_0_and_below_are_drawn(results):
-    """Those of 0 at the lower edge of a logarithmic axis, negative ones on a linear axis."""
+    """Losses of 0 are at the edge of a logarithmic axis; negative losses need a linear axis."""
     results.loss[0, 0, 0, -1] = 0
-    axes: Any = plots.paired(results, "plain", "heavy", Figure().subplots())
+    axes: Any = plots.paired(results, "baseline", "heavy", Figure().subplots())
     assert axes.get_yscale() == "log"
     results.loss[0, 0, 0, -1] = -1
-    axes: Any = plots.paired(results, "plain", "heavy", Figure().subplots())
+    axes: Any = plots.paired(results, "baseline", "heavy", Figure().subplots())
     assert axes.get_yscale() == "linear"
 
 

@@ -1,4 +1,4 @@
-"""A problem: what it refuses, what it scales, how it is trained, measured and split."""
+"""Tests of `Problem`: refusals, scaling, validation split, state, and `check`."""
 
 import dataclasses
 from typing import Any
@@ -32,7 +32,7 @@ def leaves(tree):
     return {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-# What a problem is made of
+# Fields.
 
 
 def test_a_problem_needs_two_functions_only():
@@ -53,11 +53,11 @@ def test_a_problem_needs_two_functions_only():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (dict(test_data=np.zeros(3)), "test_data needs data"),
-        (dict(validation_data=np.zeros(3)), "validation_data needs data"),
+        (dict(test_data=np.zeros(3)), "test_data is given without data"),
+        (dict(validation_data=np.zeros(3)), "validation_data is given without data"),
         (dict(solved={"accuracy": 0.5}), r"\['accuracy'\].* there is no metric"),
-        (dict(solved={"acuracy": 0.5}, metrics={"accuracy": bowl}), r"there are \['accuracy'\]"),
-        (dict(metrics={"loss": bowl}), "'loss', a name of the results: rename it"),
+        (dict(solved={"acuracy": 0.5}, metrics={"accuracy": bowl}), r"metrics are \['accuracy'\]"),
+        (dict(metrics={"loss": bowl}), "'loss' is reserved for the results: rename"),
         (dict(metrics={"seed": bowl}), "'seed'"),
         (dict(curvature=0.0), r"curvature=0.0 must be above 0"),
         (dict(data={"x": np.zeros(3), "y": np.zeros(4)}), r"\[3, 4\]"),
@@ -84,7 +84,7 @@ def test_a_plain_function_is_a_metric_whose_larger_values_are_better():
     assert list(problem.evaluate(jnp.ones(2), None, None)) == ["loss", "plain", "error"]
 
 
-# What the initial scale multiplies
+# Initial scale.
 
 LAYER = {
     "hidden": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
@@ -126,7 +126,7 @@ def test_a_choice_of_no_params_is_refused():
             refuse(LAYER, 2.0)
 
 
-# Validation
+# Validation.
 
 
 def test_validation_rows_are_held_out_of_the_training_rows_alone():
@@ -137,8 +137,8 @@ def test_validation_rows_are_held_out_of_the_training_rows_alone():
     train, validation = split.data["x"], split.validation_data["x"]
     assert split.examples == len(train) == 50
     assert sorted([*train, *validation]) == list(range(60))
-    assert not (np.diff(validation) == 1).all()  # not the last rows
-    np.testing.assert_array_equal(split.data["y"], train)  # rows stay together
+    assert not (np.diff(validation) == 1).all()  # The held-out rows are not the last rows.
+    np.testing.assert_array_equal(split.data["y"], train)  # Inputs and targets stay together.
     np.testing.assert_array_equal(problem.with_validation().data["x"], train)
     assert split.test_data is problem.test_data
     tuned = split.for_tuning()
@@ -157,7 +157,7 @@ def test_tuning_never_falls_back_on_test_rows():
             problem.with_validation(fraction)
 
 
-# State that is not trained: two examples of a user's
+# State that is not trained, in Linen and NNX.
 
 
 class Linen(nn.Module):
@@ -237,7 +237,7 @@ def test_batch_statistics_follow_the_batches_and_are_not_trained(make):
     losses, ends, state, params = run(jax.random.split(KEY, 3), jnp.array([0.5, 1.0, 2.0]))
     assert (losses[:, -10:].mean(axis=1) < losses[:, :10].mean(axis=1)).all()
     assert np.isfinite(ends).all()
-    # The running statistics approach those of the first layer's outputs over all the rows.
+    # The running statistics approach the statistics of the first layer over all rows.
     first = "hidden" if make is in_nnx else "Dense_0"
     kernel, bias = (leaves(params)[f"{first}/{name}"] for name in ("kernel", "bias"))
     outputs = np.einsum("ni,rio->rno", x, kernel) + bias[:, None]
@@ -267,7 +267,7 @@ def test_a_stateful_problem_without_a_test_loss_reports_the_training_loss():
     assert without_data.evaluate(3.0, 2.0, None) == {"loss": 6.0}
 
 
-# check
+# The function `check`.
 
 
 def test_functions_that_cannot_be_trained_are_refused_in_one_line():
@@ -291,21 +291,24 @@ def test_functions_that_cannot_be_trained_are_refused_in_one_line():
         ({"data": np.ones((3, 1))}, r"loss\(params, batch\) of odd fails: TypeError"),
         ({"init": lambda key, size: key}, r"init\(key\) of odd fails: TypeError"),
         ({"init": lambda key: ()}, r"init\(key\) of odd must return params, but returns \(\)"),
-        (counted, r"must return floats, but is int32 at n: numbers that are not trained belong in"),
+        (
+            counted,
+            r"must return floats, but returns int32 at n: numbers that are not trained belong in",
+        ),
         ({"scaled": lambda path: True}, r"scaled\(path, leaf\) of odd fails: TypeError"),
     ]:
         odd: Any = Problem(**{"init": draw, "loss": bowl, "name": "odd"} | change)
         with pytest.raises(ValueError, match=message) as refused:
             check(odd)
         assert "\n" not in str(refused.value)
-        assert "study/problem.py" not in str(refused.value)  # a line of the user's, or none
+        assert "study/problem.py" not in str(refused.value)  # It is not the user's code.
 
 
 @pytest.mark.parametrize(
     ("state", "loss", "says"),
     [
         (None, lambda w, s: (bowl(w), s), r"init\(key\) of odd must return \(params, state\)"),
-        (1.0, lambda w, s: bowl(w), r"must return \(loss, new_state\), as it is stateful"),
+        (1.0, lambda w, s: bowl(w), r"must return \(loss, new_state\) because the problem is"),
         (1.0, lambda w, s: (w, s), "must return one float, but returns shape"),
         (
             {"mean": jnp.ones(2), "var": jnp.ones(2)},

@@ -1,4 +1,4 @@
-"""Problems are found by name and in a user's files, and every built-in one can be trained."""
+"""Tests of `find`, and that every built-in problem can be trained."""
 
 import sys
 import textwrap
@@ -28,13 +28,13 @@ def test_every_problem_can_be_trained_and_has_defaults_that_fit_it(name):
         return loss, grads
 
     losses, grads = slopes(jax.random.split(jax.random.key(0), 3), jnp.array([0.9, 1, 1.1]))
-    assert len(set(np.asarray(losses))) == 3  # every run starts elsewhere
+    assert len(set(np.asarray(losses))) == 3  # Runs start from different weights.
     assert all(np.isfinite(g).all() and g.dtype == np.float32 for g in jax.tree.leaves(grads))
     has_data = {"batch_size"} if problem.data is not None else set()
     defaults = problem.defaults
     assert set(defaults) == {"learning_rate", "rates", "steps", "init_scales"} | has_data
     assert defaults["learning_rate"] in defaults["rates"][1:-1]
-    # At least twice as fine as half decades.
+    # Neighbouring rates differ by at most 10^(1/4).
     ratios = np.divide(defaults["rates"][1:], defaults["rates"][:-1])
     np.testing.assert_allclose(ratios, 10**0.25, rtol=0.01)
     assert 1.0 in defaults["init_scales"]
@@ -61,7 +61,7 @@ def test_the_registry_has_every_function_that_makes_a_problem():
     ]  # fmt: skip
 
 
-# find
+# The function `find`.
 
 
 OWN = """
@@ -110,15 +110,15 @@ def test_find_takes_an_object_or_a_function_from_a_file(own):
             "digits, mnist1d, mnist-conv, deep-mlp, sequence, double-well, safran-shamir, q",
         ),
         ("{own}", "own.py:object"),
-        ("{own}x:flat", "no problem is called"),
+        ("{own}x:flat", "there is no problem"),
         ("{own}/none.py:flat", "there is no file"),
-        ("{own}:flatt", r"no 'flatt': it has broken, flat, steep\.$"),
-        ("{own}:sloped", "sloped.. of .* fails: TypeError: .*slope"),
+        ("{own}:flatt", r"no object 'flatt': it has broken, flat, steep\.$"),
+        ("{own}:sloped", "sloped.. in .* fails: TypeError: .*slope"),
         ("{own}:broken", "RuntimeError: first line second line"),
-        ("{own}:number", "number of .* is of type int"),
+        ("{own}:number", "number in .* is of type int"),
         ("{own}:Settings", "is of type type"),
-        ("{bad}:flat", "bad.py does not import: SyntaxError"),
-        ("{exits}:flat", "exits.py does not import: SystemExit: 3"),
+        ("{bad}:flat", "bad.py cannot be imported: SyntaxError"),
+        ("{exits}:flat", "exits.py cannot be imported: SystemExit: 3"),
     ],
 )
 def test_find_says_in_one_line_what_there_is(own, text, says):

@@ -1,4 +1,4 @@
-"""Two studies side by side: the comparisons that both have made."""
+"""Tests of the comparison of two finished studies."""
 
 import pytest
 import synthetic
@@ -13,7 +13,7 @@ FAMILIES = {"mu 0": 0.0, "mu 0.9": 0.9}
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """Folders and tables of two studies of the same arms, and of one of other arms."""
+    """Folders and tables of two studies with the same arms, and of one with other arms."""
     folder = tmp_path_factory.mktemp("studies")
     found = []
     with pytest.MonkeyPatch.context() as patch:
@@ -31,12 +31,12 @@ def studies(tmp_path_factory):
 def test_the_values_of_both_stand_side_by_side(studies):
     (one, table), (two, other), _ = studies
     found = compare_reports([one, two])
-    assert len(found) == len(other) < len(table)  # the second has no total spread
-    for scale in (1.0, 2.0, -1.0):  # -1: all scales together.
+    assert len(found) == len(other) < len(table)  # The second has no total std.
+    for scale in (1.0, 2.0, -1.0):  # -1 stands for all scales combined.
         row, first, second = (
             each.fillna({"scale": -1.0})
             .set_index(["arm", "contrast", "question", "scale"])
-            .loc[("mu 0.9 at 0.01", "same effective rate", "spread", scale)]
+            .loc[("mu 0.9 at 0.01", "same effective rate", "std", scale)]
             for each in (found, table, other)
         )
         for number, source in ((1, first), (2, second)):
@@ -64,7 +64,9 @@ def test_an_arm_may_be_called_nan(studies):
 def test_a_folder_without_a_finished_study_is_refused_in_one_line(studies, tmp_path):
     (folder, _), *_ = studies
     for function in (compare_reports, compare_studies):
-        with pytest.raises(ValueError, match=r"holds no finished study: there is no \S+$"):
+        with pytest.raises(
+            ValueError, match=r"holds no finished study, because it has no \S+: give"
+        ):
             function([folder, tmp_path])
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"summary.json is damaged: [^\n]+$"):

@@ -1,4 +1,4 @@
-"""Every statistic against a case whose answer is known, computed in another way."""
+"""Tests of every statistic against a known answer, or another way to compute it."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from momentum_jax.study.statistics import final
 
 
 def dataset(loss, start: Any = 1.0, accuracy=None, **attrs):
-    """A dataset of final losses (arm, init_scale, seed[, order_seed])."""
+    """Makes a dataset from final losses (arm, init_scale, seed[, order_seed])."""
     loss = np.asarray(loss, np.float32)
     dims = [*("arm", "init_scale", "seed", "order_seed")[: loss.ndim], "step"]
 
@@ -35,7 +35,7 @@ def dataset(loss, start: Any = 1.0, accuracy=None, **attrs):
 
 
 def correlated(random, shape, law="normal"):
-    """Pairs (..., 2, n) that share half of their variance, before a law is applied."""
+    """Draws normal pairs (..., 2, n) with correlation 0.5, and transforms their distribution."""
     *repeats, n = shape
     normal = (random.normal(size=(*repeats, 1, n)) + random.normal(size=(*repeats, 2, n))) / 2**0.5
     if law == "lognormal":
@@ -46,7 +46,7 @@ def correlated(random, shape, law="normal"):
     return normal
 
 
-# How runs end.
+# Final values.
 
 
 def test_a_diverged_run_counts_as_the_cap_and_is_not_solved():
@@ -60,7 +60,7 @@ def test_a_diverged_run_counts_as_the_cap_and_is_not_solved():
 
 def test_without_a_cap_a_run_ends_no_worse_than_it_started():
     ends = final(dataset([[[0.5, np.nan, 9.0, np.nan]]], start=[3.0, 4.0, 5.0, np.inf]))
-    # A start that is not finite counts as the worst of the others.
+    # An initial loss that is not finite is set to the largest finite one.
     np.testing.assert_allclose(ends.loss.values.ravel(), [0.5, 4, 5, 5])
     assert ends.solved.values.ravel().tolist() == [True, False, True, False]
     assert set(ends) == {"loss", "diverged", "solved"}
@@ -117,7 +117,7 @@ def test_interquartile_mean_of_known_values():
 
 
 def by_anova(values):
-    """(MS of the units - MS of the interaction) / replicates, written out."""
+    """Computes (MS_units - MS_interaction) / replicates directly."""
     units, replicates = values.shape
     mean, rows, columns = values.mean(), values.mean(1), values.mean(0)
     of_units = replicates * sum((row - mean) ** 2 for row in rows) / (units - 1)
@@ -133,27 +133,27 @@ def by_anova(values):
 def test_variances_add_up_to_two_way_random_effects(replicates):
     random = np.random.default_rng(1)
     values = random.normal(size=(3, 12, 1)) + random.normal(size=(3, 12, replicates))
-    values += random.normal(size=(3, 1, replicates))  # The orders' effect does not enter.
+    values += random.normal(size=(3, 1, replicates))  # The effect of the order does not enter.
     found = statistics.variances(values).sum(-1)
     np.testing.assert_allclose(found, [by_anova(each) for each in values])
-    # Nor does noise: with no weights' effect the mean estimate is 0, and many are below.
+    # Noise does not enter either: without an effect of the weights, the mean estimate is 0.
     noise = statistics.variances(random.normal(size=(2000, 10, replicates))).sum(-1)
     assert abs(noise.mean()) < 4 * noise.std() / 2000**0.5
     assert (noise < 0).mean() > 0.3
 
 
-def test_spread_of_known_values():
+def test_std_of_known_values():
     values = np.random.default_rng(2).normal(size=(2, 3, 20, 1))
-    found = statistics.log_spread(values)
+    found = statistics.log_std(values)
     np.testing.assert_allclose(np.exp(found.value), values.std(2, ddof=1)[..., 0])
-    assert np.isnan(statistics.log_spread(np.full((8, 1), 0.1)).value)
+    assert np.isnan(statistics.log_std(np.full((8, 1), 0.1)).value)
     alone = np.array([[1.0, -1.0], [-1.0, 1.0], [2.0, -2.0], [-2.0, 2.0]])
-    assert np.isnan(statistics.log_spread(alone).value)  # A negative variance.
+    assert np.isnan(statistics.log_std(alone).value)  # The estimated variance is negative.
 
 
 @pytest.mark.parametrize(
     "statistic",
-    [statistics.log_spread, statistics.mean, statistics.middle],
+    [statistics.log_std, statistics.mean, statistics.middle],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("replicates", [1, 3])
@@ -169,7 +169,7 @@ def test_influences_are_what_a_unit_more_or_less_changes(statistic, replicates):
 
 
 def test_the_error_of_an_interquartile_mean_is_yuens():
-    """Yuen's test for dependent samples, from winsorized sums of squares, by hand."""
+    """Computes Yuen's test for dependent samples from winsorized sums of squares."""
     one, other = correlated(np.random.default_rng(4), (30,))
     found = [statistics.middle(values[:, None]) for values in (one, other)]
     away = found[0].influence - found[1].influence
@@ -203,11 +203,11 @@ def test_a_diverged_run_has_the_worst_metric_whatever_its_sign():
     np.testing.assert_array_equal(found, [-3.0, -3.0, 0.5])
 
 
-# The tests of a ratio of spreads.
+# Tests of a ratio of standard deviations.
 
 
 def brute_t(parts, weights):
-    """T of resampled contributions to variances, of (spread, unit), where all are positive."""
+    """Computes T from resampled contributions to variances (std, unit) that are all positive."""
     variances = parts.mean(1)
     value = weights @ np.log(variances) / 2
     influence = weights @ (parts / variances[:, None]) / 2
@@ -217,7 +217,7 @@ def brute_t(parts, weights):
 @pytest.mark.parametrize("scales", [1, 3])
 def test_bootstrap_reference_is_that_of_units_drawn_one_by_one(scales):
     values = np.random.default_rng(6).normal(size=(2, scales, 15, 1)) ** 3
-    influences = statistics.log_spread(values).influence.reshape(-1, 15)
+    influences = statistics.log_std(values).influence.reshape(-1, 15)
     weights = np.repeat([1.0, -1.0], scales) / scales
     counts = spread_tests.resampled(15, 40)
     brute = []
@@ -231,7 +231,7 @@ def test_bootstrap_reference_is_that_of_units_drawn_one_by_one(scales):
 def test_bootstrap_reference_is_finite_where_a_component_vanishes():
     random = np.random.default_rng(7)
     values = 0.4 * random.normal(size=(2, 20, 1)) + random.normal(size=(2, 20, 2))
-    influences = statistics.log_spread(values).influence
+    influences = statistics.log_std(values).influence
     counts = spread_tests.resampled(20, 999)
     assert (counts @ (1 + 2 * influences.T) <= 0).any()
     found = spread_tests.bootstrap_reference(influences, np.array([1.0, -1.0]), counts)
@@ -241,12 +241,12 @@ def test_bootstrap_reference_is_finite_where_a_component_vanishes():
 
 
 def test_bootstrap_reference_agrees_with_pitman_and_morgan_on_normal_pairs():
-    """Their test is exact there: the spreads are equal if sum and difference do not correlate."""
+    """That test is exact here: equal variances mean that sum and difference are uncorrelated."""
     random = np.random.default_rng(8)
     for scale in (1.0, 1.2):
         baseline, arm = correlated(random, (300,)) * [[1], [scale]]
         _, exact = stats.pearsonr(arm + baseline, arm - baseline)
-        value, influence = statistics.log_spread(np.stack([arm, baseline])[..., None])
+        value, influence = statistics.log_std(np.stack([arm, baseline])[..., None])
         error = (influence[0] - influence[1]).std(ddof=1) / 300**0.5
         law = spread_tests.bootstrap_reference(
             influence, np.array([1.0, -1]), spread_tests.resampled(300, 4999)
@@ -294,12 +294,12 @@ def test_the_tests_find_something_in_equal_laws_no_oftener_than_they_say(law):
     counts, swapped = spread_tests.resampled(units, 199), spread_tests.swaps(units, 199)
     found = np.zeros(2)
     for values in correlated(random, (studies, units), law)[..., None]:
-        value, influence = statistics.log_spread(values)
+        value, influence = statistics.log_std(values)
         error = (influence[0] - influence[1]).std(ddof=1) / units**0.5
         reference = spread_tests.bootstrap_reference(influence, np.array([1.0, -1]), counts)
         found[0] += abs(value[0] - value[1]) > reference[189] * error
         found[1] += spread_tests.exchange_p(values[:1], values[1:], swapped) < 0.05
-    # Measured in benchmarks/results/spread-tests.json: up to 10% for the first.
+    # benchmarks/results/spread-tests.json has up to 10% for the first test.
     assert found[0] <= stats.binom.ppf(0.999, studies, 0.1)
     assert found[1] <= stats.binom.ppf(0.999, studies, 0.06)
 
@@ -309,7 +309,7 @@ def test_t_reference_is_students_law():
     assert np.mean(reference >= 2.0) == pytest.approx(2 * stats.t.sf(2.0, 7), abs=2e-4)
 
 
-# Rescued and lost.
+# Rescued and lost runs.
 
 
 @pytest.mark.parametrize(("rescued", "lost"), [(9, 1), (1, 9), (86, 150), (0, 5), (3, 3), (0, 0)])
@@ -326,7 +326,7 @@ def test_swap_test_of_several_runs_a_unit_counts_all_swaps():
     assert statistics.swap_test(scores) == pytest.approx(by_hand)
 
 
-# The bootstrap, shares and Holm.
+# Bootstrap, proportions and Holm's method.
 
 
 def test_bootstrap_is_scipys():
@@ -339,7 +339,7 @@ def test_bootstrap_is_scipys():
 
 
 def test_bootstrap_draws_rows_together():
-    """Runs of a unit that repeat each other are no more evidence than one of them."""
+    """Identical runs of a unit count as one run."""
     sample = np.random.default_rng(13).normal(size=40)
     repeated = statistics.bootstrap(np.mean, np.stack([sample] * 5, 1))
     assert repeated == pytest.approx(statistics.bootstrap(np.mean, sample))
@@ -354,7 +354,7 @@ def test_bootstrap_of_few_or_equal_values():
 @pytest.mark.parametrize(
     ("count", "n", "low", "high"),
     [
-        # Newcombe (1998), Two-sided confidence intervals for the single proportion, table I.
+        # From Newcombe (1998), Two-sided confidence intervals for the single proportion, table I.
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0000, 0.1611),
@@ -391,14 +391,14 @@ def test_the_measured_error_rates_in_docstrings_are_those_of_the_benchmark():
     measured = json.loads(benchmark.RESULT.read_text())
     for documented, lines in (
         (spread_tests.bootstrap_reference, benchmark.short_table(measured["tests"])),
-        (components.shares, benchmark.short_components(measured["components"])),
+        (components.proportions, benchmark.short_components(measured["components"])),
     ):
         for line in lines:
             assert line in str(documented.__doc__)
 
 
 def test_the_benchmark_measures_what_is_known():
-    """A law has standard deviation 1, pairs have their ratio, and a wide gap is found."""
+    """Distributions have standard deviation 1, pairs have their ratio, a large gap is found."""
     random = np.random.default_rng(16)
     for law in benchmark.LAWS:
         if law != "t3":

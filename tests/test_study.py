@@ -1,4 +1,4 @@
-"""The command: what a person types, and what they get."""
+"""Tests of the command: its options, output, errors and files."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def init(key):
 
 
 def loss(w):
-    # What takes its time, so that there is a time at which to be stopped.
+    # Slow on purpose, so that the test can stop the process during training.
     w = jax.lax.fori_loop(0, {work}, lambda i, w: w + 1e-9 * jnp.sin(w), w)
     return jnp.sum(jnp.array([1.0, 10.0, 100.0]) * w**2)
 
@@ -49,7 +49,7 @@ a_number = 3
 
 
 def environment(devices=2):
-    """Without the tests' own devices and cores: as a person has it."""
+    """The environment of a user, without the device settings of the tests."""
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
     }
@@ -62,7 +62,7 @@ def command(*arguments, **options):
 
 @pytest.fixture
 def own(tmp_path):
-    """A file with a problem of one's own."""
+    """A file with a user's own problem."""
     path = tmp_path / "bowl.py"
     path.write_text(OWN.format(work=1))
     return path
@@ -70,7 +70,7 @@ def own(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder and the output of one small study, run as a person runs it."""
+    """The folder and the output of one small study, run as a command."""
     folder = tmp_path_factory.mktemp("study") / "results"
     rates = ["--rates", "0.016", "0.16", "--learning-rate", "0.016"]
     rates += ["--tuning-seeds", "2", "--mu", "0.9"]
@@ -79,7 +79,7 @@ def finished(tmp_path_factory):
 
 
 def refused(capsys, *arguments):
-    """The one line that the command ends with."""
+    """Returns the single line with which the command ends."""
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
     assert stopped.value.code == 2
@@ -91,7 +91,7 @@ def refused(capsys, *arguments):
 def test_it_says_what_it_does_and_where_the_results_are(finished):
     folder, done = finished
     assert (
-        "double well: 48 runs of 40 steps (4 arms x 2 initial scales x 6 initial weights), "
+        "double well: 48 runs of 40 steps (4 arms x 6 seeds x initial scales 0.5, 2), "
         "16 runs to tune learning rates, on 2 x cpu" in done.stderr
     )
     for bar in ("tuning: 100%", "training: 100%", "loss=", "comparisons: 100%", "pictures: 100%"):
@@ -119,7 +119,7 @@ def test_the_files_hold_the_same_numbers(finished):
     assert dict(results.sizes)["step"] == 41
     table = pd.read_csv(folder / "comparisons.csv")
     (ratio,) = table.value[
-        (table.arm == "mu 0.9 at 0.0016") & (table.scale == 0.5) & (table.question == "spread")
+        (table.arm == "mu 0.9 at 0.0016") & (table.scale == 0.5) & (table.question == "std")
     ]
     last = results.loss.sel(init_scale=0.5).isel(step=-1)
     spreads = [
@@ -133,7 +133,7 @@ def test_the_files_hold_the_same_numbers(finished):
 
 
 def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
-    """SIGKILL in the middle; what had ended is not trained again."""
+    """After SIGKILL during training, finished runs are not trained again."""
     (tmp_path / "slow.py").write_text(OWN.format(work=4000))
     arguments = ["--problem", "slow.py:problem", "--seeds", "600", "--init-scale", "1"]
     arguments += ["--mu", "0.9", "--rates", "0.001", "--tuning-seeds", "0", "--no-controls"]
@@ -155,9 +155,9 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
     kept = list(chunks.glob("*.npz"))
     assert 1 <= len(kept) < 5
 
-    resumed = command("--resume", str(tmp_path / "stopped"))  # from another folder
+    resumed = command("--resume", str(tmp_path / "stopped"))  # Resumed from another working folder.
     assert "my bowl: 1200 runs" in resumed.stderr
-    # The bar starts where it stopped: only the rest is trained.
+    # The progress bar starts where it stopped: only the rest is trained.
     assert f"| {240 * len(kept)}/1200 " in resumed.stderr
     whole, again = (
         xr.load_dataset(tmp_path / name / "results.nc", engine="scipy")
@@ -179,13 +179,13 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
     assert dict(second.sizes) | {"seed": 8, "arm": 6, "init_scale": 2} == dict(second.sizes)
     shared = second.loss.sel(arm=first.arm, seed=first.seed, init_scale=first.init_scale)
     np.testing.assert_array_equal(shared, first.loss)
-    begun = " ".join([*arguments, "--seeds", "6"])
+    started = " ".join([*arguments, "--seeds", "6"])
     added = "--resume DIR --seeds 8 --mu 0.9 --init-scale 2"
     assert (
-        f"\npython -m momentum_jax.study {begun}\npython -m momentum_jax.study {added}\n"
+        f"\npython -m momentum_jax.study {started}\npython -m momentum_jax.study {added}\n"
         in (Path(two) / "report.md").read_text()
     )
-    main(["--resume", two])  # nothing new: no command of its own
+    main(["--resume", two])  # Nothing new, so no new command.
     assert (Path(two) / "report.md").read_text().count("momentum_jax.study --") == 2
     capsys.readouterr()
 
@@ -200,22 +200,22 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
 
 
 def test_two_arms_that_differ_in_the_rate_alone_are_not_credited_to_momentum(tmp_path):
-    """Plain descent twice: whatever is found is said of the arms, and not of momentum."""
+    """Both arms have mu 0, so the report must speak of the arms and not of momentum."""
     rates = [
-        study.Arm(f"plain at {rate}", mj.momentum, learning_rate=rate, mu=0.0)
+        study.Arm(f"baseline at {rate}", mj.momentum, learning_rate=rate, mu=0.0)
         for rate in (0.5, 0.1)
     ]
     results = study.run(problems.find("digits"), rates, range(8), range(2), steps=20)
     study.report(results, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "momentum" not in summary["verdict"]["sentence"]
-    assert "plain at 0.1" in summary["verdict"]["sentence"]
+    assert "baseline at 0.1" in summary["verdict"]["sentence"]
     assert summary["question"] == (
-        "Does the result of training depend less on the random initial weights with plain at 0.1 "
-        "than with plain at 0.5?"
+        "Does the result of training depend less on the random initial weights with baseline at "
+        "0.1 than with baseline at 0.5?"
     )
     page = (tmp_path / "report.md").read_text().split("## Reproduction")[0]
-    assert re.findall(r"\w*momentum\w*", page) == ["momentum_jax"]  # where error rates are
+    assert re.findall(r"\w*momentum\w*", page) == ["momentum_jax"]  # Of the error rates.
 
 
 def test_csv_is_the_table_and_nothing_else(tmp_path, capsys):
@@ -238,7 +238,7 @@ def test_csv_is_the_table_and_nothing_else(tmp_path, capsys):
 
 
 def test_two_processes_train_a_study_together(own, tmp_path):
-    """Over jax.distributed on this machine; each trains half, one writes the report."""
+    """Two processes with jax.distributed: each trains half, and one writes the report."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -360,7 +360,7 @@ def test_batch_sizes_are_compared_apart_and_at_equal_epochs():
 
 
 def test_help_names_every_option_and_default(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # else a default may be broken over two lines
+    monkeypatch.setenv("COLUMNS", "200")  # Wide, so that no default is split over two lines.
     with pytest.raises(SystemExit) as stopped:
         parse(["--help"])
     assert stopped.value.code == 0
@@ -379,28 +379,31 @@ def test_help_names_every_option_and_default(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "2"], "--seeds 2: a spread needs at least 3"),
-        (["--steps", "0"], "'0' is not a whole number from 1"),
-        (["--steps", "many"], "'many' is not a whole number from 1"),
-        (["--learning-rate", "-1"], "'-1' is not a number above 0"),
-        (["--learning-rate", "big"], "'big' is not a number above 0"),
-        (["--mu", "1"], "'1' is not a number above 0 and below 1, or nesterov- and such"),
-        (["--order-seeds", "many"], "'many' is not a whole number from 1"),
+        (["--seeds", "2"], "--seeds 2: must be at least 3 to measure a standard deviation"),
+        (["--steps", "0"], "'0' must be a whole number, at least 1"),
+        (["--steps", "many"], "'many' must be a whole number, at least 1"),
+        (["--learning-rate", "-1"], "'-1' must be a finite number above 0"),
+        (["--learning-rate", "big"], "'big' must be a finite number above 0"),
+        (["--mu", "1"], "'1' must be a number above 0 and below 1, such as 0.9, or nesterov-0.9"),
+        (["--order-seeds", "many"], "'many' must be a whole number, at least 1"),
         (["--record", "weights"], "invalid choice: 'weights'"),
         (
             ["--problem", "nothing"],
-            "--problem nothing: no problem is called 'nothing': there are digits, mnist1d",
+            "--problem nothing: there is no problem 'nothing': give one of digits, mnist1d",
         ),
         (["--problem", "no.py:p"], "there is no file 'no.py'"),
-        (["--batch-size", "1500"], "--batch-size 1500: digits has"),
+        (
+            ["--batch-size", "1500"],
+            "--batch-size 1500: must be at most the number of training examples of digits, 1077",
+        ),
         (["--problem", "quadratic", "--batch-size", "8"], "quadratic has no data to draw batches"),
-        (["--rates", "0.2"], "needs two or more rates to choose from"),
+        (["--rates", "0.2"], "needs at least two rates to choose from"),
         (["--out", __file__], "already exists and is not empty"),
         (["--out", str(Path(__file__).parent)], "already exists and is not empty"),
         (["--out", "/dev/null/results"], "--out /dev/null/results: cannot write there"),
-        (["--resume", "/nowhere"], "/nowhere holds no study: there is no study.json"),
+        (["--resume", "/nowhere"], "/nowhere holds no study, because it has no study.json"),
         (["compare", "/nowhere", "/here"], "/nowhere holds no finished study"),
-        (["--distributed"], "--distributed needs --out"),
+        (["--distributed"], "--distributed: give --out too"),
         (["--wrong"], "unrecognized arguments: --wrong"),
     ],
 )
@@ -412,8 +415,8 @@ def test_an_error_is_one_line_before_the_work_starts(arguments, message, capsys,
 
 def test_an_error_in_ones_own_file_is_one_line_too(own, capsys):
     for name, message in (
-        ("a_number", "must be a momentum_jax.study Problem"),
-        ("q", "no 'q'"),
+        ("a_number", "must be a momentum_jax.study.Problem"),
+        ("q", "no object 'q'"),
         ("vector", "loss(params) of vector must return one float, but returns shape (3,)"),
     ):
         assert message in refused(capsys, "--problem", f"{own}:{name}")
@@ -424,11 +427,13 @@ def test_what_cannot_be_resumed_is_one_line(own, tmp_path, capsys):
     study = parse(["--problem", f"{own}:problem", *SMALL]).study
     study.save(out)
     resume = ("--resume", str(out))
-    assert "--steps cannot be changed" in refused(capsys, *resume, "--steps", "9")
+    assert "--steps cannot change in a study that has started" in refused(
+        capsys, *resume, "--steps", "9"
+    )
     changed = refused(capsys, *resume, "--seeds", "3")
     assert "holds another study, which differs in seeds" in changed
-    begun = refused(capsys, "--problem", f"{own}:problem", "--out", str(out))
-    assert f"it holds a study: --resume {out} resumes or extends it" in begun
+    started = refused(capsys, "--problem", f"{own}:problem", "--out", str(out))
+    assert f"it holds a study: --resume {out} resumes or extends it" in started
     (out / design.FILE).write_text("{")
     assert f"{out / design.FILE} is damaged: it is not JSON" in refused(capsys, *resume)
     own.unlink()
@@ -453,7 +458,7 @@ def test_too_little_room_is_said_before_the_work_starts(tmp_path, monkeypatch, c
     usage = shutil.disk_usage(tmp_path)._replace(free=10 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     error = refused(capsys, "--quick", "--out", str(tmp_path / "out"))
-    assert "10 MB are free there, and the results may take" in error
+    assert "but only 10 MB are free; give a folder on another disk" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Many runs in one program train just as each would alone, on the same weights and batches."""
+"""Tests of `run`: each of many runs trains as it would alone, with paired weights and batches."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ import momentum_jax as mj
 from momentum_jax.study import Arm, Contrast, Primary, Problem, run, sweep, training
 from momentum_jax.study import arms as make
 
-PLAIN = Arm("plain", mj.momentum, learning_rate=0.05, mu=0.0)
+BASELINE = Arm("baseline", mj.momentum, learning_rate=0.05, mu=0.0)
 HEAVY = Arm("heavy", mj.momentum, learning_rate=0.05, mu=0.9)
 HEAVY_AGAIN = HEAVY.replaced(name="heavy again")
 AHEAD = Arm("ahead", make.nesterov, learning_rate=0.05, mu=0.9)
@@ -22,7 +22,7 @@ AHEAD = Arm("ahead", make.nesterov, learning_rate=0.05, mu=0.9)
 
 @pytest.fixture(scope="module")
 def problem():
-    """A line through noisy points: data, a metric, and little to compile."""
+    """A linear regression: data, a metric, and short compile times."""
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     y = x @ np.array([1, -2, 3], np.float32) + x[:, 0] ** 2
 
@@ -47,12 +47,12 @@ def bowl(w):
 
 
 def uneven_bowl() -> Problem:
-    """Two params, no data: the least that there can be."""
+    """A minimal problem: two params, no data."""
     return Problem(draw_pair, bowl, name="bowl", solved={"loss": 0.1})
 
 
 def counting(examples):
-    """Each step of plain descent adds 1 to the param of each example that it sees."""
+    """Each step at mu 0 adds 1 to the param of each example of its batch."""
     return Problem(
         lambda key: jnp.zeros(examples),
         lambda params, batch: -params[batch].sum(),
@@ -62,7 +62,7 @@ def counting(examples):
 
 
 def trained_alone(problem, arm, seed, init_scale, steps):
-    """The params after each step, in the usual loop."""
+    """Computes the params after each step in a Python loop."""
     weights_key, _, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
     params = jax.tree.map(lambda w: init_scale * w, problem.init(weights_key))
     examples = () if problem.data is None else (problem.data,)
@@ -81,13 +81,13 @@ def test_every_example_is_seen_once_an_epoch():
     result = run(counting(24), [add], seeds=[0, 1], steps=12, evaluations=12)
     seen = np.arange(13) * 6
     np.testing.assert_array_equal(-result.loss.values[0, 0], [seen, seen])
-    # The example that was seen least was seen once at the end of each epoch of four steps.
+    # After each epoch of four steps, every example was seen equally often.
     np.testing.assert_array_equal(result.least.values[0, 0, :, 4::4], [[1, 2, 3]] * 2)
     np.testing.assert_array_equal(result.least.values[0, 0, :, 3], [0, 0])
 
 
 def powers():
-    """Plain descent at rate 1 ends at minus the sum of the examples that it saw."""
+    """At mu 0 and learning rate 1, a run ends at minus the sum of the examples that it saw."""
     return Problem(
         lambda key: 0.125 * jax.random.randint(key, (), 0, 8),
         lambda w, x: w * jnp.sum(x),
@@ -97,7 +97,7 @@ def powers():
 
 
 def test_batches_of_another_size_come_from_the_same_order():
-    """The first 8 examples of an epoch are the same, one by one or in two steps of four."""
+    """The first 8 examples of an epoch are the same for batches of 1 and of 4."""
 
     def ends(batch_size, steps):
         add = Arm("add", optax.sgd, batch_size=batch_size, learning_rate=1.0)
@@ -112,11 +112,11 @@ def test_seeds_draw_the_weights_and_order_seeds_the_order():
     crossed = run(powers(), [add], range(6), range(5), steps=1).params.isel(arm=0, init_scale=0)
     start, seen = crossed.isel(step=0, param=0), crossed.isel(step=0) - crossed.isel(step=1)
     assert dict(start.sizes) == {"seed": 6, "order_seed": 5}
-    assert np.ptp(start.values, axis=1).max() == 0  # an order leaves the weights alone
-    assert np.ptp(seen.values, axis=0).max() == 0  # weights leave the order alone
+    assert np.ptp(start.values, axis=1).max() == 0  # The order seed does not change the weights.
+    assert np.ptp(seen.values, axis=0).max() == 0  # The seed does not change the order.
     assert len(np.unique(start.values)) > 3
     assert len(np.unique(seen.values)) == 5
-    # Paired, order seed and seed are one; either alone is a row or a column.
+    # Paired runs are the diagonal of the crossed runs; a single (order) seed is a row or column.
     paired = run(powers(), [add], range(5), steps=1).params.values[0, 0, :, -1, 0]
     np.testing.assert_array_equal(paired, np.diagonal(crossed.values[:5, :, -1, 0]))
     row = run(powers(), [add], [3], range(5), steps=1).params.values[0, 0, 0, :, -1, 0]
@@ -135,12 +135,12 @@ def test_seeds_draw_the_weights_and_order_seeds_the_order():
     ],
 )
 def test_the_design_is_recorded(problem, seeds, order_seeds, design):
-    arm = PLAIN.replaced(batch_size=8)
+    arm = BASELINE.replaced(batch_size=8)
     assert run(problem, [arm], seeds, order_seeds, steps=1).attrs["design"] == design
 
 
 def test_a_run_with_data_is_the_usual_loop(problem):
-    """With the whole training set as its batch, the order of the data plays no role."""
+    """If a batch is the whole training set, the data order has no effect."""
     size = len(problem.data["y"])
     arms = [arm.replaced(batch_size=size) for arm in (HEAVY, AHEAD)]
     result = run(problem, arms, seeds=[3], init_scales=[0.5], steps=10)
@@ -155,7 +155,7 @@ def test_a_run_with_data_is_the_usual_loop(problem):
 
 
 def test_a_run_without_data_is_the_usual_loop():
-    """With any transformation; its path, its loss and its kinetic energy."""
+    """For any transformation: its path, loss and kinetic energy."""
     adam = Arm("adam", optax.adam, learning_rate=0.1)
     result = run(uneven_bowl(), [HEAVY, adam], seeds=[0, 7], init_scales=[2.0], steps=15)
     assert result.step.values.tolist() == list(range(16))
@@ -170,7 +170,7 @@ def test_a_run_without_data_is_the_usual_loop():
 
 
 def test_model_state_is_carried_along_and_not_trained():
-    """A running mean of the batches: known after each step, whatever the params."""
+    """The state is a running mean of the batches, which is known after each step."""
     rows = np.arange(8, dtype=np.float32)
 
     def loss(w, state, batch):
@@ -184,7 +184,7 @@ def test_model_state_is_carried_along_and_not_trained():
         test_loss=lambda w, state, batch: jnp.sum(w**2) + state,
         stateful=True,
     )
-    arm = PLAIN.replaced(batch_size=8)
+    arm = BASELINE.replaced(batch_size=8)
     result = run(stateful, [arm], seeds=[0, 1], init_scales=[1.0, 2.0], steps=3)
     means = 3.5 * (1 - 0.5 ** np.arange(4))
     np.testing.assert_allclose(result.running_mean.values, np.broadcast_to(means, (1, 2, 2, 4)))
@@ -194,7 +194,7 @@ def test_model_state_is_carried_along_and_not_trained():
 
 
 def test_the_transform_is_given_the_loss_and_a_key_of_its_own():
-    """A key for each step of each run, the same for all arms; the loss is the batch's."""
+    """Each step of a run has its own key, equal for all arms; `value` is the batch loss."""
 
     def keep(learning_rate):
         def update(updates, state, params=None, **given):
@@ -212,27 +212,29 @@ def test_the_transform_is_given_the_loss_and_a_key_of_its_own():
 
 
 def test_arms_start_from_the_same_weights_and_see_the_same_batches(problem):
-    arms = [HEAVY, PLAIN, HEAVY_AGAIN]
+    arms = [HEAVY, BASELINE, HEAVY_AGAIN]
     result = run(problem, arms, seeds=[0, 1], init_scales=[0.5, 2.0], steps=20)
     heavy, again = (result.loss.sel(arm=name).values for name in ("heavy", "heavy again"))
     np.testing.assert_array_equal(heavy, again)
-    assert len(np.unique(heavy[..., -1])) == 4  # yet seeds and scales differ
+    assert len(np.unique(heavy[..., -1])) == 4  # Seeds and scales still differ.
     assert np.ptp(result.loss.values[..., 0], axis=0).max() == 0
 
 
 def test_how_runs_are_grouped_does_not_change_them(problem, monkeypatch):
-    together = run(problem, [PLAIN, HEAVY], range(5), steps=20)
+    together = run(problem, [BASELINE, HEAVY], range(5), steps=20)
     monkeypatch.setattr(training, "_runs_at_once", lambda *arguments: 8)
-    in_pieces = run(problem, [HEAVY, PLAIN], range(5), steps=20)
-    np.testing.assert_allclose(together.loss, in_pieces.loss.sel(arm=["plain", "heavy"]), rtol=1e-4)
+    in_pieces = run(problem, [HEAVY, BASELINE], range(5), steps=20)
+    np.testing.assert_allclose(
+        together.loss, in_pieces.loss.sel(arm=["baseline", "heavy"]), rtol=1e-4
+    )
 
 
 def test_a_program_that_needs_too_much_memory_trains_fewer_runs_at_once(problem, monkeypatch):
-    usual = run(problem, [PLAIN], range(40), steps=5)
+    usual = run(problem, [BASELINE], range(40), steps=5)
     monkeypatch.setattr(training, "MEMORY", 1)
     added = []
     monkeypatch.setattr(sweep.storing.Store, "add", _noting(sweep.storing.Store.add, added))
-    spare = run(problem, [PLAIN], range(40), steps=5)
+    spare = run(problem, [BASELINE], range(40), steps=5)
     np.testing.assert_allclose(usual.loss, spare.loss, rtol=1e-4)
     assert max(added) <= 40
 
@@ -246,7 +248,7 @@ def _noting(add, counts):
 
 
 def test_arms_that_differ_in_numbers_share_a_program():
-    arms = [PLAIN, HEAVY, AHEAD, HEAVY.replaced(name="light", mu=0.1)]
+    arms = [BASELINE, HEAVY, AHEAD, HEAVY.replaced(name="light", mu=0.1)]
     assert run(uneven_bowl(), arms, range(3), steps=2).attrs["programs"] == 2
 
 
@@ -261,7 +263,7 @@ def test_a_schedule_that_branches_on_its_settings_needs_them_static():
     static = traced.replaced(static=["learning_rate", "warmup_steps"])
     slow = static.replaced(name="slow", warmup_steps=10)
     result = run(uneven_bowl(), [static, slow], seeds=[0, 1], steps=20)
-    assert result.attrs["programs"] == 2  # one for each value
+    assert result.attrs["programs"] == 2  # One program per value.
     np.testing.assert_array_equal(result.warmup_steps, [5, 10])
     path = trained_alone(uneven_bowl(), slow, 1, 1.0, 20)
     np.testing.assert_allclose(result.params.sel(arm="slow", seed=1)[0], path, rtol=1e-4, atol=1e-6)
@@ -273,11 +275,11 @@ def test_a_static_learning_rate_may_be_a_schedule():
     result = run(uneven_bowl(), [arm], seeds=[0, 1], steps=10)
     path = trained_alone(uneven_bowl(), arm, 1, 1.0, 10)
     np.testing.assert_allclose(result.params.sel(seed=1)[0, 0], path, rtol=1e-4, atol=1e-6)
-    assert result.kinetic_energy.isnull().all()  # it has no one rate
+    assert result.kinetic_energy.isnull().all()  # A schedule has no single learning rate.
 
 
 def test_an_arm_may_take_steps_of_its_own_number():
-    """Twice the steps at half the rate on a line: the same end, at moments of its own."""
+    """With a linear loss, twice the steps at half the rate end equally, at other steps."""
     line = Problem(draw_pair, lambda w: w.sum(), name="line")
     one = Arm("one", optax.sgd, learning_rate=1.0)
     two = Arm("two", optax.sgd, steps=20, learning_rate=0.5)
@@ -306,13 +308,13 @@ def test_settings_are_coordinates_also_one_for_each_scale():
 
 
 def test_the_best_of_several_restarts_takes_the_same_number_of_gradients():
-    """The first restart is the run of the other arms; the last point is the best's."""
+    """The first restart equals the run of the other arms; the last value is the best restart."""
     many = Arm("many", mj.momentum, restarts=4, learning_rate=0.05, mu=0.0)
-    result = run(uneven_bowl(), [PLAIN, many], seeds=range(6), steps=40)
-    one, curves = (result.loss.sel(arm=name).values[0] for name in ("plain", "many"))
+    result = run(uneven_bowl(), [BASELINE, many], seeds=range(6), steps=40)
+    one, curves = (result.loss.sel(arm=name).values[0] for name in ("baseline", "many"))
     np.testing.assert_allclose(curves[:, :10], one[:, :10], rtol=1e-5)
     ends = [curves[:, at] for at in (10, 20, 30)]
-    # All that a restart of 10 steps leaves of a bowl of curvature 1 and 10 is known.
+    # The result of a restart of 10 steps on this quadratic is known.
     left = (result.params.sel(arm="many").values[0, :, -1]) / [0.95**10, 0.5**10]
     np.testing.assert_allclose(
         curves[:, -1], (0.95**20 * left[:, 0] ** 2 + 10 * 0.5**20 * left[:, 1] ** 2) / 2, rtol=1e-3
@@ -330,7 +332,7 @@ def test_each_restart_has_an_equal_part_of_the_steps_however_many_they_are():
 
 
 def test_what_is_recorded_is_that_of_the_last_weights():
-    """On the bowl, of curvature 1 and 10, all of it is known."""
+    """On a quadratic with curvatures 1 and 10, all values are known."""
     record = ("gradient_norm", "sharpness", "final_params")
     result = run(uneven_bowl(), [HEAVY], seeds=[0, 1], steps=12, record=record)
     w = result.params.values[0, 0]
@@ -342,7 +344,7 @@ def test_what_is_recorded_is_that_of_the_last_weights():
 
 
 def test_sharpness_is_the_largest_eigenvalue_and_signed():
-    """Also where one below 0 is of larger magnitude, as at a saddle."""
+    """Also if a negative eigenvalue has a larger magnitude, as at a saddle."""
     eigenvalues = jnp.array([-7.0, 1.0, 3.0])
     basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (3, 3)))[0]
     matrix = basis @ jnp.diag(eigenvalues) @ basis.T
@@ -363,7 +365,7 @@ def test_work_is_split_over_the_devices_without_any_talk(problem):
 
 
 def test_the_loss_on_the_bar_is_that_of_runs_that_diverge_too():
-    """Without a warning of an overflow in the middle of the bar."""
+    """The progress bar shows no overflow warning."""
     assert sweep._typical(np.array([3e38, 3e38], np.float32)) == np.float32(3e38)
     assert sweep._typical(np.array([np.inf, np.nan, 1], np.float32)) == np.inf
 
@@ -377,14 +379,14 @@ def test_a_diverging_run_is_recorded_and_harms_no_other(problem):
 
 
 def test_the_dataset_survives_a_file(tmp_path):
-    result = run(uneven_bowl(), [PLAIN, HEAVY], range(3), [0, 1][:1], steps=5)
+    result = run(uneven_bowl(), [BASELINE, HEAVY], range(3), [0, 1][:1], steps=5)
     result.to_netcdf(tmp_path / "results.nc", engine="scipy")
     xr.testing.assert_identical(xr.load_dataset(tmp_path / "results.nc", engine="scipy"), result)
     assert json.loads(result.attrs["contrasts"]) == [
-        {"kind": "arms", "baseline": "plain", "arms": ["heavy"], "rate": None}
+        {"kind": "arms", "baseline": "baseline", "arms": ["heavy"], "rate": None}
     ]
     assert json.loads(result.attrs["primary"]) == {
-        "arm": "heavy", "baseline": "plain", "margin": 0.1
+        "arm": "heavy", "baseline": "baseline", "margin": 0.1
     }  # fmt: skip
     np.testing.assert_allclose(
         result.landscape.interp(landscape_0=0.5, landscape_1=-0.25),
@@ -398,16 +400,18 @@ def test_a_metric_that_is_not_finite_is_said(problem):
         return jnp.where(w[0] > 0, jnp.nan, 1.0)
 
     odd_one = Problem(problem.init, problem.loss, {"odd": odd}, problem.data, name="odd")
-    result = run(odd_one, [PLAIN.replaced(learning_rate=0.0)], range(8), steps=1)
+    result = run(odd_one, [BASELINE.replaced(learning_rate=0.0)], range(8), steps=1)
     count = int(np.isnan(result.odd.isel(step=-1)).sum())
     assert 0 < count < 8
     (note,) = json.loads(result.attrs["notes"])
-    assert note.startswith(f"The metric odd is not finite in {count} of 8 runs although the loss")
+    assert note.startswith(
+        f"The metric odd is not finite in {count} of 8 runs, although their loss"
+    )
 
 
 def test_one_arm_has_no_primary_comparison():
-    assert run(uneven_bowl(), [PLAIN], [0], steps=1).attrs["primary"] == "null"
-    both = run(uneven_bowl(), [PLAIN, HEAVY], [0], steps=1, contrasts=[])
+    assert run(uneven_bowl(), [BASELINE], [0], steps=1).attrs["primary"] == "null"
+    both = run(uneven_bowl(), [BASELINE, HEAVY], [0], steps=1, contrasts=[])
     assert both.attrs["primary"] == "null"
 
 
@@ -424,17 +428,19 @@ def test_params_keep_their_dtype():
 
 def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
     fixed = Problem(lambda key: jnp.ones(3), problem.loss, {}, problem.data, name="fixed")
-    whole, part = PLAIN, PLAIN.replaced(batch_size=8)
+    whole, part = BASELINE, BASELINE.replaced(batch_size=8)
     for arm, orders in ((whole, None), (part, [0])):
         with pytest.raises(ValueError, match="same weights for different keys, and there is no"):
             run(fixed, [arm], range(3), orders, steps=1)
     said = json.loads(run(fixed, [part], range(3), steps=1).attrs["notes"])
     assert said == [
-        "init(key) of fixed returns the same weights for different keys: what varies here is the "
-        "data order alone."
+        "init(key) of fixed returns the same weights for different keys: only the data order "
+        "varies in this study."
     ]
     for seeds in ([0], range(3)):
-        with pytest.raises(ValueError, match="vary the data order, but problem has none: leave"):
+        with pytest.raises(
+            ValueError, match="vary the data order, but problem has no data order: give"
+        ):
             run(problem, [whole], seeds, range(3), steps=1)
     assert json.loads(run(problem, [part], range(3), steps=1).attrs["notes"]) == []
 
@@ -442,26 +448,32 @@ def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arms": []}, "unique names, at least one"),
-        ({"arms": [PLAIN, PLAIN]}, "unique names"),
-        ({"seeds": []}, "must be a sequence of different numbers"),
-        ({"seeds": [0, 1, 0]}, "seeds=.* must be a sequence of different numbers"),
+        ({"arms": []}, r"arms=\[\] must be at least one arm"),
+        ({"arms": [BASELINE, BASELINE]}, "names must differ"),
+        ({"seeds": []}, "must be a sequence of one or more different numbers"),
+        ({"seeds": [0, 1, 0]}, "seeds=.* must be a sequence of one or more different numbers"),
         ({"seeds": [-1]}, "must be at least 0"),
         ({"order_seeds": [2**32]}, "order_seeds=.* must be at least 0 and below"),
-        ({"order_seeds": []}, "order_seeds=.* must be a sequence of different numbers"),
+        ({"order_seeds": []}, "order_seeds=.* must be a sequence of one or more different numbers"),
         ({"init_scales": [0.0]}, "init_scales=.* must be finite and not 0"),
-        ({"init_scales": [1.0, 1.0]}, "init_scales=.* must be a sequence of different numbers"),
+        (
+            {"init_scales": [1.0, 1.0]},
+            "init_scales=.* must be a sequence of one or more different numbers",
+        ),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"evaluations": -3}, "evaluations=-3 must be at least 1"),
-        ({"record": ["loss", "weights"]}, r"record=\['loss', 'weights'\] is unknown: there are"),
+        (
+            {"record": ["loss", "weights"]},
+            r"record=\['loss', 'weights'\] is unknown: it may contain",
+        ),
         ({"arms": [Arm("odd", mj.momentum, learning_rat=0.1)]}, "the arm 'odd' fails: TypeError"),
         ({"arms": [Arm("big", mj.momentum, batch_size=33)]}, "at most the number of training"),
-        ({"arms": [PLAIN.replaced(mu=(0.1, 0.2))]}, "or one for each of the 1 initial"),
-        ({"contrasts": [Contrast("arms", "plain", ("other",))]}, 'the contrast "arms" compares'),
-        ({"primary": Primary("plain", "other")}, "the primary comparison names"),
+        ({"arms": [BASELINE.replaced(mu=(0.1, 0.2))]}, "with one number for each of the 1 initial"),
+        ({"contrasts": [Contrast("arms", "baseline", ("other",))]}, 'the contrast "arms" names'),
+        ({"primary": Primary("baseline", "other")}, "the primary comparison names"),
     ],
 )
 def test_refusals(problem, change, message):
-    settings: dict[str, Any] = dict(arms=[PLAIN], seeds=[0], steps=2)
+    settings: dict[str, Any] = dict(arms=[BASELINE], seeds=[0], steps=2)
     with pytest.raises(ValueError, match=message):
         run(problem, **settings | change)

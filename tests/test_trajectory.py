@@ -1,4 +1,4 @@
-"""One run that is measured on its way, and the command around it."""
+"""Tests of `trajectory`, and of the command that uses it."""
 
 import math
 import re
@@ -40,7 +40,7 @@ def bowl(**options: Any) -> Problem:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_quadratic_goes_the_way_of_the_recurrence(nesterov):
-    """In float64: the loss, and the cosine of the update and the gradient it was made of."""
+    """Computes the loss, and the cosine of update and negative gradient, in float64."""
     rate, mu, limit = 0.05, 0.9, 3.8 / 2.8 if nesterov else 3.8
     found = list(trajectory(bowl(), rate, mu, nesterov=nesterov, steps=12, points=4))
     w, v, alignment = np.ones(2), np.zeros(2), math.nan
@@ -62,7 +62,7 @@ def test_a_quadratic_goes_the_way_of_the_recurrence(nesterov):
 
 
 def test_batches_are_those_of_the_study():
-    """In their order, a new one each epoch; and a model's state goes with the steps."""
+    """Batches follow a new order each epoch, and the model state is updated."""
 
     def loss(w, state, batch):
         return w * jnp.sum(batch), state + len(batch)
@@ -71,7 +71,7 @@ def test_batches_are_those_of_the_study():
     problem = Problem(lambda key: (1.0 + jax.random.uniform(key), 0.0), loss, data=data,
                       stateful=True)  # fmt: skip
     found = list(trajectory(problem, 1e-3, 0.0, steps=6, points=2, batch_size=2, seed=3))
-    # After whole epochs each row was used once, whatever their order.
+    # After whole epochs each row was used equally often.
     falls = [found[0].loss - point.loss for point in found]
     np.testing.assert_allclose(np.array(falls) / data.sum() ** 2, [0, 1e-3, 2e-3], rtol=1e-2)
     again = list(trajectory(problem, 1e-3, 0.0, steps=6, points=2, batch_size=2, seed=3))
@@ -90,7 +90,7 @@ def test_the_picture():
     draw(found, figure)
     loss, sharpness, share, alignment = figure.axes
     assert [axes.get_ylabel() for axes in figure.axes] == [
-        "loss", "sharpness", "share of the stability limit", "alignment"
+        "loss", "sharpness", "fraction of the stability limit", "alignment"
     ]  # fmt: skip
     for axes, quantity in ((loss, "loss"), (share, "fraction"), (alignment, "alignment")):
         x, y = axes.lines[0].get_data()
@@ -100,7 +100,7 @@ def test_the_picture():
     assert limit == pytest.approx(3.8 / 0.2)
     figure = Figure()
     draw(list(trajectory(bowl(), 0.001, 0.9, steps=2, points=1)), figure)
-    assert len(figure.axes[1].lines) == 1  # The limit is far above.
+    assert len(figure.axes[1].lines) == 1  # The limit is far above the plotted values.
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def own(tmp_path):
 
 
 def test_the_command_as_a_person_runs_it(own, tmp_path):
-    """The table, what it means for the learning rate, the picture; in a process of its own."""
+    """The command prints a table and advice on the learning rate, and draws a picture."""
     command = [sys.executable, "-m", "momentum_jax.diagnostics", f"{own}:problem"]
     done = subprocess.run(
         [*command, "--points", "4"], cwd=tmp_path, capture_output=True, text=True, check=True

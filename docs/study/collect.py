@@ -1,7 +1,7 @@
-"""`python docs/study/collect.py FOLDER NAME` keeps what the page needs of a finished study.
+"""`python docs/study/collect.py FOLDER NAME` copies what the page needs from a finished study.
 
-Writes `docs/study/NAME/numbers.json`, with numbers of four significant digits, and the pictures of
-the page. Tables are kept as columns: {"arm": [...], "value": [...], ...}.
+It writes `docs/study/NAME/numbers.json`, with four significant digits, and copies the pictures that
+the page shows. Tables are stored as columns: {"arm": [...], "value": [...], ...}.
 """
 
 import json
@@ -17,32 +17,32 @@ from momentum_jax import study
 
 HERE = Path(__file__).parent
 QUESTIONS = (
-    "spread", "total spread", "log spread", "robust spread", "failures", "rescued", "lost", "loss",
+    "std", "total std", "std of log loss", "10-90% range", "failures", "rescued", "lost", "loss",
     "accuracy",
 )  # fmt: skip
-TUNED = ("spread", "failures", "rescued", "lost", "loss")
-MEASURES = ("spread", "total spread", "interquartile mean loss", "failed", "mean accuracy")
+TUNED = ("std", "failures", "rescued", "lost", "loss")
+MEASURES = ("std", "total std", "interquartile mean loss", "failed", "mean accuracy")
 COMPARED = (
     "contrast", "arm", "baseline", "effective_rate", "scale", "question", "value", "low", "high",
     "p_adjusted", "adjusted_low", "adjusted_high",
 )  # fmt: skip
 DESCRIBED = ("arm", "family", "effective_rate", "scale", "measure", "value", "low", "high")
-SHARES = ("arm", "family", "effective_rate", "scale", "source", "share", "low", "high")
+PROPORTIONS = ("arm", "family", "effective_rate", "scale", "source", "proportion", "low", "high")
 
 
 def columns(table, names):
-    """The columns of these names, for JSON: without nan, and rounded."""
+    """Converts some columns of a table for JSON: numbers are rounded, and nan becomes None."""
 
-    def rounded(value):
+    def four_digits(value):
         if not isinstance(value, float):
             return value
         return float(f"{value:.4g}") if math.isfinite(value) else None
 
-    return {name: [rounded(value) for value in table[name].tolist()] for name in names}
+    return {name: [four_digits(value) for value in table[name].tolist()] for name in names}
 
 
 def main(folder, name):
-    """Copies."""
+    """Writes the numbers and copies the pictures of one study."""
     summary = json.loads((folder / "summary.json").read_text())
     dataset = xr.load_dataset(folder / "results.nc", engine="scipy")
     table = pd.read_csv(folder / "comparisons.csv")
@@ -64,7 +64,7 @@ def main(folder, name):
     kept["comparisons"] = columns(table[asked & (~tuned | table.question.isin(TUNED))], COMPARED)
     kept["arms"] = columns(arms[arms.measure.isin(MEASURES)], DESCRIBED)
     if summary["design"] == "crossed":
-        kept["components"] = columns(study.variance_components(dataset), SHARES)
+        kept["components"] = columns(study.variance_components(dataset), PROPORTIONS)
     out = HERE / name
     out.mkdir(exist_ok=True)
     (out / "numbers.json").write_text(json.dumps(kept, allow_nan=False) + "\n")

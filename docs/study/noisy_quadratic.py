@@ -1,4 +1,4 @@
-"""An ill-conditioned quadratic whose gradients are mostly noise, for `--problem`."""
+"""An ill-conditioned quadratic with noisy gradients, for the option `--problem`."""
 
 from momentum_jax.study.problems import quadratic
 

@@ -1,7 +1,7 @@
-"""`python docs/study/page.py` writes index.md from index.md.j2 and the committed numbers.
+"""`python docs/study/page.py` writes index.md and ratios.png from the committed numbers.
 
-Every number on the page comes out of `docs/study/*/numbers.json`, by the functions below. A test
-compares the page with what this writes.
+The template is index.md.j2. Every number on the page comes from `docs/study/*/numbers.json`,
+through the functions below. A test checks that the committed page is what this script writes.
 """
 
 import json
@@ -11,11 +11,12 @@ import jinja2
 from matplotlib.figure import Figure
 
 from momentum_jax.study import plots
+from momentum_jax.study._answers import is_ratio
 
 HERE = Path(__file__).parent
 PAGE = HERE / "index.md"
 
-# Problems with networks, as the page calls them.
+# The problems with networks, and their names on the page.
 NETWORKS = {
     "digits": "Digits, MLP with one hidden layer",
     "deep-mlp": "Digits, MLP with eight hidden layers",
@@ -29,7 +30,7 @@ class Numbers:
     """The numbers of one study."""
 
     def __init__(self, name: str) -> None:
-        """Reads them."""
+        """Reads the numbers.json of a study."""
         self.all = json.loads((HERE / name / "numbers.json").read_text())
         self.verdict = self.all["verdict"]
         self.primary = self.all["primary"]
@@ -37,7 +38,7 @@ class Numbers:
         self.steps = self.all["steps"]
 
     def rows(self, table, **chosen):
-        """The rows of a table that have these values."""
+        """Yields the rows of a table that have these values."""
         columns = self.all[table]
         for row in zip(*columns.values(), strict=True):
             fields = dict(zip(columns, row, strict=True))
@@ -45,22 +46,22 @@ class Numbers:
                 yield fields
 
     def row(self, table, **chosen):
-        """The one row that has these values."""
+        """Returns the only row that has these values."""
         found = list(self.rows(table, **chosen))
         assert len(found) == 1, (chosen, len(found))
         return found[0]
 
-    def compared(self, arm, baseline, scale=None, question="spread", contrast=None):
-        """One comparison; without a contrast, the first that has it."""
+    def compared(self, arm, baseline, scale=None, question="std", contrast=None):
+        """Returns one comparison; if no contrast is given, from the first one that has it."""
         chosen = dict(arm=arm, baseline=baseline, scale=scale, question=question)
         if contrast is not None:
             chosen["contrast"] = contrast
         return next(self.rows("comparisons", **chosen))
 
     def ratio(self, *which, **how):
-        """Value and adjusted interval, of the primary comparison the unadjusted one."""
+        """Formats a value with its adjusted interval; unadjusted for the primary comparison."""
         row = self.compared(*which, **how)
-        combined = row["scale"] is None and row["question"] == "spread"
+        combined = row["scale"] is None and row["question"] == "std"
         is_primary = combined and (row["arm"], row["baseline"]) == (
             self.primary["arm"],
             self.primary["baseline"],
@@ -69,33 +70,33 @@ class Numbers:
         value, low, high = (row[name] for name in ("value", *names))
         if value is None:
             return "undefined"
-        if row["question"].endswith("spread") and (not low or not high or high > 1000 * low):
-            return f"{text(value)} (interval too wide)"
-        return f"{text(value)} [{text(low)}, {text(high)}]"
+        if is_ratio(row["question"]) and (not low or not high or high > 1000 * low):
+            return f"{three_digits(value)} (interval too wide)"
+        return f"{three_digits(value)} [{three_digits(low)}, {three_digits(high)}]"
 
     def count(self, *which, **how):
-        """A count, such as that of the rescued."""
+        """Returns a count, such as the number of rescued pairs."""
         return int(self.compared(*which, **how)["value"])
 
     def clearest(self, family="mu 0.9"):
-        """Of the ratios of all runs that are below 1, intervals and all, the smallest."""
-        found = self.ratios(family, question="total spread")
+        """Returns the smallest ratio of all runs among those whose adjusted interval is below 1."""
+        found = self.ratios(family, question="total std")
         below = [row for row in found if row["adjusted_high"] and row["adjusted_high"] < 1]
         return min(below, key=lambda row: row["value"], default=None)
 
     def interval(self, *which, **how):
-        """The adjusted interval of a comparison."""
+        """Formats the adjusted interval of a comparison."""
         row = self.compared(*which, **how)
-        return f"[{text(row['adjusted_low'])}, {text(row['adjusted_high'])}]"
+        return f"[{three_digits(row['adjusted_low'])}, {three_digits(row['adjusted_high'])}]"
 
     def solved(self, arm, scale):
-        """How many of how many runs were solved."""
+        """Says how many of the runs were solved."""
         failed = self.row("arms", arm=arm, scale=scale, measure="failed")["value"]
         runs = self.sizes["seed"] * self.sizes.get("order_seed", 1)
         return f"{round((1 - failed) * runs)} of {runs}"
 
     def tuned_rate(self, family, scale):
-        """The effective rate that tuning chose."""
+        """Returns the effective learning rate that tuning chose."""
         [rate] = [
             row["rate"]
             for row in self.all["tuned_rates"]
@@ -104,27 +105,22 @@ class Numbers:
         return rate
 
     def tuned_arm(self, family, scale):
-        """The name of the arm at its tuned rate."""
+        """Returns the name of the arm at its tuned rate."""
         rate = self.tuned_rate(family, scale)
-        arms = self.rows("arms", family=family, effective_rate=rate, scale=scale, measure="spread")
+        arms = self.rows("arms", family=family, effective_rate=rate, scale=scale, measure="std")
         return next(arms)["arm"]
 
-    def share(self, arm, scale, source="weights"):
-        """A share of the variance, with its interval."""
+    def proportion(self, arm, scale, source="weights"):
+        """Formats a proportion of the variance with its interval."""
         row = self.row("components", arm=arm, scale=scale, source=source)
-        return f"{row['share']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
-
-    def shares(self, arm, source="weights"):
-        """The least and the largest share over the scales."""
-        found = [row["share"] for row in self.rows("components", arm=arm, source=source)]
-        return f"{min(found):.0%} to {max(found):.0%}"
+        return f"{row['proportion']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
 
     def described(self, arm, scale, measure):
-        """A measure of one arm."""
-        return text(self.row("arms", arm=arm, scale=scale, measure=measure)["value"])
+        """Formats a measure of one arm."""
+        return three_digits(self.row("arms", arm=arm, scale=scale, measure=measure)["value"])
 
-    def ratios(self, family, base="mu 0", contrast="same effective rate", question="spread"):
-        """By effective rate, the combined rows of a family against another."""
+    def ratios(self, family, base="mu 0", contrast="same effective rate", question="std"):
+        """Returns the rows that compare two families over all scales, one per effective rate."""
         arms = {row["arm"]: row["family"] for row in self.rows("arms")}
         return [
             row
@@ -133,15 +129,15 @@ class Numbers:
         ]
 
 
-def text(value):
-    """Three significant digits."""
+def three_digits(value):
+    """Formats a number with three significant digits."""
     if value is None:
         return "undefined"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def draw() -> None:
-    """The ratios of all networks against the effective learning rate, as ratios.png."""
+    """Draws the ratios of all networks against the effective learning rate, as ratios.png."""
     figure = Figure((9, 4), layout="constrained")
     axes = figure.subplots()
     axes.axhspan(1 / 1.1, 1.1, color="0.9", label="equivalent: 0.909 to 1.1")
@@ -166,13 +162,13 @@ def draw() -> None:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     axes.set_xlabel("effective learning rate, learning_rate / (1 - mu)")
-    axes.set_ylabel("spread with mu 0.9 / with mu 0")
+    axes.set_ylabel("standard deviation due to the weights,\nmu 0.9 / mu 0")
     axes.legend(loc="upper left", fontsize=8)
     figure.savefig(HERE / "ratios.png", dpi=110)
 
 
 def render() -> str:
-    """The page."""
+    """Returns the text of the page."""
     names = [path.parent.name for path in HERE.glob("*/numbers.json")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -182,7 +178,7 @@ def render() -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters["text"] = text
+    environment.filters["three_digits"] = three_digits
     template = environment.get_template("index.md.j2")
     of = {name: Numbers(name) for name in names}
     most_steps = max(of[name].steps for name in NETWORKS)

@@ -1,8 +1,9 @@
-"""`python docs/study/start_up.py FOLDER`: is what momentum changes on digits only its slow start?
+"""`python docs/study/start_up.py FOLDER`: does the slow start of momentum explain its effect?
 
-Under a constant gradient momentum is behind plain descent at the same effective learning rate by
-mu (1 - mu^n) / (1 - mu) steps after n steps: of 200, 9 with mu 0.9 and 86 with mu 0.99. So plain
-descent takes that many steps fewer.
+Under a constant gradient, momentum lags behind plain gradient descent at the same effective
+learning rate: after n steps by mu (1 - mu^n) / (1 - mu) steps. After 200 steps these are 9 steps
+with mu 0.9, and 86 with mu 0.99. This study on digits compares momentum with plain gradient descent
+that takes that many steps fewer.
 """
 
 import sys
@@ -18,7 +19,7 @@ DELAYS = {mu: round(mu * (1 - mu**STEPS) / (1 - mu)) for mu in (0.9, 0.99)}
 
 
 def main(folder):
-    """Trains and reports."""
+    """Trains the study and writes its report."""
     arms, contrasts = [], []
     for rate in RATES:
         for mu, delay in DELAYS.items():
@@ -34,7 +35,7 @@ def main(folder):
         order_seeds=range(4),
         init_scales=(0.5, 1.0, 2.0, 4.0),
         steps=STEPS,
-        evaluations=1,  # so that the steps are not rounded
+        evaluations=1,  # So that the steps are not rounded up.
         contrasts=contrasts,
         primary=Primary("mu 0.99 at 0.002", "mu 0, 114 steps at 0.2"),
     )

@@ -1,4 +1,7 @@
-"""Does momentum make training depend less on its start? Run `python -m momentum_jax.study`."""
+"""Measures whether training depends less on the initial weights with momentum.
+
+Run `python -m momentum_jax.study`, or build a `Study` in Python.
+"""
 
 from momentum_jax.study.arms import Arm as Arm
 from momentum_jax.study.comparisons import Verdict as Verdict

@@ -1,4 +1,4 @@
-"""The command: trains a study, writes its report, prints the verdict and its tables."""
+"""The command: trains a study, writes its report, and prints the verdict and the main table."""
 
 import datetime
 import json
@@ -16,13 +16,13 @@ import jax
 
 from momentum_jax import _command
 from momentum_jax.study import design, storing, sweep
-from momentum_jax.study.options import PROGRAM, Parser, parse, without_places
+from momentum_jax.study.options import PROGRAM, Parser, parse, without_locations
 from momentum_jax.study.report import terminal_text, write
 from momentum_jax.study.side_by_side import compare_studies
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what the command line says."""
+    """Runs the command with these arguments; by default, those of the process."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = lambda message, *_: print(f"{PROGRAM}: {message}", file=sys.stderr)
     if arguments[:1] == ["compare"]:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if jax.process_index() == 0:
         _open_folder(options)
-        _say_what(options)
+        _print_plan(options)
     _command.on_interrupt_say(f"{PROGRAM}: stopped; finished runs are kept: --resume {options.out}")
     started = time.monotonic()
     try:
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _compare(arguments):
     parser = Parser(prog=f"{PROGRAM} compare", description="Compares two finished studies.")
-    parser.add_argument("folders", nargs=2, type=Path, metavar="DIR")
+    parser.add_argument(
+        "folders", nargs=2, type=Path, metavar="DIR", help="folder of a finished study"
+    )
     parser.add_argument("--csv", action="store_true", help="print the whole table as CSV")
     options = parser.parse_args(arguments)
     try:
@@ -54,14 +56,16 @@ def _compare(arguments):
         parser.error(str(error))
 
 
-def _say_what(options):
+def _print_plan(options):
+    """Prints how many runs there will be, and on which devices."""
     study, counts = options.study, options.study.counts
     orders = "" if study.order_seeds is None else f" x {len(study.order_seeds)} data orders"
     tuning = f", {counts['tuning_runs']} runs to tune learning rates" if study.tuning_seeds else ""
     print(
         f"{study.problem.name}: {counts['runs']} runs of {counts['steps']} steps "
-        f"({counts['arms']} arms x {len(study.init_scales)} initial scales x {len(study.seeds)} "
-        f"initial weights{orders}){tuning}, on {sweep.describe_devices()}",
+        f"({counts['arms']} arms x {len(study.seeds)} seeds{orders} x initial scales "
+        f"{', '.join(f'{scale:g}' for scale in study.init_scales)}){tuning}, "
+        f"on {sweep.describe_devices()}",
         file=sys.stderr,
         flush=True,
     )
@@ -80,15 +84,17 @@ def _report(options, results, seconds):
 
 
 def _calls(options, seconds):
-    """What was typed for this study so far, with its seconds: kept beside it."""
+    """The commands of this study so far, with their times in seconds, kept in calls.json."""
     path = options.out / "calls.json"
     try:
         calls = storing.read_json(path) if path.exists() else []
         calls = [{"command": str(c["command"]), "seconds": float(c["seconds"])} for c in calls]
     except (ValueError, TypeError, KeyError):
-        warnings.warn(f"{path} is damaged: earlier commands are not in the report.", stacklevel=2)
+        warnings.warn(
+            f"{path} is damaged: the report will not list the earlier commands.", stacklevel=2
+        )
         calls = []
-    words = without_places(options.arguments)
+    words = without_locations(options.arguments)
     again = ["--resume", "DIR"] if options.resume and words else []
     command = shlex.join([*PROGRAM.split(), *again, *words])
     calls.append({"command": "" if options.resume and not words else command, "seconds": seconds})
@@ -97,7 +103,7 @@ def _calls(options, seconds):
 
 
 def _open_folder(options):
-    """Makes the folder, and checks that there is room in it."""
+    """Makes the folder for the results, and checks that the disk has enough space."""
     if options.out is None:
         now = datetime.datetime.now()
         name = "".join(c if c.isalnum() else "-" for c in options.study.problem.name)
@@ -106,15 +112,19 @@ def _open_folder(options):
     if options.resume is None and folder.exists() and not _is_empty(folder):
         kept = (folder / design.FILE).exists() if folder.is_dir() else False
         options.error(
-            f"--out {folder}: already exists and is not empty"
-            + (f"; it holds a study: --resume {folder} resumes or extends it" if kept else "")
+            f"--out {folder}: already exists and is not empty; "
+            + (
+                f"it holds a study: --resume {folder} resumes or extends it"
+                if kept
+                else "give a new or empty folder"
+            )
         )
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        options.error(f"--out {folder}: cannot write there ({error.strerror})")
+        options.error(f"--out {folder}: cannot write there ({error.strerror}); give another folder")
     counts = options.study.counts
     runs = counts["runs"] + counts["tuning_runs"]
     needed = 2**24 + sweep.bytes_needed(options.study.problem, runs, counts["steps"])
@@ -123,8 +133,8 @@ def _open_folder(options):
         if made:
             folder.rmdir()
         options.error(
-            f"--out {folder}: {free / 2**20:.0f} MB are free there, and the results may take "
-            f"{needed / 2**20:.0f} MB"
+            f"--out {folder}: the results may need {needed / 2**20:.0f} MB, but only "
+            f"{free / 2**20:.0f} MB are free; give a folder on another disk"
         )
 
 
@@ -134,6 +144,6 @@ def _is_empty(folder):
 
 if __name__ == "__main__":
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # One device per core: a single one keeps only part of the machine busy with small models.
+        # One JAX device per core: with small models, a single device leaves most cores idle.
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     main()

@@ -1,4 +1,4 @@
-"""Which arms are compared with which, at each scale."""
+"""Lists the pairs of arms to compare at each initial scale, tuned arms too."""
 
 import math
 from collections.abc import Iterator
@@ -10,22 +10,22 @@ import xarray as xr
 from momentum_jax.study import contrasts as plan
 from momentum_jax.study import statistics
 
-# How often the tuning seeds are redrawn.
+# Number of bootstrap draws of the tuning seeds.
 REDRAWN = 2000
 TUNED = ("tuned", "tuned, rate alone", "tuned, method alone")
 
 
 class Pair(NamedTuple):
-    """What is compared.
+    """An arm and the baseline that it is compared with.
 
     Attributes:
-      contrast: the kind, as in the table.
-      arm: its name, or its family's ...
-      baseline: ... and that of what it is compared with.
-      arms: the place of the arm at each scale; -1 where there is none.
-      baselines: the same of the baseline.
-      drawn: those that other tuning seeds would have chosen, (draw, 2, scale); None if the arms
-        were not tuned.
+      contrast: the kind of the contrast, as in the table.
+      arm: the name of the arm, or of its family if tuned.
+      baseline: the name of the baseline, or of its family if tuned.
+      arms: the index of the arm at each scale; -1 if there is none.
+      baselines: the index of the baseline at each scale; -1 if there is none.
+      drawn: the arms and baselines that each draw of the tuning seeds would have chosen, as
+        indices (draw, 2, scale); None if the arms were not tuned.
     """
 
     contrast: str
@@ -37,24 +37,24 @@ class Pair(NamedTuple):
 
 
 def key(pair: Pair) -> tuple[str, str, str]:
-    """Pairs with the same key are the same comparison."""
+    """Returns a key that is equal for equal comparisons."""
     return (pair.contrast if pair.contrast in TUNED else "", pair.arm, pair.baseline)
 
 
 def is_primary(pair: Pair, primary: plan.Primary | None) -> bool:
-    """Whether a pair is the primary comparison."""
+    """Says whether a pair is the primary comparison."""
     return primary is not None and key(pair) == ("", primary.arm, primary.baseline)
 
 
 def coordinate(dataset: xr.Dataset, name: str) -> np.ndarray:
-    """A number for each arm; nan where it has none."""
+    """Returns a coordinate as one number per arm; nan if the arm has none."""
     if name not in dataset.coords:
         return np.full(dataset.sizes["arm"], math.nan)
     return np.asarray(dataset[name].values, float)
 
 
 def every_pair(dataset: xr.Dataset) -> Iterator[Pair]:
-    """Every comparison of every contrast; the primary one last, if no contrast has it."""
+    """Yields every comparison of every contrast, and the primary one last if no contrast has it."""
     primary = plan.primary(dataset)
     best = _tuned(dataset)
     waiting = primary is not None
@@ -79,7 +79,10 @@ def every_pair(dataset: xr.Dataset) -> Iterator[Pair]:
 
 
 def _tuned(dataset):
-    """By family, the arm with the best rate: (1 + draw, scale), as it is and for other seeds."""
+    """By family, the index of the arm with the best rate: (1 + draw, scale).
+
+    The first row is the choice of the actual tuning seeds; the others are bootstrap draws.
+    """
     if "tuning_loss" not in dataset:
         return {}
     losses = dataset.tuning_loss.transpose("arm", "init_scale", "tuning_seed").values
@@ -97,7 +100,7 @@ def _tuned(dataset):
 
 
 def _split(dataset, best, arm, baseline):
-    """The tuned comparison and its two parts."""
+    """The tuned comparison, and its two factors: rate alone and method alone."""
     rates = coordinate(dataset, "effective_rate")
     [members] = np.nonzero(dataset.family.values.astype(str) == baseline)
     same = np.isclose(rates[:, None], rates[None, members], rtol=1e-3, atol=0)

@@ -1,4 +1,4 @@
-"""What the functions of a problem return, checked on shapes alone."""
+"""Checks of what the functions of a problem return, made on shapes without computing values."""
 
 import textwrap
 import traceback
@@ -23,20 +23,29 @@ def in_one_line(error: BaseException) -> str:
 
 
 def path_text(path: tuple[Any, ...]) -> str:
-    """Formats a JAX key path as "hidden/kernel", alike for dictionaries, Linen and NNX.
+    """Formats a JAX key path as "hidden/kernel", for dictionaries, Flax Linen and Flax NNX.
 
     Example:
       >>> path_text((jax.tree_util.DictKey("hidden"), jax.tree_util.SequenceKey(0)))
       'hidden/0'
     """
-    # A variable of NNX is a node with its array under an attribute.
+    # In NNX a variable is a node that holds its array as the attribute `value`.
     if len(path) > 1 and getattr(path[-1], "name", None) == "value":
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def shapes(call: str, function: Callable[..., Any], *arguments: PyTree) -> PyTree:
-    """Shapes and dtypes of what a function returns; its failure as one line that says where.
+    """Returns the shapes and dtypes that a function returns, without computing values.
+
+    Args:
+      call: the call as it appears in messages, such as "loss(params)".
+      function: the function.
+      *arguments: its arguments, as arrays or shapes.
+
+    Raises:
+      ValueError: the function fails. The message is one line that names the call and, for the
+        user's own code, the file and line.
 
     Example:
       >>> print(shapes("f(x)", lambda x: x.sum(), jnp.ones(3)).shape)
@@ -49,7 +58,7 @@ def shapes(call: str, function: Callable[..., Any], *arguments: PyTree) -> PyTre
         file = getattr(getattr(function, "__code__", None), "co_filename", __file__)
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == file]
-        own = Path(file).parent == Path(__file__).parent  # a line of ours would help nobody
+        own = Path(file).parent == Path(__file__).parent  # A line of this package helps no user.
         at = f" ({file}, line {lines[-1]})" if lines and not own else ""
         raise ValueError(f"{call} fails: {in_one_line(error)}{at}") from error
 
@@ -61,7 +70,10 @@ def _described(found: Any) -> str:
 
 
 def expect_pair(call: str, what: str, found: Any) -> tuple[Any, Any]:
-    """Refuses what is not a tuple of two.
+    """Returns `found`, which must be a tuple of two.
+
+    Raises:
+      ValueError: it is anything else.
 
     Example:
       >>> expect_pair("f(x)", "loss, new_state", (1, 2))
@@ -69,13 +81,23 @@ def expect_pair(call: str, what: str, found: Any) -> tuple[Any, Any]:
     """
     if not (isinstance(found, tuple) and len(found) == 2):
         raise ValueError(
-            f"{call} must return ({what}), as it is stateful, but returns {_described(found)}."
+            f"{call} must return ({what}) because the problem is stateful, but returns "
+            f"{_described(found)}."
         )
     return found
 
 
 def expect_number(call: str, found: Any, what: str, kind: Any) -> None:
-    """Refuses what is not one number of a kind.
+    """Checks that a function returns one number of a dtype.
+
+    Args:
+      call: the call as it appears in messages.
+      found: what it returns.
+      what: what it must return, in words.
+      kind: the NumPy or JAX scalar type, such as `jnp.floating`.
+
+    Raises:
+      ValueError: it returns anything else.
 
     Example:
       >>> expect_number("f(x)", jax.ShapeDtypeStruct((3,), "float32"), "one float", jnp.floating)
@@ -88,7 +110,10 @@ def expect_number(call: str, found: Any, what: str, kind: Any) -> None:
 
 
 def expect_same_state(call: str, old: PyTree, new: PyTree) -> None:
-    """Refuses a new state whose structure, shapes or dtypes are not those of the old one.
+    """Checks that a new state has the structure, shapes and dtypes of the old one.
+
+    Raises:
+      ValueError: they differ; the message names the first path where they do.
 
     Example:
       >>> mean = jax.ShapeDtypeStruct((3,), "float32")
@@ -102,12 +127,12 @@ def expect_same_state(call: str, old: PyTree, new: PyTree) -> None:
         if olds.get(path) != news.get(path):
             where = path or "its root"
             raise ValueError(
-                f"{call} must return a new state like that of init, but at {where} it is "
-                f"{news.get(path, 'absent')} and was {olds.get(path, 'absent')}."
+                f"{call} must return a new state of the same shapes and dtypes as init, but at "
+                f"{where} it is {news.get(path, 'absent')} and was {olds.get(path, 'absent')}."
             )
     if jax.tree.structure(old) != jax.tree.structure(new):
         was, now = (textwrap.shorten(str(jax.tree.structure(s)), 200) for s in (old, new))
         raise ValueError(
-            f"{call} must return a new state like that of init, but its structure is {now} and "
-            f"was {was}."
+            f"{call} must return a new state of the same structure as init, but its structure is "
+            f"{now} and was {was}."
         )

@@ -1,4 +1,4 @@
-"""The tables of a report, as rows of texts, and the lines that show them."""
+"""Makes the tables of a report: rows of text, and their Markdown."""
 
 import math
 import re
@@ -10,16 +10,12 @@ import pandas as pd
 import xarray as xr
 
 from momentum_jax.study import statistics
-from momentum_jax.study._drawing import digits
+from momentum_jax.study._answers import SPREADS, is_ratio, question_name
+from momentum_jax.study._drawing import three_digits
 from momentum_jax.study.contrasts import Contrast, contrasts, primary
 
-# Questions, and the headings of their columns.
-RATIOS = {
-    "spread": "standard deviation",
-    "total spread": "of all runs",
-    "robust spread": "10-90% range",
-    "log spread": "standard deviation of log loss",
-}
+# The headings of columns, by question or contrast.
+RATIOS = {question: question_name(question) for question in SPREADS}
 FAILURES = {"failures": "difference of failure rates", "rescued": "rescued", "lost": "lost"}
 LOSSES = {"loss": "difference of final loss", "lower loss": "P(lower loss)"}
 TUNED = {
@@ -28,29 +24,29 @@ TUNED = {
     "tuned, method alone": "method alone",
 }
 SIGNIFICANT = 0.05
-# Brackets around two numbers are no link: they stay as they are.
+# An interval in brackets is not a Markdown link, so it is not escaped.
 INTERVAL = re.compile(r"(\[-?[\d.e+-]+, (?:-?[\d.e+-]+|inf)\](?=[\s,;.]|$))")
 
 Rows = Sequence[Mapping[str, str]]
 
 
 class Markdown(str):
-    """Text that is Markdown already; any other text is escaped."""
+    """Text that is already Markdown; all other text is escaped."""
 
 
 def escape(text: Any) -> Markdown:
-    """A value as Markdown that shows it as it is, in a table too."""
+    """Converts a value to Markdown that shows it literally, also inside a table."""
     if isinstance(text, Markdown):
         return text
     parts = re.split(INTERVAL, re.sub(r"\s+", " ", str(text)))
     parts[::2] = [re.sub(r"([\\`*_{}\[\]<>|~$&])", r"\\\1", part) for part in parts[::2]]
-    # What would begin a heading, a list or a rule where it stands first in a line.
+    # Characters that would start a heading, a list or a rule at the start of a line.
     first = r"^(?:(\d+)(?=[.)](?:\s|$))|(?=[#+=-](?!\d)))"
     return Markdown(re.sub(first, r"\1\\", "".join(parts)))
 
 
 def lines(rows: Rows, shown: Callable[[Any], str] = escape) -> Markdown:
-    """Rows as a table of Markdown, whose columns line up in a terminal too."""
+    """Formats rows as a Markdown table, padded so that columns line up in a terminal."""
     if not rows:
         return Markdown()
     cells = [[shown(key) for key in rows[0]], *([shown(v) for v in row.values()] for row in rows)]
@@ -61,31 +57,38 @@ def lines(rows: Rows, shown: Callable[[Any], str] = escape) -> Markdown:
 
 
 def main_contrast(dataset: xr.Dataset) -> Contrast | None:
-    """The contrast that holds the primary comparison, or else the first one, or None."""
+    """Returns the contrast with the primary comparison; else the first contrast, or None."""
     found, decides = contrasts(dataset), primary(dataset)
     if decides is None:
         return next((each for each in found if each.kind != "tuned"), None)
     for each in found:
         if each.baseline == decides.baseline and decides.arm in each.arms:
             return each
-    # `compare` gives one that is in no contrast this kind.
+    # If no contrast has the primary comparison, `compare` gives it the kind "arms".
     return Contrast("arms", decides.baseline, (decides.arm,))
 
 
 def rows_of(table: pd.DataFrame, contrast: Contrast) -> pd.DataFrame:
-    """The rows of a table of comparisons that belong to a contrast."""
+    """Returns the rows of a table of comparisons that belong to a contrast."""
     chosen = table.contrast.eq(contrast.kind) & table.baseline.eq(contrast.baseline)
     return by_scale(table.loc[chosen & table.arm.isin(contrast.arms)])
 
 
 def by_scale(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows at each scale and for all combined; of a single scale only the latter, as its own."""
+    """Returns the rows at each scale and those combined over scales.
+
+    With one scale both are equal except for the adjustment. The combined rows are kept, because
+    there the primary comparison is not adjusted.
+    """
     scales = rows.scale.dropna().unique()
     return rows.loc[rows.scale.isna()].assign(scale=scales[0]) if len(scales) == 1 else rows
 
 
 def of_main_families(dataset: xr.Dataset, components: pd.DataFrame) -> pd.DataFrame:
-    """The variance components of the families that are compared first, at all their rates."""
+    """Returns the variance components of the families that the main contrast compares.
+
+    If there is a primary comparison, only its two families are kept, at all their rates.
+    """
     main, decides = main_contrast(dataset), primary(dataset)
     if main is None:
         return components
@@ -97,9 +100,12 @@ def of_main_families(dataset: xr.Dataset, components: pd.DataFrame) -> pd.DataFr
 def comparison_table(
     rows: pd.DataFrame, questions: Mapping[str, str], with_p: str | None = None
 ) -> Rows:
-    """One row per arm and initial scale, with a column per question that was asked.
+    """Makes one row per arm and initial scale, with one column per question.
 
-    A last column may hold the adjusted p-value of one of them.
+    Args:
+      rows: rows of a table of comparisons.
+      questions: the headings of the columns, by question; questions without a row are left out.
+      with_p: the question whose adjusted p-value is the last column; None for no such column.
     """
     asked = {name: title for name, title in questions.items() if (rows.question == name).any()}
     found: dict[tuple[str, float], dict[str, str]] = {}
@@ -119,20 +125,20 @@ def comparison_table(
 
 
 def estimate(row: Mapping[str, Any]) -> str:
-    """A value with its adjusted interval; bold if it is a ratio whose adjusted p is below 0.05."""
+    """Formats a value with its adjusted interval; a ratio with adjusted p < 0.05 is bold."""
     if row["question"] in ("rescued", "lost"):
         return f"{row['value']:.0f}"
     text = interval(row["value"], row["adjusted_low"], row["adjusted_high"])
-    clear = row["question"].endswith("spread") and row["p_adjusted"] < SIGNIFICANT
+    clear = is_ratio(row["question"]) and row["p_adjusted"] < SIGNIFICANT
     return Markdown(f"**{text}**") if clear else text
 
 
 def interval(value: float, low: float, high: float) -> str:
-    """`value [low, high]`."""
+    """Formats `value [low, high]`."""
     if math.isnan(value):
         return "undefined"
     known = not (math.isnan(low) or math.isnan(high))
-    return digits(value) + (f" [{digits(low)}, {digits(high)}]" if known else "")
+    return three_digits(value) + (f" [{three_digits(low)}, {three_digits(high)}]" if known else "")
 
 
 def _scale(scale: float) -> str:
@@ -140,27 +146,27 @@ def _scale(scale: float) -> str:
 
 
 def rate_table(table: pd.DataFrame, chosen: Sequence[Contrast]) -> Rows:
-    """The ratio of spreads: one row per rate and arm, one column per initial scale."""
+    """Makes the ratios of standard deviations: a row per rate and arm, a column per scale."""
     found = []
     for contrast in chosen:
-        rows = rows_of(table, contrast).query("question == 'spread'")
+        rows = rows_of(table, contrast).query("question == 'std'")
         for arm, group in rows.groupby("arm", sort=False):
             cells = group.sort_values("scale", na_position="first").to_dict("records")
-            shown = {"rate": digits(contrast.rate), "arm": str(arm)}
+            shown = {"rate": three_digits(contrast.rate), "arm": str(arm)}
             shown |= {_scale(cell["scale"]): estimate(cell) for cell in cells}
             found.append(shown | {"relative to": contrast.baseline})
     return found
 
 
-def share_table(components: pd.DataFrame | None) -> Rows:
-    """The shares of the variance, by arm and initial scale."""
+def proportion_table(components: pd.DataFrame | None) -> Rows:
+    """Makes the proportions of the variance, by arm and initial scale."""
     if components is None:
         return []
     found: dict[Any, dict[str, str]] = {}
     for row in components.to_dict("records"):
         first = {"arm": row["arm"], "initial scale": _scale(row["scale"])}
         shown = found.setdefault((row["arm"], row["scale"]), first)
-        bounds = [100 * row[name] for name in ("share", "low", "high")]
+        bounds = [100 * row[name] for name in ("proportion", "low", "high")]
         undefined = math.isnan(bounds[0])
         known = "" if math.isnan(bounds[1]) else f" [{bounds[1]:.0f}, {bounds[2]:.0f}]"
         shown[row["source"]] = "undefined" if undefined else f"{bounds[0]:.0f}%{known}"
@@ -168,12 +174,12 @@ def share_table(components: pd.DataFrame | None) -> Rows:
 
 
 def tuned_table(table: pd.DataFrame) -> Rows:
-    """The ratio of spreads with tuned rates, and its two factors, by family and initial scale."""
+    """Makes the tuned ratio of standard deviations and its factors, by family and scale."""
     found: dict[Any, dict[str, str]] = {}
     for row in by_scale(table.loc[table.contrast.isin(TUNED)]).to_dict("records"):
         key = row["arm"], row["baseline"], _scale(row["scale"])
         shown = found.setdefault(key, {"family": key[0], "initial scale": key[2]})
-        if row["question"] == "spread":
+        if row["question"] == "std":
             shown[TUNED[row["contrast"]]] = estimate(row)
         elif row["question"] == "loss" and row["contrast"] == "tuned":
             shown[LOSSES["loss"]] = estimate(row)
@@ -183,8 +189,8 @@ def tuned_table(table: pd.DataFrame) -> Rows:
 
 
 def decomposition(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Over all scales, by family: the tuned ratio of spreads, and its two factors."""
-    chosen = table.contrast.isin(TUNED) & (table.question == "spread") & table.scale.isna()
+    """Returns the tuned ratio and its two factors, over all scales, for each family."""
+    chosen = table.contrast.isin(TUNED) & (table.question == "std") & table.scale.isna()
     rows: Any = table[chosen]
     found = []
     for (arm, baseline), group in rows.groupby(["arm", "baseline"], sort=False):
@@ -202,15 +208,15 @@ def decomposition(table: pd.DataFrame) -> list[dict[str, Any]]:
                         ("whole", "rate", "method"), (whole, rate, method), strict=True
                     )
                 },
-                "share": round(100 * logs[1] / logs[0]) if clear else None,
+                "proportion": round(100 * logs[1] / logs[0]) if clear else None,
             }
         )
     return found
 
 
 def all_arms_table(described: pd.DataFrame, metrics: Sequence[str]) -> Rows:
-    """How the runs of each arm ended, by initial scale."""
-    measures = ("mean loss", "interquartile mean loss", "spread", "failed", "diverged")
+    """Makes the description of all arms, by initial scale."""
+    measures = ("mean loss", "interquartile mean loss", "std", "failed", "diverged")
     measures += tuple(f"mean {name}" for name in metrics)
     found: dict[Any, dict[str, str]] = {}
     for row in described.loc[described.measure.isin(measures)].to_dict("records"):
@@ -218,18 +224,19 @@ def all_arms_table(described: pd.DataFrame, metrics: Sequence[str]) -> Rows:
         shown = found.setdefault((row["arm"], row["scale"]), first)
         if row["measure"] == "diverged":
             shown["diverged"] = f"{row['value']:.0%}"
-        elif row["measure"] in measures:
-            shown[row["measure"]] = interval(row["value"], row["low"], row["high"])
+        else:
+            heading = question_name(row["measure"])
+            shown[heading] = interval(row["value"], row["low"], row["high"])
     return list(found.values())
 
 
 def found_rates_table(rows: Sequence[Mapping[str, Any]], rate_name: str) -> Rows:
-    """The tuned learning rates, as `tuned_rates` gives them."""
+    """Makes the table of the rates that `tuned_rates` returns."""
     return [
         {
             "family": row["family"],
             "initial scale": _scale(row["scale"]),
-            rate_name: digits(row["rate"]),
+            rate_name: three_digits(row["rate"]),
             "at the edge of the grid": row["edge"] or "no",
         }
         for row in rows
@@ -237,7 +244,7 @@ def found_rates_table(rows: Sequence[Mapping[str, Any]], rate_name: str) -> Rows
 
 
 def tuned_rates(dataset: xr.Dataset) -> list[dict[str, Any]]:
-    """By family and initial scale the rate that tuning found, and at which edge of the grid."""
+    """Returns the tuned rate by family and scale, and whether it is at an edge of the grid."""
     if "tuning_loss" not in dataset:
         return []
     losses = dataset.tuning_loss.transpose("arm", "init_scale", "tuning_seed")

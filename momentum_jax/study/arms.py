@@ -1,4 +1,4 @@
-"""How it is trained: an arm is a transformation with its settings, batch size and steps."""
+"""Defines an arm, one way to train: an optimizer with its settings, batch size and steps."""
 
 import dataclasses
 import functools
@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 import momentum_jax as mj
+from momentum_jax.study import _physics
 
-# A number, or one for each initial scale; a static setting may be anything hashable.
+# A number, or a sequence with one number per initial scale. A static setting is any hashable value.
 Setting = Any
 
 
@@ -21,24 +22,24 @@ Setting = Any
 class Arm:
     """One way to train: a function that makes a transformation, and its settings.
 
-    An arm without a `learning_rate` is a family: a `Study` trains it over a grid of rates. Arms
-    that differ only in the values of traced settings share one compiled program.
+    An arm without a `learning_rate` is a family: a `Study` trains it at each learning rate of a
+    grid. Arms that differ only in the values of traced settings share one compiled program.
 
     Attributes:
-      name: what tables and pictures call it.
+      name: the name of the arm in tables and pictures.
       make_transform: `make_transform(**settings)` returns any Optax transformation. If its
-        update takes extra arguments, it is given `value`, the loss of the batch, and `key`, a
-        new random key for each step.
-      settings: numbers, traced when the transformation is made; or, instead of a number, a
-        sequence with one number for each initial scale.
-      static: the names of those settings that are passed as they are and not traced, at the price
-        of a program for each value. Needed by what branches on a setting in Python, such as
-        `optax.warmup_cosine_decay_schedule`.
-      batch_size: examples per step, where the problem has data.
-      restarts: from how many initial weights the arm starts, each time with an equal part of the
-        steps; the one with the lowest final training loss counts.
-      steps: how many steps its runs take; None: as many as the study says.
-      family: what the arm is called apart from its learning rate; by default its name.
+        update takes extra arguments, they are `value`, the loss of the batch, and `key`, a new
+        random key for each step.
+      settings: numbers, which are traced when the transformation is made. A setting can also be
+        a sequence with one number for each initial scale.
+      static: the names of the settings that are passed unchanged instead of traced. Each value
+        then needs its own compiled program. A setting must be static if `make_transform` branches
+        on it in Python, as `optax.warmup_cosine_decay_schedule` does.
+      batch_size: examples per step, if the problem has data; default 32.
+      restarts: number of random initial weights from which the arm starts, each with an equal
+        part of the steps. The restart with the lowest final training loss counts.
+      steps: steps per run; None means the number that the study sets.
+      family: the name of the arm without its learning rate; by default its name.
 
     Raises:
       TypeError: a transformation instead of a function that makes one; a traced setting that is
@@ -75,19 +76,19 @@ class Arm:
         family: str | None = None,
         **settings: Setting,
     ) -> None:
-        """Settings are given by name, as to `make_transform`."""
+        """Checks the settings, which are given by name as for `make_transform`."""
         if not callable(make_transform):
             raise TypeError(
                 f"make_transform={make_transform!r} of the arm {name!r} must be a function that "
-                "makes an Optax transformation from the settings, such as momentum_jax.momentum."
+                "returns an Optax transformation, such as momentum_jax.momentum."
             )
         for what, value in (("batch_size", batch_size), ("restarts", restarts), ("steps", steps)):
             if value is not None and value < 1:
                 raise ValueError(f"{what}={value} of the arm {name!r} must be at least 1.")
         if unknown := set(static) - set(settings):
             raise ValueError(
-                f"static={tuple(static)} of the arm {name!r} names {sorted(unknown)}, which are no "
-                f"settings: those are {sorted(settings)}."
+                f"static={tuple(static)} of the arm {name!r} names {sorted(unknown)}, but must "
+                f"name settings: the arm has {sorted(settings)}."
             )
         checked = {
             key: _static(name, key, value) if key in static else _numbers(name, key, value)
@@ -107,7 +108,7 @@ class Arm:
             object.__setattr__(self, field, value)
 
     def replaced(self, **changes: Any) -> "Arm":
-        """The same arm with some of its fields or settings replaced.
+        """Returns the same arm with some fields or settings replaced.
 
         Example:
           >>> baseline().replaced(name="small", learning_rate=0.1).settings["learning_rate"]
@@ -119,28 +120,34 @@ class Arm:
             if field.name != "settings"
         }
         if self.family == self.name:
-            del fields["family"]  # follows the name
+            del fields["family"]  # By default the family is the name, which may change.
         return Arm(**{**fields, **self.settings, **changes})
 
     def at(self, rate: float) -> "Arm":
-        """The arm of this family whose effective learning rate, learning_rate / (1 - mu), is given.
+        """Returns the arm of this family at an effective learning rate, learning_rate / (1 - mu).
+
+        Args:
+          rate: the effective learning rate. The arm's learning rate is rate * (1 - mu).
 
         Example:
           >>> with_momentum(["0.9"])[0].at(0.1).name
           'mu 0.9 at 0.01'
         """
-        # Free of the last digits' noise, so that rates that are equal have one name.
+        # Rounded so that rates that are equal up to rounding errors have the same name.
         learning_rate = float(f"{rate * one_minus_mu(self):.12g}")
         name = f"{self.name} at {learning_rate:.6g}"
         return self.replaced(name=name, family=self.name, learning_rate=learning_rate)
 
     @property
     def is_family(self) -> bool:
-        """Whether a learning rate is still to be given."""
+        """Whether the arm has no learning rate yet."""
         return "learning_rate" not in self.settings
 
     def settings_at(self, scale: int) -> dict[str, Any]:
-        """The settings at the initial scale of this place.
+        """Returns the settings at one initial scale.
+
+        Args:
+          scale: the index of the initial scale.
 
         Example:
           >>> Arm("a", mj.momentum, learning_rate=(0.1, 0.2), mu=0.9).settings_at(1)
@@ -153,12 +160,12 @@ class Arm:
 
 
 def _numbers(arm, name, value):
-    """A number, or a tuple of them."""
+    """The value of a traced setting: a number, or a tuple of numbers."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" or array.ndim > 1:
         raise TypeError(
-            f"{name}={value!r} of the arm {arm!r} must be a number, or a sequence with one for "
-            f"each initial scale. For anything else, give static=[{name!r}]."
+            f"{name}={value!r} of the arm {arm!r} must be a number, or a sequence with one number "
+            f"per initial scale. For any other value, give static=[{name!r}]."
         )
     return array.item() if array.ndim == 0 else tuple(array.tolist())
 
@@ -169,16 +176,18 @@ def _static(arm, name, value):
     except TypeError:
         raise TypeError(
             f"{name}={value!r} of the arm {arm!r} is static and must be hashable: give a tuple "
-            "for a list."
+            "instead of a list."
         ) from None
     return value
 
 
 def one_minus_mu(arm: Arm) -> float:
-    """1 - mu, or 1 for an arm without a mu: learning rate over effective learning rate.
+    """Returns 1 - mu of an arm, the ratio of its learning rate to its effective learning rate.
+
+    An arm without a setting `mu` counts as mu 0.
 
     Raises:
-      ValueError: a mu of 1 or more, where there is no effective learning rate.
+      ValueError: mu is 1 or more, so there is no effective learning rate.
 
     Example:
       >>> one_minus_mu(baseline())
@@ -187,14 +196,14 @@ def one_minus_mu(arm: Arm) -> float:
     mu = arm.settings.get("mu", 0.0)
     if not isinstance(mu, (int, float)) or mu >= 1:
         raise ValueError(
-            f"mu={mu} of the arm {arm.name!r} must be a number below 1: otherwise there is no "
-            "effective learning rate, learning_rate / (1 - mu)."
+            f"mu={mu} of the arm {arm.name!r} must be a number below 1, because the effective "
+            "learning rate is learning_rate / (1 - mu): lower mu, or give the arm a learning_rate."
         )
-    return 1.0 - mu
+    return float(_physics.one_minus_mu(mu))
 
 
 def effective_rate(arm: Arm) -> float | None:
-    """learning_rate / (1 - mu) where it is one number, else None.
+    """Returns learning_rate / (1 - mu) of an arm; None if it is not one number.
 
     Example:
       >>> effective_rate(with_momentum(["0.9"])[0].at(0.1))
@@ -203,11 +212,11 @@ def effective_rate(arm: Arm) -> float | None:
     rate, mu = arm.settings.get("learning_rate"), arm.settings.get("mu", 0.0)
     if not isinstance(rate, (int, float)) or not isinstance(mu, (int, float)) or mu >= 1:
         return None
-    return float(f"{rate / (1 - mu):.12g}")
+    return float(f"{_physics.effective_learning_rate(rate, mu):.12g}")
 
 
 def nesterov(learning_rate: Any, mu: Any) -> optax.GradientTransformationExtraArgs:
-    """`momentum_jax.momentum` in Nesterov's form.
+    """Makes `momentum_jax.momentum` with `nesterov=True`.
 
     Example:
       >>> tx = nesterov(0.5, 0.5)
@@ -218,18 +227,18 @@ def nesterov(learning_rate: Any, mu: Any) -> optax.GradientTransformationExtraAr
 
 
 def noisy_descent(learning_rate: Any, noise: Any) -> optax.GradientTransformationExtraArgs:
-    """Gradient descent with added noise. A control: does noise alone help?
+    """Makes gradient descent with added noise. Control: does noise alone help?
 
         update = -learning_rate * (g + noise * |g| / sqrt(n) * z)        z standard normal
 
-    so that with noise=1 the noise is as long as the gradient, over all n params.
+    Here n is the number of params, so with noise=1 the noise is about as long as the gradient.
 
     Args:
       learning_rate: a number.
-      noise: the length of the noise over that of the gradient.
+      noise: the length of the noise divided by the length of the gradient.
 
     Returns:
-      An Optax transformation without state; its update needs the extra argument `key`.
+      An Optax transformation without state. Its update needs the extra argument `key`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -254,7 +263,7 @@ def noisy_descent(learning_rate: Any, noise: Any) -> optax.GradientTransformatio
 
 
 def baseline(batch_size: int = 32) -> Arm:
-    """Gradient descent without momentum, without a learning rate yet.
+    """Makes the baseline arm: plain gradient descent (mu 0), without a learning rate.
 
     Example:
       >>> baseline().settings
@@ -264,7 +273,11 @@ def baseline(batch_size: int = 32) -> Arm:
 
 
 def with_momentum(mus: Sequence[str], batch_size: int = 32) -> list[Arm]:
-    """An arm for each mu, without a learning rate yet: "0.9", or "nesterov-0.9".
+    """Makes an arm for each mu, without a learning rate.
+
+    Args:
+      mus: momentum coefficients as text: "0.9", or "nesterov-0.9" for Nesterov momentum.
+      batch_size: examples per step.
 
     Example:
       >>> [arm.name for arm in with_momentum(["0.9", "nesterov-0.9"])]
@@ -281,7 +294,13 @@ def with_momentum(mus: Sequence[str], batch_size: int = 32) -> list[Arm]:
 
 
 def controls(learning_rate: float, batch_size: int = 32) -> list[Arm]:
-    """Two arms without momentum on an equal number of gradients: restarts, and noise.
+    """Makes the two control arms, which use as many gradients but no momentum.
+
+    They are the best of 4 restarts, and gradient descent with added noise.
+
+    Args:
+      learning_rate: their effective learning rate, which equals the learning rate at mu 0.
+      batch_size: examples per step.
 
     Example:
       >>> [arm.name for arm in controls(0.1)]
@@ -296,7 +315,7 @@ def controls(learning_rate: float, batch_size: int = 32) -> list[Arm]:
 
 
 def to_json(arm: Arm) -> dict[str, Any]:
-    """An arm for `json.dumps`; what cannot be made again from text is kept as None.
+    """Converts an arm for `json.dumps`; a function that cannot be imported by name becomes None.
 
     Example:
       >>> to_json(baseline())["make_transform"]
@@ -312,7 +331,7 @@ def to_json(arm: Arm) -> dict[str, Any]:
 
 
 def from_json(fields: Mapping[str, Any]) -> Arm:
-    """The arm that `to_json` wrote.
+    """Makes the arm that `to_json` converted.
 
     Raises:
       ValueError: its function cannot be imported.
@@ -326,8 +345,8 @@ def from_json(fields: Mapping[str, Any]) -> Arm:
     found = None if where is None else _imported(where)
     if found is None:
         raise ValueError(
-            f"the function that makes the transformation of the arm {fields['name']!r} cannot be "
-            "imported: run the Study from Python, in the program that defines it."
+            f"make_transform of the arm {fields['name']!r} cannot be imported by name: run the "
+            "Study from Python, in the program that defines the function."
         )
     settings = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
@@ -336,7 +355,7 @@ def from_json(fields: Mapping[str, Any]) -> Arm:
 
 
 def _reference(function):
-    """Where it can be imported from, as text; of a partial also its keywords; or None."""
+    """The import path of a function, with keywords for a partial; None if there is none."""
     if isinstance(function, functools.partial):
         inner = _reference(function.func)
         if inner is None or function.args or not all(map(_is_plain, function.keywords.values())):

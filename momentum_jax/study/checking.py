@@ -1,4 +1,4 @@
-"""What cannot be trained is refused before the work starts."""
+"""Checks before training that everything can be trained and compared."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,16 @@ def check_runs(
     counts: dict[str, int | None],
     record: Sequence[str],
 ) -> None:
-    """Checks what `run` is given, each part by itself and together.
+    """Checks the arguments of `run`, one by one and together.
+
+    Args:
+      problem: as for `run`.
+      arms: as for `run`.
+      seeds: as for `run`.
+      order_seeds: as for `run`.
+      init_scales: as for `run`.
+      counts: numbers that must be at least 1, by name; None is allowed.
+      record: as for `run`.
 
     Raises:
       ValueError: see `run`.
@@ -33,11 +42,11 @@ def check_runs(
       >>> check_runs(digits(), [], [0], None, [1.0], {}, ())
       Traceback (most recent call last):
       ...
-      ValueError: the arms need unique names, at least one, but are [].
+      ValueError: arms=[] must be at least one arm, and their names must differ.
     """
     names = [arm.name for arm in arms]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"the arms need unique names, at least one, but are {names}.")
+        raise ValueError(f"arms={names} must be at least one arm, and their names must differ.")
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}={count} must be at least 1.")
@@ -45,11 +54,11 @@ def check_runs(
     for name, values in (
         several if order_seeds is None else several | {"order_seeds": order_seeds}
     ).items():
-        # A run that is there twice would count as two.
+        # A repeated run would count as two runs.
         if np.ndim(values) != 1 or not 0 < len(values) == len(set(values)):
             hint = f", such as range({values})." if np.ndim(values) == 0 else "."
             raise ValueError(
-                f"{name}={values} must be a sequence of different numbers, at least one{hint}"
+                f"{name}={values} must be a sequence of one or more different numbers{hint}"
             )
         if name == "init_scales" and not all(0 < abs(value) < math.inf for value in values):
             raise ValueError(f"init_scales={values} must be finite and not 0.")
@@ -58,14 +67,16 @@ def check_runs(
         if "seeds" in name and (min(values) < 0 or max(values) >= 2**32):
             raise ValueError(f"{name}={values} must be at least 0 and below 2^32.")
     if unknown := set(record) - set(RECORDABLE):
-        raise ValueError(f"record={sorted(unknown)} is unknown: there are {', '.join(RECORDABLE)}.")
+        raise ValueError(
+            f"record={sorted(unknown)} is unknown: it may contain {', '.join(RECORDABLE)}."
+        )
     for arm in arms:
         for name, value in arm.settings.items():
             per_scale = isinstance(value, tuple) and name not in arm.static
             if per_scale and len(value) != len(init_scales):
                 raise ValueError(
-                    f"{name}={value} of the arm {arm.name!r} must be a number, or one for each of "
-                    f"the {len(init_scales)} initial scales."
+                    f"{name}={value} of the arm {arm.name!r} must be one number, or a sequence "
+                    f"with one number for each of the {len(init_scales)} initial scales."
                 )
         if problem.data is not None and arm.batch_size > problem.examples:
             raise ValueError(
@@ -78,7 +89,7 @@ def check_runs(
 
 
 def _check_arm(problem, arm):
-    """Tries its transformation on shapes alone."""
+    """Checks the transformation of an arm on shapes."""
     static = {name: arm.settings[name] for name in arm.static}
 
     def one_step(params, key, settings):
@@ -90,9 +101,9 @@ def _check_arm(problem, arm):
         jax.eval_shape(one_step, _abstract(problem), jax.random.key(0), traced)
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
-            f"the transformation of the arm {arm.name!r} branches on the value of a traced "
-            f"setting ({type(error).__name__}): give static=(...) with the names of the settings "
-            f"that it branches on, of {sorted(traced)}."
+            f"make_transform of the arm {arm.name!r} branches on the value of a traced setting "
+            f"({type(error).__name__}): give static=(...) with the names of those settings, among "
+            f"{sorted(traced)}."
         ) from error
     except Exception as error:
         raise ValueError(
@@ -107,25 +118,25 @@ def _abstract(problem):
 def check_contrasts(
     arms: Sequence[Arm], contrasts: Sequence[Contrast], primary: Primary | None
 ) -> None:
-    """Checks that all that is compared is trained.
+    """Checks that every arm in a comparison is one of the arms to train.
 
     Raises:
-      ValueError: a name that no arm has; for "tuned", that no family has.
+      ValueError: a comparison names an unknown arm; for "tuned", an unknown family.
 
     Example:
       >>> from momentum_jax.study.arms import baseline
       >>> check_contrasts([baseline().at(0.1)], [Contrast("arms", "mu 0", ("b",))], None)
       Traceback (most recent call last):
       ...
-      ValueError: the contrast "arms" compares ['b', 'mu 0'], but the arms are ['mu 0 at 0.1'].
+      ValueError: the contrast "arms" names ['b', 'mu 0'], but the arms are ['mu 0 at 0.1'].
     """
     names, families = ({getattr(arm, field) for arm in arms} for field in ("name", "family"))
     for contrast in contrasts:
         known = families if contrast.kind == "tuned" else names
         if unknown := {contrast.baseline, *contrast.arms} - known:
             raise ValueError(
-                f'the contrast "{contrast.kind}" compares {sorted(unknown)}, but the arms are '
-                f"{sorted(known)}."
+                f'the contrast "{contrast.kind}" names {sorted(unknown)}, but the '
+                f"{'families' if contrast.kind == 'tuned' else 'arms'} are {sorted(known)}."
             )
     if primary is not None and (unknown := {primary.arm, primary.baseline} - names):
         raise ValueError(
@@ -139,10 +150,13 @@ def check_randomness(
     seeds: Sequence[int],
     order_seeds: Sequence[int] | None,
 ) -> list[str]:
-    """What a report must say of the randomness of the runs, as sentences.
+    """Checks that runs of one arm differ, and returns what the report must say about it.
+
+    Returns:
+      Sentences for the report.
 
     Raises:
-      ValueError: several seeds, and no randomness in any run.
+      ValueError: the seeds, or the order seeds, change nothing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -151,7 +165,7 @@ def check_randomness(
       Traceback (most recent call last):
       ...
       ValueError: init(key) of problem returns the same weights for different keys, and there is \
-no data order to vary: all runs of an arm would be equal. Draw the weights from the key.
+no data order to vary, so all runs of an arm would be equal: draw the weights from the key.
     """
     shuffled = problem.data is not None and any(a.batch_size < problem.examples for a in arms)
     orders_vary = shuffled and (order_seeds is None or len(order_seeds) > 1)
@@ -164,13 +178,13 @@ no data order to vary: all runs of an arm would be equal. Draw the weights from 
             same = f"init(key) of {problem.name} returns the same weights for different keys"
             if not orders_vary:
                 raise ValueError(
-                    f"{same}, and there is no data order to vary: all runs of an arm would be "
-                    "equal. Draw the weights from the key."
+                    f"{same}, and there is no data order to vary, so all runs of an arm would be "
+                    "equal: draw the weights from the key."
                 )
-            return [f"{same}: what varies here is the data order alone."]
+            return [f"{same}: only the data order varies in this study."]
     if order_seeds is not None and len(order_seeds) > 1 and not shuffled:
         raise ValueError(
-            f"order_seeds={list(order_seeds)} vary the data order, but {problem.name} has none: "
-            "leave order_seeds=None, or give batches smaller than the data."
+            f"order_seeds={list(order_seeds)} vary the data order, but {problem.name} has no data "
+            "order: give order_seeds=None, or batches smaller than the data."
         )
     return []

@@ -1,4 +1,4 @@
-"""What a study found: all comparisons in one table, and the verdict on the primary one."""
+"""Compares the arms of a study: one table of all comparisons, and the verdict."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from momentum_jax.study import contrasts as plan
 from momentum_jax.study import statistics
-from momentum_jax.study._answers import SPREADS, Runs, answer
+from momentum_jax.study._answers import SPREADS, Runs, answer, question_name
 from momentum_jax.study._pairs import TUNED, coordinate, every_pair, is_primary, key
 from momentum_jax.study.descriptions import describe as describe
 
@@ -23,33 +23,49 @@ COLUMNS = [
 
 
 def compare(dataset: xr.Dataset, *, progress: str | None = None) -> pd.DataFrame:
-    """Compares the arms that the contrasts of a dataset name, and the primary ones.
+    """Compares the arms of every contrast of a dataset, and those of the primary comparison.
 
-    Ratios are arm / baseline of spreads within a scale, differences arm - baseline; combined over
-    scales they are the geometric mean and the mean of those within scales. Ratios of standard
-    deviations have intervals and `p` of a studentized bootstrap of whole units
-    (`spread_tests.bootstrap_reference`), and `p_exchange` of a permutation test.
+    The questions are, with the final loss unless another quantity is named:
 
-    `p_adjusted` is Holm's over all rows at one scale that ask the same question, each pair of arms
-    counted once, and over all combined rows; adjusted intervals are Bonferroni's over the same
-    rows. The primary comparison, declared before the runs, is not adjusted.
+    | question | value |
+    | --- | --- |
+    | "std" | ratio of standard deviations between units (initial weights) |
+    | "total std" | ratio of standard deviations of all runs; only with several data orders |
+    | "10-90% range" | ratio of the ranges from the 10% to the 90% quantile of all runs |
+    | "std of log loss" | ratio of standard deviations of the log loss; only if losses are above 0 |
+    | "failures" | difference of the failure rates |
+    | "rescued", "lost" | number of pairs in which only the baseline, or only the arm, failed |
+    | "loss" | difference of the interquartile means |
+    | "lower loss" | probability that the arm ends with the lower loss |
+    | a metric, and "METRIC std" | difference of the means; ratio of standard deviations |
 
-    The tuned comparison is split: the first ratio is the product of the other two.
-    "tuned": the arm at its tuned rate, against the baseline at its own;
-    "tuned, rate alone": the baseline at the arm's effective rate, against the baseline at its own;
+    A ratio is arm / baseline, a difference arm - baseline, each within one scale. Combined over
+    scales, the value is the geometric mean of the ratios or the mean of the differences. For ratios
+    of standard deviations, intervals and `p` come from a studentized bootstrap of whole units
+    (`spread_tests.bootstrap_reference`); `p_exchange` comes from a permutation test.
+
+    `p_adjusted` is Holm-adjusted over all rows at one scale that ask the same question, with each
+    pair of arms counted once, and separately over all combined rows. Adjusted intervals are
+    Bonferroni-adjusted over the same rows. The primary comparison is declared before the runs and
+    is not adjusted.
+
+    A tuned comparison has three rows; the first ratio is the product of the other two.
+    "tuned": the arm at its tuned rate, against the baseline at its own tuned rate.
+    "tuned, rate alone": the baseline at the arm's effective rate, against the baseline at its own.
     "tuned, method alone": the arm, against the baseline at the arm's effective rate.
     Their intervals include the error of tuning: the tuning seeds are drawn again 2000 times, the
-    rates with the lowest interquartile mean are chosen again, and each choice is followed by draws
-    of its own estimate.
+    rates with the lowest interquartile mean are chosen again, and the estimate of each choice is
+    drawn too.
 
     Args:
       dataset: what `run` returned.
-      progress: what to call the work in a progress bar; None shows none.
+      progress: label of the progress bar; None shows no bar.
 
     Returns:
-      One row for each contrast, arm, baseline, scale (nan: combined) and question. The columns
-      are `COLUMNS`; `low` and `high` are 95% intervals, `low_90` and `high_90` those of two
-      one-sided tests at 5%. Undefined values are nan, with a `note` that says why.
+      A table with one row for each contrast, arm, baseline, scale (nan: combined) and question,
+      and with the columns `COLUMNS`. `low` and `high` are 95% intervals; `low_90` and `high_90`
+      are 90% intervals, for two one-sided tests at 5%. Undefined values are nan, with a `note` that
+      says why.
 
     Example:
       >>> ends = np.random.default_rng(0).normal(5, [[1], [0.5]], size=(2, 100))
@@ -59,18 +75,18 @@ def compare(dataset: xr.Dataset, *, progress: str | None = None) -> pd.DataFrame
       ...     attrs={"primary": '{"arm": "mu 0.9", "baseline": "mu 0"}'},
       ... )
       >>> table = compare(results)
-      >>> print(table[table.question == "spread"].high.max() < 1)
+      >>> print(table[table.question == "std"].high.max() < 1)
       True
     """
     runs = Runs(dataset)
     primary = plan.primary(dataset)
     pairs = list(every_pair(dataset))
-    # Contrasts may share a pair of arms: what both ask is asked once.
+    # Several contrasts may have the same pair of arms: each comparison is computed once.
     asked = {key(pair): pair for pair in reversed(pairs)}
     scales = np.arange(len(runs.scales))
     rates = coordinate(dataset, "effective_rate")
     family = {False: len(asked) * len(scales), True: len(asked)}
-    # The smallest adjusted p is below 0.01.
+    # Enough draws for the smallest adjusted p-value to be below 0.01.
     draws = max(4999, 100 * family[False])
     rows = []
     for name, pair in tqdm(asked.items(), desc=progress, disable=progress is None):
@@ -86,7 +102,7 @@ def compare(dataset: xr.Dataset, *, progress: str | None = None) -> pd.DataFrame
             levels = [0.95, 0.9, 1 - 0.05 / family[combined]]
             for question in runs.questions:
                 found = answer(runs, question, pair, places, levels, draws)
-                first = question == "spread" and combined and is_primary(pair, primary)
+                first = question == "std" and combined and is_primary(pair, primary)
                 ranges = [*found.intervals[:2], found.intervals[0 if first else 2]]
                 names = ("low", "high"), ("low_90", "high_90"), ("adjusted_low", "adjusted_high")
                 bounds = {
@@ -114,18 +130,19 @@ def compare(dataset: xr.Dataset, *, progress: str | None = None) -> pd.DataFrame
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the primary comparison found.
+    """The result of the primary comparison.
 
     Attributes:
       word: "narrower", "wider", "equivalent", "inconclusive" or "undefined".
-      sentence: the same in one sentence, with ratio and interval.
-      value: the ratio of the spreads, arm / baseline ...
-      low: ... with its 95% interval.
-      high: its upper bound.
-      p: of a ratio of 1.
-      margin: ratios from 1 / (1 + margin) to 1 + margin count as equivalent.
-      detectable: the smallest reduction, as a ratio below 1, that a study with this precision
-        finds with a probability of 80%.
+      sentence: the result in one sentence, with the ratio and its interval.
+      value: the ratio of the standard deviations of the final loss, arm / baseline.
+      low: the lower bound of its 95% interval.
+      high: the upper bound of its 95% interval.
+      p: the p-value of the hypothesis that the ratio is 1.
+      margin: the two arms are equivalent if the 90% interval lies within 1 / (1 + margin) to
+        1 + margin.
+      detectable: the largest ratio below 1 that a study with this precision detects with 80%
+        power.
 
     Example:
       >>> Verdict("narrower", "Narrower: ...", 0.5, 0.4, 0.6, 0.001, 0.1, 0.8).word
@@ -143,14 +160,15 @@ class Verdict:
 
 
 def verdict(dataset: xr.Dataset, table: pd.DataFrame | None = None) -> Verdict:
-    """The answer of the primary comparison: equivalent, narrower, wider or inconclusive.
+    """Returns the result of the primary comparison.
 
-    "equivalent" comes first: two one-sided tests at 5%, that is, the 90% interval lies within the
-    margin. Else the 95% interval decides.
+    It is "equivalent" if the 90% interval lies within the margin (two one-sided tests at 5%).
+    Otherwise it is "narrower" or "wider" if the 95% interval excludes 1, and "inconclusive" if it
+    includes 1. It is "undefined" without an interval or without a primary comparison.
 
     Args:
       dataset: what `run` returned.
-      table: of `compare`; None: it is computed.
+      table: what `compare` returned; None computes it.
 
     Example:
       >>> verdict(xr.Dataset()).word
@@ -161,11 +179,11 @@ def verdict(dataset: xr.Dataset, table: pd.DataFrame | None = None) -> Verdict:
         nothing = [math.nan] * 6
         return Verdict("undefined", "No primary comparison was declared.", *nothing)
     table = compare(dataset) if table is None else table
-    row = _of_primary(table, primary).query("scale.isna() and question == 'spread'").iloc[0]
+    row = _of_primary(table, primary).query("scale.isna() and question == 'std'").iloc[0]
     value, low, high, p = (float(row[name]) for name in ("value", "low", "high", "p"))
     limit = 1 + primary.margin
     decided = math.isfinite(low)
-    # The half width is 1.960 standard errors; another 0.842 give a power of 80%.
+    # Half the 95% interval is 1.960 standard errors; a power of 80% needs 0.842 more.
     power = (1.960 + 0.842) / 1.960
     detectable = (low / high) ** (power / 2) if decided and low < high else math.nan
     if not decided:
@@ -181,13 +199,13 @@ def verdict(dataset: xr.Dataset, table: pd.DataFrame | None = None) -> Verdict:
 
 
 def _of_primary(table, primary):
-    """The rows of the primary comparison, each once."""
+    """The rows of the primary comparison, without repetitions."""
     rows = table[(table.arm == primary.arm) & (table.baseline == primary.baseline)]
     rows = rows[~rows.contrast.isin(TUNED)]
     return rows.drop_duplicates(["scale", "question"])
 
 
-# What the spread is over, by design.
+# What the standard deviation measures, by design.
 OVER = {
     "crossed": "due to the initial weights alone (the weights' variance component)",
     "weights": "across initial weights, all with one data order",
@@ -207,7 +225,7 @@ def _sentence(dataset, primary, row, word):
         where = f"as the geometric mean over initial scales {', '.join(scales)}"
     compared = f"the standard deviation of the final loss {over}"
     if word == "undefined":
-        # A note ends with the reason.
+        # The note is the reason.
         return (
             f"Undefined: {compared} cannot be compared between {primary.arm} and "
             f"{primary.baseline}, because {row.note}."
@@ -229,7 +247,7 @@ def _sentence(dataset, primary, row, word):
         "inconclusive": "; the interval includes both a reduction and an increase, and is not "
         f"within the margin of equivalence, {margin}",
     }.get(word, "")
-    # A table read from CSV has nan for an empty note.
+    # In a table read from CSV an empty note is nan.
     note = f"; {row.note}" if isinstance(row.note, str) and row.note else ""
     return f"{word.capitalize()}: {ratio}{more}{note}."
 
@@ -240,17 +258,18 @@ def _one_rate(dataset, primary):
 
 
 def disagreements(table: pd.DataFrame, dataset: xr.Dataset) -> list[str]:
-    """Where the questions about the primary comparison have opposite answers.
+    """Lists where results of the primary comparison point in opposite directions.
 
-    An answer counts if its unadjusted 95% interval excludes a ratio of 1 or a difference of 0.
+    A result counts if its unadjusted 95% interval excludes a ratio of 1 or a difference of 0.
 
     Args:
-      table: of `compare`.
-      dataset: what it was computed from.
+      table: what `compare` returned.
+      dataset: the dataset from which it was computed.
 
     Returns:
-      A sentence where scales point in different directions, and one for each scale, and for all
-      combined, at which measures of spread and failures, or loss, failures and metrics, do.
+      Sentences. There is one for each measure that is lower at some initial scales and higher at
+      others. For each scale, and for all scales combined, there is one if measures of spread and
+      failure rate disagree, and one if loss, failure rate and metrics disagree.
 
     Example:
       >>> disagreements(compare(xr.Dataset(
@@ -263,16 +282,16 @@ def disagreements(table: pd.DataFrame, dataset: xr.Dataset) -> list[str]:
     if primary is None or not len(table):
         return []
     metrics = json.loads(dataset.attrs.get("metrics", "[]"))
-    # By question: whether a ratio below 1, or a negative difference, goes under the first word.
+    # By question: whether a ratio below 1 or a negative difference means the first word.
     spreads = [*SPREADS]
-    spreads += [f"{metric['name']} spread" for metric in metrics]
+    spreads += [f"{metric['name']} std" for metric in metrics]
     widths = dict.fromkeys([*spreads, "failures"], True)
     results = {"loss": True, "failures": True}
     results |= {metric["name"]: not metric["larger_is_better"] for metric in metrics}
     rows = _of_primary(table, primary)
     scales = rows.scale.dropna().unique()
     sentences = []
-    for question in ("spread", "total spread"):
+    for question in ("std", "total std"):
         here = rows[(rows.question == question) & rows.scale.notna()]
         below, above = (
             ", ".join(f"{scale:g}" for scale in here.scale[chosen])
@@ -280,8 +299,9 @@ def disagreements(table: pd.DataFrame, dataset: xr.Dataset) -> list[str]:
         )
         if below and above:
             sentences.append(
-                f"The scales disagree: compared with {primary.baseline}, the {question} of "
-                f"{primary.arm} is lower at initial scale {below}, but higher at {above}."
+                f"The initial scales disagree: compared with {primary.baseline}, the "
+                f"{question_name(question)} of {primary.arm} is lower at initial scale {below}, "
+                f"but higher at {above}."
             )
     for scale in scales if len(scales) == 1 else [*scales, math.nan]:
         here = rows[rows.scale.isna() if math.isnan(scale) else rows.scale == scale]
@@ -293,7 +313,8 @@ def disagreements(table: pd.DataFrame, dataset: xr.Dataset) -> list[str]:
                 if row["high"] < null or row["low"] > null:
                     first = (row["high"] < null) == questions[row["question"]]
                     numbers = "{value:.3g}, 95% CI {low:.3g} to {high:.3g}".format(**row)
-                    said[words[0 if first else 1]].append(f"{row['question']} ({numbers})")
+                    name = question_name(row["question"])
+                    said[words[0 if first else 1]].append(f"{name} ({numbers})")
             one, other = (" and ".join(said[word]) for word in words)
             if one and other:
                 sentences.append(

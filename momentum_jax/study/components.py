@@ -1,4 +1,4 @@
-"""How much of the variance of the final loss is due to the initial weights, and how much is not."""
+"""Splits the variance of the final loss into initial weights, data order and their interaction."""
 
 import numpy as np
 import pandas as pd
@@ -15,25 +15,26 @@ DRAWS = 4000
 
 
 def variance_components(dataset: xr.Dataset, *, of: str = "loss") -> pd.DataFrame:
-    """The shares of initial weights, data order and their interaction in the variance of the end.
+    """Computes the proportions of the variance due to weights, data order and their interaction.
 
-    Two-way random effects of W weights x O orders, with one run in each cell. From the mean
-    squares MW, MO and MI,
+    The model is two-way random effects of W initial weights x O data orders, with one run in each
+    cell. From the mean squares MW, MO and MI,
 
         variance_weights = (MW - MI) / O
         variance_order = (MO - MI) / W
         variance_interaction = MI
 
-    each at least 0. The interaction is what belongs to one pair of weights and order, and includes
-    whatever else differs from run to run. Shares are of the sum of the three.
+    and each is at least 0. The interaction includes everything that is specific to one pair of
+    weights and order. The proportions are relative to the sum of the three.
 
     Args:
       dataset: what `run` returned, of a crossed design.
       of: "loss" (the final loss, capped) or the name of a metric.
 
     Returns:
-      One row for each arm, scale and source: its variance, its share and the 95% interval of the
-      share; all nan where all runs end alike. The intervals are those of `shares`.
+      A table with one row for each arm, scale and source: its variance, its proportion of the sum,
+      and the 95% interval of the proportion from `proportions`. The proportion and its interval
+      are nan if all runs end with the same value.
 
     Raises:
       ValueError: the design is not crossed.
@@ -48,16 +49,16 @@ def variance_components(dataset: xr.Dataset, *, of: str = "loss") -> pd.DataFram
       ...     coords={"arm": ["mu 0"], "init_scale": [1.0]},
       ...     attrs={"loss_cap": 9.0},
       ... )
-      >>> print(variance_components(results).set_index("source").share.round(2).to_dict())
+      >>> print(variance_components(results).set_index("source").proportion.round(2).to_dict())
       {'weights': 1.0, 'order': 0.0, 'interaction': 0.0}
     """
     ends = statistics.final(dataset)[of]
     sizes = {name: ends.sizes.get(name, 0) for name in ("seed", "order_seed")}
     if min(sizes.values()) < 2:
         raise ValueError(
-            f"seeds x order seeds = {sizes['seed']} x {sizes['order_seed']} must be crossed, at "
-            "least 2 of each, to tell weights from data order: run the study with, say, "
-            "order_seeds=range(16)."
+            f"the design of {sizes['seed']} seeds x {sizes['order_seed']} order seeds must be "
+            "crossed, with at least 2 of each, to separate weights from data order: run the study "
+            "with order_seeds=range(16), for example."
         )
     values = statistics.units(ends)
     families = dataset.get("family", dataset.arm).values
@@ -70,26 +71,28 @@ def variance_components(dataset: xr.Dataset, *, of: str = "loss") -> pd.DataFram
             "effective_rate": rates[arm],
             "scale": float(ends.init_scale.values[scale]),
         }
-        variances, low, high = shares(values[arm, scale])
+        variances, low, high = proportions(values[arm, scale])
         total = variances.sum()
-        share = variances / total if total > 0 else np.full(3, np.nan)
-        for source, *numbers in zip(SOURCES, share, low, high, variances, strict=True):
-            names = ("share", "low", "high", "variance")
+        proportion = variances / total if total > 0 else np.full(3, np.nan)
+        for source, *numbers in zip(SOURCES, proportion, low, high, variances, strict=True):
+            names = ("proportion", "low", "high", "variance")
             rows.append({**where, "source": source, **dict(zip(names, numbers, strict=True))})
     return pd.DataFrame(rows)
 
 
-def shares(
+def proportions(
     values: Float[np.ndarray, "weights order"],
 ) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
-    """The variances of weights, order and interaction, and 95% intervals of their shares.
+    """Computes the three variances, and 95% intervals of their proportions.
 
-    Generalized confidence intervals: each mean square M is drawn again as M * d / chi2(d). With
-    normal effects d is its degrees of freedom. It is lowered to 2 / (jackknife variance of log M)
-    where heavy tails make M less certain; for the order only if there are 6 orders or more.
+    The intervals are generalized confidence intervals: each mean square M is drawn as
+    M * d / chi2(d). With normal effects, d is its degrees of freedom. If heavy tails make M less
+    certain, d is lowered to 2 / (jackknife variance of log M); for the order, only with 6 orders or
+    more.
 
-    How many of 100 intervals cover the weights' share, with 16 or 50 weights and true shares of
-    0.05 to 0.9, by the law of all effects (see benchmarks/results/spread-tests.json):
+    The table shows how many of 100 intervals cover the true proportion of the weights, with 16 or
+    50 weights and true proportions of 0.05 to 0.9, by the distribution of all effects (see
+    benchmarks/results/spread-tests.json):
 
         orders             2       4      16
         normal         93-97   94-99   95-99
@@ -97,19 +100,21 @@ def shares(
         lognormal     84-100   78-99   76-97
         10% failed    83-100  68-100   80-97
 
-    They are too short where a rare event makes a component, and a few orders cannot show it.
+    The intervals are too short if rare events make most of a component, because a few orders
+    cannot show them.
 
     Args:
-      values: one run in each cell.
+      values: the final values, one run in each cell.
 
     Returns:
-      The three variances, the lower bounds and the upper bounds, in the order of `SOURCES`.
+      The three variances, then the lower and the upper bounds of their proportions, each in the
+      order of `SOURCES`.
 
     Source:
       Weerahandi (1993), Generalized confidence intervals.
 
     Example:
-      >>> variances, low, high = shares(np.random.default_rng(0).normal(size=(50, 16)))
+      >>> variances, low, high = proportions(np.random.default_rng(0).normal(size=(50, 16)))
       >>> print(variances.round(1), low[2] > 0.9)
       [0. 0. 1.] True
     """
@@ -117,7 +122,7 @@ def shares(
     away = values - values.mean()
     by_row, by_column = away.mean(1), away.mean(0)
     rest = away - by_row[:, None] - by_column
-    # What each row (column) contributes to the three sums of squares.
+    # The contributions of rows and columns to the three sums of squares.
     parts = columns * by_row**2, rows * by_column**2, np.square(rest).sum(1)
     degrees = [rows - 1, columns - 1, (rows - 1) * (columns - 1)]
     squares = np.array([part.sum() for part in parts]) / degrees
@@ -137,7 +142,7 @@ def shares(
 
 
 def _degrees(parts, limit):
-    """The degrees of freedom that fit the jackknife variance of the log of a sum of squares."""
+    """The degrees of freedom that match the jackknife variance of the log of a sum of squares."""
     count, total = len(parts), parts.sum()
     if count < statistics.FEWEST or total == 0:
         return limit

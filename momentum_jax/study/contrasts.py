@@ -1,15 +1,18 @@
-"""What is compared with what, as records that are stored with the results."""
+"""Defines which arms are compared. These records are stored with the results."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import xarray as xr
 
-# Kinds of contrasts, each with what its heading says.
-KINDS = {
+# What makes the arms of a contrast comparable.
+ContrastKind = Literal["same effective rate", "same rate", "tuned", "control", "arms"]
+
+# The heading of each kind in the report.
+HEADINGS: dict[ContrastKind, str] = {
     "same effective rate": "At the same effective learning rate, learning_rate / (1 - mu)",
     "same rate": "At the same learning rate",
     "tuned": "Each at its own tuned learning rate",
@@ -20,13 +23,14 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """Arms that are compared with one baseline.
+    """One baseline arm, and the arms that are compared with it.
 
     Attributes:
-      kind: a key of `KINDS`.
-      baseline: the name of the arm that the others are compared with; a family for "tuned".
-      arms: the names of the others.
-      rate: the (effective) learning rate that the arms share; nan where they share none.
+      kind: why the arms are comparable, a `ContrastKind`.
+      baseline: the name of the baseline arm; for the kind "tuned", the name of a family.
+      arms: the names of the other arms or families.
+      rate: the learning rate that all arms have ("same rate"), or their effective learning rate;
+        nan if they have no rate in common.
 
     Raises:
       ValueError: an unknown kind, or no arm to compare.
@@ -36,34 +40,35 @@ class Contrast:
       ('mu 0.9',)
     """
 
-    kind: str
+    kind: ContrastKind
     baseline: str
     arms: tuple[str, ...]
     rate: float = math.nan
 
     def __post_init__(self):
         """Checks the kind."""
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} of a contrast must be one of {list(KINDS)}.")
+        if self.kind not in HEADINGS:
+            raise ValueError(f"kind={self.kind!r} of a contrast must be one of {list(HEADINGS)}.")
         object.__setattr__(self, "arms", tuple(self.arms))
         if not self.arms or self.baseline in self.arms:
             raise ValueError(
-                f"a contrast needs arms other than its baseline {self.baseline!r}, but has "
-                f"{list(self.arms)}."
+                f"arms={list(self.arms)} of a contrast must name at least one arm, and not its "
+                f"baseline {self.baseline!r}."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Primary:
-    """The one comparison that decides, declared before any run.
+    """The primary comparison, which decides the verdict. It is declared before any run.
 
-    It is the ratio of the spread of the final loss, arm over baseline, as the geometric mean over
-    the initial scales.
+    It compares the standard deviation of the final loss, as a ratio, arm / baseline. Over several
+    initial scales it is the geometric mean of the ratios.
 
     Attributes:
       arm: the name of the arm.
       baseline: the name of the arm that it is compared with.
-      margin: the ratio counts as equivalent between 1 / (1 + margin) and 1 + margin.
+      margin: the two arms are equivalent if the 90% confidence interval of the ratio lies within
+        1 / (1 + margin) to 1 + margin; default 0.1.
 
     Raises:
       ValueError: a margin that is not above 0, or an arm compared with itself.
@@ -82,11 +87,13 @@ class Primary:
         if not 0 < self.margin < math.inf:
             raise ValueError(f"margin={self.margin} must be above 0 and finite; 0.1 is usual.")
         if self.arm == self.baseline:
-            raise ValueError(f"the primary comparison compares {self.arm!r} with itself.")
+            raise ValueError(
+                f"the primary comparison compares {self.arm!r} with itself: give another baseline."
+            )
 
 
 def contrasts(dataset: xr.Dataset) -> list[Contrast]:
-    """The contrasts of a dataset of `run`.
+    """Returns the contrasts of a dataset of `run`.
 
     Example:
       >>> contrasts(xr.Dataset())
@@ -96,7 +103,7 @@ def contrasts(dataset: xr.Dataset) -> list[Contrast]:
 
 
 def primary(dataset: xr.Dataset) -> Primary | None:
-    """The primary comparison of a dataset of `run`; None if it was run without one.
+    """Returns the primary comparison of a dataset of `run`; None if it has none.
 
     Example:
       >>> print(primary(xr.Dataset()))
@@ -107,7 +114,7 @@ def primary(dataset: xr.Dataset) -> Primary | None:
 
 
 def as_json(record: Contrast | Primary) -> dict:
-    """A record for `json.dumps`: no nan.
+    """Converts a record for `json.dumps`; nan becomes None.
 
     Example:
       >>> as_json(Contrast("arms", "mu 0", ("mu 0.9",)))["rate"] is None
@@ -121,7 +128,7 @@ def as_json(record: Contrast | Primary) -> dict:
 
 
 def contrast_from_json(fields: Mapping[str, Any]) -> Contrast:
-    """The contrast that `as_json` gave.
+    """Makes the contrast that `as_json` converted.
 
     Example:
       >>> contrast_from_json(as_json(Contrast("arms", "mu 0", ("mu 0.9",)))).arms

@@ -1,4 +1,4 @@
-"""The examples of the problems with networks, as training, validation and test rows."""
+"""Loads the data of the network problems, split into training, validation and test rows."""
 
 import functools
 import random
@@ -10,22 +10,23 @@ Parts = tuple[Examples, Examples, Examples]
 
 
 def split(x: np.ndarray, y: np.ndarray, *held_out: int) -> tuple[Examples, ...]:
-    """Splits examples at random, always alike, with every class in its proportion in each part.
+    """Splits examples at random with a fixed seed, stratified by class.
 
     Args:
       x: inputs, one example per row.
       y: classes, as integers.
-      *held_out: the number of rows of each further part.
+      *held_out: the number of rows of each part that is held out.
 
     Returns:
-      The parts, with "x" in float32 and "y" in int32: first the rows that are not held out.
+      The parts, each with "x" in float32 and "y" in int32. The first part has the rows that are
+      not held out; the held-out parts follow in the order of `held_out`.
 
     Example:
       >>> train, test = split(np.zeros((8, 3)), np.arange(8) % 2, 2)
       >>> print(train["x"].shape, sorted(test["y"].tolist()))
       (6, 3) [0, 1]
     """
-    # Imported here because it takes a second.
+    # Imported here because the import takes a second.
     from sklearn.model_selection import train_test_split
 
     left, parts = np.arange(len(y)), []
@@ -37,7 +38,9 @@ def split(x: np.ndarray, y: np.ndarray, *held_out: int) -> tuple[Examples, ...]:
 
 @functools.cache
 def digits() -> Parts:
-    """1,797 images of handwritten digits, 1,077 / 360 / 360, each pixel standardized.
+    """Loads 1,797 images of handwritten digits, with each pixel standardized.
+
+    1,077 are for training, 360 for validation and 360 for testing.
 
     Example:
       >>> print([part["x"].shape for part in digits()])
@@ -53,17 +56,18 @@ def digits() -> Parts:
     train, test, validation = split(np.asarray(images), np.asarray(labels), 360, 360)
     mean, deviation = train["x"].mean(axis=0), train["x"].std(axis=0)
     for part in train, test, validation:
-        # A pixel that is the same in all training images stays as it is, less its mean.
+        # A pixel that is constant over the training images is centred but not scaled.
         part["x"] = (part["x"] - mean) / np.where(deviation > 0, deviation, 1)
     return train, validation, test
 
 
 @functools.cache
 def mnist1d() -> Parts:
-    """5,000 generated series of 40 points, ten classes, 3,200 / 800 / 1,000.
+    """Generates 5,000 series of 40 points in ten classes.
 
-    Each series is one of ten templates, padded, scaled, shifted, sheared and blurred with noise.
-    The authors' own package generates the dataset; nothing is downloaded.
+    3,200 are for training, 800 for validation and 1,000 for testing. Each series is one of ten
+    templates that is padded, scaled, shifted, sheared and blurred, with noise added. The authors'
+    package generates the dataset; nothing is downloaded.
 
     Example:
       >>> print([part["x"].shape for part in mnist1d()])
@@ -76,7 +80,7 @@ def mnist1d() -> Parts:
 
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        made = make_dataset()  # reseeds the global generators of Python and NumPy
+        made = make_dataset()  # This reseeds the global random generators of Python and NumPy.
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
@@ -87,7 +91,9 @@ def mnist1d() -> Parts:
 
 @functools.cache
 def mnist() -> Parts:
-    """5,000 images of MNIST, averaged to 14 x 14 pixels between 0 and 1, 3,000 / 1,000 / 1,000.
+    """Loads 5,000 MNIST images, averaged to 14 x 14 pixels with values between 0 and 1.
+
+    3,000 are for training, 1,000 for validation and 1,000 for testing.
 
     Example:
       >>> print([part["x"].shape for part in mnist()])
@@ -107,10 +113,11 @@ def mnist() -> Parts:
 
 @functools.cache
 def marked_letters() -> Parts:
-    """6,000 different sequences of 8 tokens, and the letter after the mark, 4,000 / 1,000 / 1,000.
+    """Generates 6,000 different sequences of 8 tokens.
 
-    Tokens 1 to 7 are letters. Token 0 is the mark: it stands at one of the first six places, and
-    at the last place. The class is the token after the first mark, less 1.
+    4,000 are for training, 1,000 for validation and 1,000 for testing. Tokens 1 to 7 are letters.
+    Token 0 is a mark: it is at one of the first six positions, and at the last position. The class
+    is the token after the first mark, minus 1.
 
     Example:
       >>> train, validation, test = marked_letters()

@@ -1,4 +1,4 @@
-"""How the runs of every arm ended."""
+"""Describes the final results of every arm in one table."""
 
 import math
 
@@ -12,18 +12,20 @@ from momentum_jax.study._pairs import coordinate
 
 
 def describe(dataset: xr.Dataset) -> pd.DataFrame:
-    """How the runs of each arm ended, at each scale.
+    """Describes the final results of each arm at each scale.
 
-    Means have BCa bootstrap intervals, shares Wilson's, and spreads those of a studentized
-    bootstrap of their logarithm. The interval of one standard deviation covers it in 94% of normal
-    samples of 20 to 100 units, but in 78 to 83% of samples of a lognormal or t3 law, and in 60% of
-    samples of 20 units of which 5% fail: no method knows of a tail that the sample misses.
+    Means have BCa bootstrap intervals, proportions Wilson intervals, and measures of spread have
+    intervals from a studentized bootstrap of their logarithm. The interval of one standard
+    deviation covers the truth in 94% of normal samples of 20 to 100 units. It covers the truth in
+    only 78 to 83% of samples from a lognormal or t3 distribution, and in 60% of samples of 20
+    units of which 5% fail: no method can know about a tail that the sample misses.
 
     Args:
       dataset: what `run` returned.
 
     Returns:
-      One row for each arm, scale and measure, with a 95% interval; nan where it is undefined.
+      A table with one row for each arm, scale and measure. `low` and `high` are a 95% interval;
+      undefined numbers are nan.
 
     Example:
       >>> ends = (["arm", "init_scale", "seed", "step"], np.ones((1, 1, 8, 1)))
@@ -35,7 +37,7 @@ def describe(dataset: xr.Dataset) -> pd.DataFrame:
     runs = Runs(dataset)
     rates = coordinate(dataset, "effective_rate")
     middle = statistics.interquartile_mean
-    shares = {"failed": 1 - runs.values["solved"], "diverged": runs.values["diverged"]}
+    proportions = {"failed": 1 - runs.values["solved"], "diverged": runs.values["diverged"]}
     rows = []
     for place, scale in np.ndindex(len(runs.arms), len(runs.scales)):
         loss = runs.values["loss"][place, scale]
@@ -45,8 +47,8 @@ def describe(dataset: xr.Dataset) -> pd.DataFrame:
         }
         for name in SPREADS:
             if name in runs.measured:
-                found[name] = _spread(runs, name, place, scale)
-        for name, values in shares.items():
+                found[name] = _std(runs, name, place, scale)
+        for name, values in proportions.items():
             each = values[place, scale].mean(-1)
             found[name] = (each.mean(), *statistics.proportion(each))
         for name in runs.metrics:
@@ -64,16 +66,16 @@ def describe(dataset: xr.Dataset) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _spread(runs, name, place, scale):
+def _std(runs, name, place, scale):
     value, influence = (each[place, scale] for each in runs.measured[name])
     if not math.isfinite(value) or runs.count < statistics.FEWEST:
         return math.exp(value), math.nan, math.nan
-    if name in runs.spreads:
+    if name in runs.std_of:
         counts = spread_tests.resampled(runs.count, 1999)
-        law = spread_tests.bootstrap_reference(influence[None], np.ones(1), counts)
+        reference = spread_tests.bootstrap_reference(influence[None], np.ones(1), counts)
     else:
-        law = spread_tests.t_reference(runs.count - 1.0, 1999)
-    half = float(law[1899] * influence.std(ddof=1) / math.sqrt(len(influence)))
-    if not half < 700:  # beyond what a float can hold: no interval
+        reference = spread_tests.t_reference(runs.count - 1.0, 1999)
+    half = float(reference[1899] * influence.std(ddof=1) / math.sqrt(len(influence)))
+    if not half < 700:  # exp(700) is close to the largest float: no interval.
         return math.exp(value), math.nan, math.nan
     return math.exp(value), math.exp(value - half), math.exp(value + half)

@@ -1,4 +1,4 @@
-"""A study: everything that defines it, as one record that is run, stored, resumed and extended."""
+"""Defines a study as one record that can be run, stored, resumed and extended."""
 
 import dataclasses
 import functools
@@ -22,50 +22,53 @@ from momentum_jax.study.statistics import final
 from momentum_jax.study.sweep import run
 from momentum_jax.study.training import MEASURED_ROWS, keys, sharpness, timetable
 
-# Tuning draws its initial weights from here on, the study itself from 0: none is seen twice.
+# The first seed of tuning. The study's own seeds start at 0, so tuning uses separate seeds.
 FIRST_TUNING_SEED = 1_000_000
 
-# The edge of stability is measured at so many initial weights.
+# At how many initial weights the sharpness is measured, for the edge of stability.
 PROBES = 8
 
 FILE = "study.json"
-# What was added after a report had been written, in the same file.
+# The key in that file that lists what was added after a report had been written.
 EXTENDED = "extended"
-# What may grow in a study that already has runs; everything else must stay as it is.
+# The fields that may be extended in a study that has runs; all others must stay unchanged.
 EXTENDABLE = ("arms", "rates", "seeds", "order_seeds", "init_scales", "tuning_seeds")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """A study of how much the result of training depends on its random start.
+    """A study of how much the result of training depends on the initial weights or data order.
 
-    Arms without a learning rate are families: each is trained over the grid `rates` of effective
-    learning rates, learning_rate / (1 - mu). The first arm is the baseline.
+    Arms without a learning rate are families: each is trained at every effective learning rate
+    of the grid `rates`. An effective learning rate is learning_rate / (1 - mu). The first arm is
+    the baseline.
 
     Attributes:
-      problem: what is trained. If learning rates are tuned and it has no validation data, a sixth
-        of its training rows is held out.
-      arms: families, and arms with learning rates of their own.
-      rates: effective learning rates of the families.
-      learning_rate: the effective learning rate of the primary comparison, added to `rates`; by
-        default the problem's own, or the middle of `rates`.
-      seeds: of the initial weights.
-      order_seeds: of the data order: crossed with the seeds; None pairs them (see `run`).
-      init_scales: what the initial weights are multiplied by.
-      steps: steps per run, for arms without their own number.
+      problem: what is trained. If learning rates are tuned and the problem has no validation
+        data, a sixth of its training rows is held out.
+      arms: families, and arms with their own learning rates.
+      rates: the grid of effective learning rates of the families.
+      learning_rate: the effective learning rate of the primary comparison; it is added to
+        `rates`. By default the problem's own, or the middle one of `rates`.
+      seeds: the seeds of the initial weights; default range(40).
+      order_seeds: the seeds of the data order, crossed with `seeds`; None pairs them (see `run`).
+      init_scales: factors that multiply the initial weights; default (1.0,).
+      steps: steps per run of arms without their own number; default 200.
       evaluations: see `run`.
-      tuning_seeds: number of separate seeds used only for tuning; 0 for no tuned contrast.
-      contrasts: by default, the families at each effective rate, at each learning rate that two
-        of them share, each tuned, and the other arms against the baseline at the primary rate;
-        each among the arms of one batch size.
-      primary: the comparison that decides; by default the second family against the first at
-        `learning_rate`, or, without families, the second arm against the first.
-      margin: of equivalence, of the default primary comparison.
+      tuning_seeds: number of separate seeds used only for tuning the learning rates; 0, the
+        default, means no tuned contrast.
+      contrasts: which arms are compared. By default: the families at each effective learning
+        rate; the families at each learning rate that the baseline has in common with another
+        family; each family at its tuned rate; the other arms against the baseline at the primary
+        rate. Only arms with the same batch size are compared.
+      primary: the comparison that decides the verdict. By default the second family against the
+        first at `learning_rate`; without families, the second arm against the first.
+      margin: the margin of equivalence of the default primary comparison; default 0.1.
       record: see `run`.
 
     Raises:
       ValueError: families without rates, or rates without families; tuning over fewer than
-        two rates; a study with nothing to train.
+        two rates; no arms; two arms with the same name.
 
     Example:
       >>> from momentum_jax.study.arms import baseline, with_momentum
@@ -94,7 +97,7 @@ class Study:
     record: Sequence[str] = ()
 
     def __post_init__(self):
-        """Completes the rates and the problem; refuses what would have no effect."""
+        """Completes the rates and the problem, and refuses fields that would have no effect."""
 
         def put(name, value):
             object.__setattr__(self, name, value)
@@ -110,8 +113,8 @@ class Study:
         families = [arm for arm in self.arms if arm.is_family]
         if bool(families) != bool(rates):
             raise ValueError(
-                f"rates={rates} and the arms without a learning rate, "
-                f"{[arm.name for arm in families]}, need each other: give both or neither."
+                f"rates={rates} are for arms without a learning rate, which are "
+                f"{[arm.name for arm in families]}: give both or neither."
             )
         if not self.arms:
             raise ValueError("arms=() must have at least one arm.")
@@ -126,23 +129,26 @@ class Study:
         names = [arm.name for arm in self.all_arms]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"several arms are called {twice}: names must differ, and rates in their first six "
-                "digits."
+                f"several arms have the names {twice}: names must differ, and so must the first "
+                "six digits of the rates."
             )
         if self.tuning_seeds and len(rates) < 2:
             raise ValueError(
-                f"tuning_seeds={self.tuning_seeds} needs two or more rates to choose from, but "
-                f"rates={rates}."
+                f"tuning_seeds={self.tuning_seeds} needs at least two rates to choose from, but "
+                f"rates={rates}: give more rates, or tuning_seeds=0."
             )
         if not self.tuning_seeds and any(each.kind == "tuned" for each in self.contrasts or ()):
-            raise ValueError("a tuned contrast needs tuning_seeds: give 10, for example.")
+            raise ValueError(
+                "tuning_seeds=0, but a tuned contrast needs tuning seeds: give tuning_seeds=10, "
+                "for example."
+            )
         has_none = self.problem.data is not None and self.problem.validation_data is None
         if self.tuning_seeds and has_none:
             put("problem", self.problem.with_validation())
 
     @functools.cached_property
     def all_arms(self) -> list[Arm]:
-        """The arms that are trained: each family at each rate, then the others."""
+        """All arms to train: each family at each rate, then the arms with their own rates."""
         return self._at_rates + [arm for arm in self.arms if not arm.is_family]
 
     @functools.cached_property
@@ -151,7 +157,7 @@ class Study:
 
     @functools.cached_property
     def all_contrasts(self) -> list[Contrast]:
-        """What is compared with what."""
+        """The contrasts: those given, or the default ones."""
         if self.contrasts is not None:
             return list(self.contrasts)
         found = []
@@ -168,7 +174,7 @@ class Study:
         return found
 
     def _primary_arm(self, family):
-        assert self.learning_rate is not None  # where there are families, see __post_init__
+        assert self.learning_rate is not None  # __post_init__ sets it if there are families.
         return family.at(self.learning_rate)
 
     def _contrasts_of(self, families):
@@ -194,7 +200,7 @@ class Study:
 
     @functools.cached_property
     def the_primary(self) -> Primary | None:
-        """The comparison that decides; None if there is one arm."""
+        """The primary comparison: the one given, or the default; None if there is one arm."""
         if self.primary is not None:
             return self.primary
         families = [self._primary_arm(arm) for arm in self.arms if arm.is_family]
@@ -203,7 +209,7 @@ class Study:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many arms, runs, runs to tune, and steps per run there will be."""
+        """The numbers of arms, of runs, of tuning runs and of steps per run."""
         orders = 1 if self.order_seeds is None else len(self.order_seeds)
         times = timetable(self.problem, self.all_arms, self.steps, self.evaluations)
         return {
@@ -214,20 +220,21 @@ class Study:
         }
 
     def run(self, folder: str | Path | None = None, *, progress: bool = False) -> xr.Dataset:
-        """Trains what is not trained yet.
+        """Trains all runs that the folder does not have yet.
 
         Args:
-          folder: where the study is kept. If it holds this study, or one that this extends by
-            seeds, arms, rates or scales, the runs that are there are not trained again.
+          folder: where the study is stored. It may already hold this study, or a study that this
+            one extends by seeds, arms, rates or scales: finished runs are not trained again.
           progress: whether to show progress bars.
 
         Returns:
-          The dataset of `study.run`, with `tuning_loss` (arm, init_scale, tuning_seed), the final
-          loss on the validation data, and `initial_sharpness` (init_scale, probe).
+          The dataset of `study.run`. It also has `tuning_loss` (arm, init_scale, tuning_seed),
+          the final loss on the validation data, and `initial_sharpness` (init_scale, probe), the
+          largest Hessian eigenvalue at some initial weights.
 
         Raises:
-          ValueError: as `study.run`; a folder with another study, or a damaged one.
-          OSError: a folder that cannot be written to.
+          ValueError: as for `study.run`; or the folder holds another study or a damaged one.
+          OSError: the folder cannot be written to.
 
         Example:
           >>> from momentum_jax.study.arms import baseline
@@ -267,8 +274,8 @@ class Study:
             )
         if folder is not None:
             notes = json.loads(results.attrs["notes"]) + [
-                f"This study was extended in {grown} after a report had been written: what is "
-                "decided with results at hand is exploratory."
+                f"This study was extended in {grown} after a report had been written. A choice "
+                "made after seeing results is exploratory."
                 for grown in storing.read_json(folder / FILE)[EXTENDED]
             ]
             results.attrs["notes"] = json.dumps(notes)
@@ -279,7 +286,7 @@ class Study:
         return results
 
     def _for_tuning(self):
-        """The arms at all rates, with as many steps as in the study itself."""
+        """The families at all rates, with the same numbers of steps as in the study."""
         times = timetable(self.problem, self.all_arms, self.steps, self.evaluations)
         return [
             arm.replaced(steps=time.steps) for arm, time in zip(self._at_rates, times, strict=False)
@@ -304,7 +311,7 @@ class Study:
         return np.array(found).astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        """The study for `json.dumps`; the problem is kept as where it was found."""
+        """Converts the study for `json.dumps`. Of the problem only its `source` is kept."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["problem"] = self.problem.source
         fields["arms"] = [to_json(arm) for arm in self.arms]
@@ -313,56 +320,67 @@ class Study:
         return json.loads(json.dumps(fields))
 
     def check_folder(self, folder: Path) -> None:
-        """Refuses a folder with a study that this one does not extend.
+        """Checks that the folder holds no study, this study, or one that this study extends.
 
         Raises:
-          ValueError: names what differs; or the file that is damaged.
+          ValueError: the folder holds another study, and the message names what differs; or the
+            file is damaged.
         """
         if not (folder / FILE).exists():
             return
-        begun = storing.read_json(folder / FILE)
+        stored = storing.read_json(folder / FILE)
         mine = self.to_json()
-        changed = [name for name, value in mine.items() if not _extends(name, begun, value)]
+        changed = [name for name, value in mine.items() if not _extends(name, stored, value)]
         if changed:
             raise ValueError(
-                f"{folder} holds another study, which differs in {', '.join(changed)}: "
-                f"{', '.join(EXTENDABLE)} can only grow (tuning cannot be added later), and all "
-                "else must stay. Give another folder."
+                f"{folder} holds another study, which differs in {', '.join(changed)}: only "
+                f"{', '.join(EXTENDABLE)} can be extended (and tuning cannot be added later); "
+                "nothing else can change. Give another folder."
             )
 
     def save(self, folder: Path) -> None:
-        """Writes study.json, unless the folder has a study that this one does not extend."""
+        """Writes study.json.
+
+        Raises:
+          ValueError: the folder holds a study that this one does not extend.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.check_folder(folder)
         mine = self.to_json()
-        begun = storing.read_json(folder / FILE) if (folder / FILE).exists() else mine
-        grown = [name for name, value in mine.items() if value != begun[name]]
-        mine[EXTENDED] = begun.get(EXTENDED, [])
+        stored = storing.read_json(folder / FILE) if (folder / FILE).exists() else mine
+        grown = [name for name, value in mine.items() if value != stored[name]]
+        mine[EXTENDED] = stored.get(EXTENDED, [])
         if grown and (folder / "summary.json").exists():
             mine[EXTENDED].append(", ".join(grown))
         storing.write_whole(folder / FILE, json.dumps(mine, indent=1).encode())
 
     @staticmethod
     def load(folder: str | Path, problem: Problem | None = None) -> "Study":
-        """The study that is kept in a folder.
+        """Loads the study that a folder holds.
 
         Args:
-          folder: what `run` was given.
-          problem: needed if the problem was not found by `problems.find`.
+          folder: the folder that was given to `run`.
+          problem: the problem of the study. Needed only if it was made in a program, and not
+            found by name or file.
 
         Raises:
-          ValueError: no study there, a damaged file, a problem or an arm that cannot be found.
+          ValueError: the folder holds no study, the file is damaged, or the problem or an arm
+            cannot be found.
         """
         path = Path(folder) / FILE
         if not path.exists():
-            raise ValueError(f"{folder} holds no study: there is no {FILE}.")
+            raise ValueError(
+                f"{folder} holds no study, because it has no {FILE}: give the folder of a study."
+            )
         fields = storing.read_json(path)
         try:
             source = fields.pop("problem")
             if not isinstance(fields.pop(EXTENDED, []), list) or type(fields["steps"]) is not int:
-                raise TypeError(f"a wrong type of {EXTENDED} or steps")
+                raise TypeError(f"{EXTENDED} or steps has a wrong type")
             if problem is None and source is None:
-                raise ValueError("the problem was made in a program: give problem=.")
+                raise ValueError(
+                    "the problem was made in a program and cannot be loaded: give problem=."
+                )
             fields["arms"] = [from_json(arm) for arm in fields["arms"]]
             fields["contrasts"] = fields["contrasts"] and [
                 contrast_from_json(each) for each in fields["contrasts"]
@@ -375,11 +393,11 @@ class Study:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _extends(name: str, begun: Any, value: Any) -> bool:
-    """Whether a field is that of the stored study, or has that and more."""
-    if not isinstance(begun, Mapping) or name not in begun:
+def _extends(name: str, stored: Any, value: Any) -> bool:
+    """Whether a field equals or extends the field of the stored study."""
+    if not isinstance(stored, Mapping) or name not in stored:
         return False
-    before = begun[name]
+    before = stored[name]
     if name not in EXTENDABLE or before is None or value is None:
         return before == value
     if name == "tuning_seeds":

@@ -1,4 +1,4 @@
-"""Which pictures a report has, and how each is drawn."""
+"""Lists the pictures of a report, and draws each of them."""
 
 import dataclasses
 import functools
@@ -24,20 +24,20 @@ from momentum_jax.study._tables import by_scale, main_contrast, of_main_families
 from momentum_jax.study.contrasts import contrasts, primary
 from momentum_jax.study.statistics import final
 
-INK = ("#1b1f24", "#d7dae0")  # Of light and of dark pages.
+INK = ("#1b1f24", "#d7dae0")  # The text colours of light and dark pages.
 PAPER = ("#ffffff", "#15181d")
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # Letters, not their outlines, which are larger than the pictures.
+    "svg.fonttype": "none",  # Text as text, because outlines would make the files much larger.
     "svg.hashsalt": "momentum_jax",
-    "text.parse_math": False,  # A name may hold dollar signs.
+    "text.parse_math": False,  # The name of an arm may contain dollar signs.
     "axes.spines.top": False,
     "axes.spines.right": False,
     "hatch.linewidth": 0.6,
 } | {f"{part}.facecolor": "none" for part in ("axes", "figure", "legend")}
 TITLES = {
     "tuned": "Each at its own tuned rate",
-    "tuned, rate alone": "Rate alone: {0} at the other's rate / at its own",
-    "tuned, method alone": "Method alone: both at the other's rate",
+    "tuned, rate alone": "Rate alone: {0} at the arm's tuned rate / at its own",
+    "tuned, method alone": "Method alone: both at the arm's tuned rate",
 }
 
 
@@ -46,9 +46,9 @@ class Picture:
     """A picture of a report.
 
     Attributes:
-      name: of its file, without the suffix.
-      alt: what it shows, in words.
-      draw: draws it on an empty figure.
+      name: the name of its file, without the suffix.
+      alt: a description of what it shows, for readers who cannot see it.
+      draw: a function that draws it on an empty figure.
       size: width and height of the figure, in inches.
 
     Example:
@@ -62,11 +62,11 @@ class Picture:
     size: tuple[float, float]
 
     def render(self) -> tuple[bytes, str]:
-        """The picture as PNG and as SVG, in which black and white follow the reader's theme."""
+        """Draws the picture as PNG, and as SVG whose black and white follow the page's theme."""
         with rc_context(STYLE):
             figure = Figure(figsize=self.size, layout="constrained")
             self.draw(figure)
-            # The solver of the layout differs in the last digits from call to call.
+            # The layout solver differs in the last digits between calls, so positions are rounded.
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
             for axes in figure.axes:
@@ -93,7 +93,7 @@ def pictures(
     described: pd.DataFrame,
     components: pd.DataFrame | None = None,
 ) -> list[Picture]:
-    """The pictures of a report, in their order.
+    """Lists the pictures of a report, in their order.
 
     Args:
       dataset: what `run` returned.
@@ -102,7 +102,7 @@ def pictures(
       components: what `variance_components` returned; None for a design that is not crossed.
 
     Returns:
-      A list of `Picture`; only those for which the dataset has what they show.
+      The pictures for which the dataset has data.
 
     Example:
       >>> empty = xr.Dataset(coords={"init_scale": [], "arm": []})
@@ -119,24 +119,26 @@ def pictures(
 
     if main is not None:
         arms = [main.baseline, *main.arms]
-        rows = rows_of(table, main).query("question == 'spread'")
+        rows = rows_of(table, main).query("question == 'std'")
         height = 1.0 + 0.25 * (len(rows) + 1.3 * len(main.arms))
-        alt = f"Ratio of the spread of the final loss to that of {main.baseline}, with intervals."
-        add("spread-ratios", alt, _forest, dataset, rows, main, size=(5.0, height))
+        alt = f"Ratios of the standard deviation of the final loss to {main.baseline}."
+        add("std-ratios", alt, _forest, dataset, rows, main, size=(5.0, height))
     if any(plots.families(dataset, scale) for scale in scales):
-        alt = "Final loss and its spread against the learning rate, one line per family."
+        alt = "Final loss and its standard deviation against the learning rate, by family."
         size = (1.2 + 2.5 * len(scales), 5.6) if len(scales) > 1 else (5.0, 6.0)
         add("rate-curves", alt, _curves, dataset, described, size=size)
     if components is not None:
         shown = of_main_families(dataset, components)
-        alt = "Shares of initial weights, data order and their interaction in the variance."
+        alt = "Proportions of the variance due to weights, data order and their interaction."
         size = (2.2 + 1.7 * len(scales), 1.3 + 0.2 * shown.arm.nunique())
-        add("variance-shares", alt, _variance, shown, size=size)
-    tuned = by_scale(table.loc[table.contrast.isin(TITLES) & table.question.eq("spread")])
+        add("variance-proportions", alt, _variance, shown, size=size)
+    tuned = by_scale(table.loc[table.contrast.isin(TITLES) & table.question.eq("std")])
     if len(tuned):
-        alt = "Ratio of the spread with tuned learning rates: rate and method, together and apart."
+        alt = (
+            "Tuned ratios of standard deviations, with the factors of rate alone and method alone."
+        )
         height = 1.3 + 0.9 + 0.25 * (len(tuned) + 3 * 1.3 * tuned.arm.nunique())
-        add("tuned-spread-ratios", alt, _tuned, tuned, size=(5.0, height))
+        add("tuned-std-ratios", alt, _tuned, tuned, size=(5.0, height))
     if arms and "loss" in dataset:
         alt = "Final loss against the initial scale."
         add("final-loss", alt, _final_loss, dataset, arms, size=(5.0, 3.6 + 0.2 * len(arms)))
@@ -149,12 +151,12 @@ def pictures(
     if main is not None:
         columns = min(2, len(main.arms))
         size = (2.9 * columns, 0.2 + 3.0 * -(-len(main.arms) // columns))
-        alt = f"Final loss of pairs of runs, against {main.baseline}."
+        alt = f"Final losses of pairs of runs: each arm against {main.baseline}."
         add("pairs", alt, _pairs, dataset, main, size=size if columns > 1 else (4.5, 4.0))
     for kind in ("rescued", "lost") if dataset.sizes.get("param") == 2 else ():
         typical = _typical_pair(dataset, kind)
         if typical is not None:
-            alt = f"The {kind} run with the median final loss: its {{}}."
+            alt = f"The {{}} of the {kind} run with the median final loss."
             add(f"energy-{kind}", alt.format("energies"), _energy, typical, size=(5.0, 3.8))
             add(f"path-{kind}", alt.format("path"), _path, dataset, typical, size=(5.0, 4.4))
     return found
@@ -164,7 +166,8 @@ def _forest(dataset, rows, main, figure):
     axes = figure.subplots()
     decides = primary(dataset)
     plots.forest(rows, axes, margin=None if decides is None else decides.margin)
-    axes.set_xlabel(f"ratio of the spread to that of {label(main.baseline)}", fontsize="small")
+    text = f"ratio of standard deviations, relative to {label(main.baseline)}"
+    axes.set_xlabel(text, fontsize="small")
 
 
 def _tuned(tuned, figure):
@@ -181,13 +184,13 @@ def _tuned(tuned, figure):
     low, high = min(low for low, _ in limits), max(high for _, high in limits)
     panels[0, 0].set_xlim(low, high)
     log_ticks(panels[0, 0].xaxis, np.array([low, high]))
-    panels[-1, 0].set_xlabel("ratio of the spread", fontsize="small")
+    panels[-1, 0].set_xlabel("ratio of standard deviations", fontsize="small")
 
 
 def _curves(dataset, described, figure):
     scales = dataset.init_scale.values
     panels = figure.subplots(2, len(scales), squeeze=False)
-    for row, quantity in zip(panels, ("loss", "spread"), strict=True):
+    for row, quantity in zip(panels, ("loss", "std"), strict=True):
         for axes, scale in zip(row, scales, strict=True):
             plots.rate_curve(dataset, float(scale), axes, quantity, described=described)
             axes.set(title="", xlabel="" if quantity == "loss" else axes.get_xlabel())
@@ -199,7 +202,7 @@ def _curves(dataset, described, figure):
     if any(line.get_linestyle() == ":" for axes in panels[1] for line in axes.lines):
         lines["edge of stability"] = Line2D([], [], color="0.4", ls=":", lw=1.2)
     hollow = Line2D([], [], color="0.4", marker="o", mfc="#ffffff", ls="")
-    lines["half or more diverged or above the cap"] = hollow
+    lines["at least half of the runs diverged or above the cap"] = hollow
     _legend(figure, lines)
 
 
@@ -222,7 +225,7 @@ def _variance(components, figure):
     for axes, scale in zip(panels, scales, strict=True):
         plots.variance_bars(components[components.scale == scale], axes)
         axes.set_title(f"scale x{scale:g}", fontsize="medium")
-        axes.set_xlabel("share of variance", fontsize="small")
+        axes.set_xlabel("proportion of variance", fontsize="small")
     _legend(figure, dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True)), 3)
 
 
@@ -244,7 +247,7 @@ def _over_steps(dataset, arms, variable, figure):
 
 
 def _panels(figure, count, columns) -> list[Axes]:
-    """So many Axes in a grid; the places that are left over stay empty."""
+    """Makes a grid with `count` Axes; the rest of the grid stays empty."""
     panels = figure.subplots(-(-count // columns), columns, squeeze=False).ravel().tolist()
     for axes in panels[count:]:
         axes.set_axis_off()
@@ -261,7 +264,7 @@ def _pairs(dataset, contrast, figure):
 
 
 def _typical_pair(dataset, kind):
-    """(baseline's name, its run, the arm's run) of the median one of those rescued, or lost."""
+    """The rescued (or lost) pair with the median final loss: baseline name, its run, arm's run."""
     ends = final(dataset)
     main = main_contrast(dataset)
     for contrast in [main, *contrasts(dataset)] if main else []:
@@ -312,7 +315,7 @@ def _path(dataset, typical, figure):
     heights = jnp.asarray(dataset.landscape.values)
 
     def loss(w):
-        """Between the points of the grid, and level beyond them."""
+        """Interpolates between the points of the grid; constant outside the grid."""
         grid = jax.scipy.interpolate.RegularGridInterpolator((x, y), heights)
         low, high = jnp.stack([x[0], y[0]]), jnp.stack([x[-1], y[-1]])
         return grid(jnp.clip(w, low, high)[None])[0]

@@ -1,4 +1,4 @@
-"""Losses in closed form, whose minima, barriers and curvatures are known."""
+"""Three problems in closed form, whose minima, barriers and curvatures are known."""
 
 import math
 from typing import Any
@@ -9,17 +9,17 @@ import numpy as np
 
 from momentum_jax.study.problem import Problem, quarter_decades
 
-# How many rows of gradient noise a noisy problem has. Batches are drawn without repetition
-# within an epoch, so noise is independent from step to step only as far as an epoch is long.
+# Number of rows of gradient noise. Batches are drawn without replacement within an epoch, so the
+# noise of different steps is nearly independent only because an epoch is long.
 NOISE_ROWS = 4096
 
 
 def _with_noise(loss, dimensions: int, noise: float) -> dict[str, Any]:
-    """The fields loss and data: a loss whose gradient a batch shifts by its mean row.
+    """Makes the fields `loss` and data of a problem with gradient noise.
 
-    loss(w, batch) = loss(w) + w . mean(batch): rows come in pairs r, -r, so that their mean is
-    exactly 0, and have deviation `noise` in each coordinate. Results are measured without noise:
-    test and validation data are one row of 0.
+    loss(w, batch) = loss(w) + w . mean(batch), so a batch adds its mean row to the gradient. Rows
+    come in pairs r, -r, so that the mean of all rows is exactly 0. Their standard deviation in each
+    coordinate is `noise`. Test and validation data are one row of 0: results have no noise.
     """
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise={noise} must be finite and at least 0.")
@@ -38,7 +38,7 @@ def _with_noise(loss, dimensions: int, noise: float) -> dict[str, Any]:
 
 
 def double_well(noise: float = 0.0) -> Problem:
-    """Two params, two valleys of unequal depth, and a barrier: every height is known.
+    """A loss of two params with a deep and a shallow valley, and a barrier of known height.
 
         f(x, y) = x^4 / 4 - x^3 / 12 - x^2 / 2 + x / 4 + 5 / 12 + y^2 / 2
         df/dx = (x + 1) (x - 1/4) (x - 1)
@@ -49,19 +49,19 @@ def double_well(noise: float = 0.0) -> Problem:
     | barrier (saddle) | 1/4 | 0 | 1375/3072 = 0.448 |
     | shallow minimum | 1 | 0 | 1/3 |
 
-    Weights start uniform in |x| <= 2, |y| <= 1/2: seven of sixteen in the shallow valley, and
-    at x > 1.326, as 17% of all do, high enough on its far wall to cross the barrier if little
-    energy is lost; at half the scale none is that high. The curvature at |x| <= 2 is at most
-    L = 12 (at x = -2). So for learning_rate <= 2 (1 - mu) / L, a run from rest that starts
-    lower than the barrier stays in its valley.
+    Initial weights are uniform in |x| <= 2, |y| <= 1/2. Of them 7/16 are in the shallow valley.
+    17% of all have x > 1.326: they start high enough on the outer wall to cross the barrier if
+    they lose little energy. At initial scale 0.5 none starts that high. The curvature at |x| <= 2
+    is at most L = 12 (at x = -2). For learning_rate <= 2 (1 - mu) / L, a run that starts with
+    velocity 0 below the barrier therefore stays in its valley.
 
     Args:
       noise: the standard deviation, in each coordinate, of the gradient noise of a batch of one;
         for a batch of n it is this over sqrt(n). 0 makes the problem deterministic, without data.
 
     Returns:
-      The problem. A run is solved if its final loss is at most 0.3, which only the deep valley
-      holds; the loss cap is the height of the barrier.
+      The problem. A run is solved if its final loss is at most 0.3, which is reached only in the
+      deep valley. The loss cap is the height of the barrier.
 
     Raises:
       ValueError: a noise that is negative or not finite.
@@ -96,23 +96,23 @@ def double_well(noise: float = 0.0) -> Problem:
 
 
 def quadratic(condition: float = 1000.0, dimensions: int = 20, noise: float = 0.0) -> Problem:
-    """An ill-conditioned quadratic, where theory says exactly what momentum gains.
+    """An ill-conditioned quadratic, for which theory gives the exact gain from momentum.
 
         f(w) = 1/2 sum_i c_i w_i^2,   c_i = condition^(-(i - 1) / (dimensions - 1))
 
-    The curvatures c_i go from L = 1 to 1 / condition in equal ratios. They lie along the axes,
-    without loss of generality: gradient descent, with momentum or without, is invariant to
-    rotations. Weights start normal with variance 1.
+    The curvatures c_i go from L = 1 to 1 / condition in equal ratios. The axes are the
+    eigenvectors, without loss of generality: gradient descent is invariant to rotations, with and
+    without momentum. Initial weights are normal with variance 1.
 
     Args:
-      condition: the largest curvature over the smallest.
-      dimensions: how many params.
+      condition: the largest curvature divided by the smallest.
+      dimensions: number of params.
       noise: the standard deviation, in each coordinate, of the gradient noise of a batch of one;
         for a batch of n it is this over sqrt(n). 0 makes the problem deterministic, without data.
 
     Returns:
-      The problem. A run is solved if its final loss is at most a ten-thousandth of
-      1/2 sum_i c_i, the mean loss of initial weights at scale 1; with noise, a hundredth.
+      The problem. A run is solved if its final loss is at most 1e-4 times 1/2 sum_i c_i, which is
+      the mean initial loss at scale 1; with noise, 1e-2 times.
 
     Raises:
       ValueError: a condition below 1, fewer than 2 dimensions, or a noise that is negative or
@@ -150,10 +150,10 @@ _SERIES = tuple(math.comb(2 * n, n) / (4**n * (2 * n + 1) * (2 * n + 2)) for n i
 
 @jax.custom_jvp
 def _kernel_from_fourth_order(cosine):
-    """(sqrt(1 - r^2) + r arcsin(r) - 1 - r^2 / 2) / (2 pi) at r = cosine, and even in it."""
+    """Computes (sqrt(1 - r^2) + r arcsin(r) - 1 - r^2 / 2) / (2 pi) at r = cosine."""
     r = jnp.clip(cosine, -1, 1)
     square = r**2
-    # Near 0 the closed form is a small difference of large numbers.
+    # Near 0 the closed form is a small difference of large numbers, which loses precision.
     series = square**2 * jnp.polyval(jnp.array(_SERIES[::-1], r.dtype), square)
     closed = jnp.sqrt((1 - r) * (1 + r)) + r * jnp.arcsin(r) - 1 - square / 2
     return jnp.where(square < 0.25, series, closed) / (2 * jnp.pi)
@@ -161,8 +161,8 @@ def _kernel_from_fourth_order(cosine):
 
 @_kernel_from_fourth_order.defjvp
 def _(primals, tangents):
-    # By hand because sqrt and arcsin each have an infinite slope at 1, and their sum has not;
-    # clipped short of 1 because arcsin is differentiated again in a Hessian.
+    # Written out because sqrt and arcsin each have an infinite derivative at 1, while their sum has
+    # a finite one. Clipped below 1 because a Hessian differentiates arcsin again.
     (cosine,), (tangent,) = primals, tangents
     limit = 1 - jnp.finfo(cosine.dtype).epsneg
     r = jnp.clip(cosine, -limit, limit)
@@ -170,35 +170,35 @@ def _(primals, tangents):
 
 
 def safran_shamir(units: int = 10) -> Problem:
-    """A student network that learns a teacher of the same shape: minima that are not global.
+    """A student network learns a teacher of the same shape; the loss has spurious minima.
 
-    Student and teacher are sums of `units` ReLUs in as many dimensions; the teacher's weights
-    are the unit vectors e_1 ... e_units. The loss is over all Gaussian inputs at once:
+    Student and teacher are sums of `units` ReLUs in `units` dimensions; the teacher's weights
+    are the unit vectors e_1 ... e_units. The loss is the expectation over Gaussian inputs:
 
         f(W) = 1/2 E (sum_i relu(w_i . x) - sum_j relu(e_j . x))^2,   x ~ N(0, I)
 
-    Its closed form rests on E relu(w . x) relu(v . x) = |w| |v| k(w . v / (|w| |v|)), with the
-    arc-cosine kernel k(r) = (sqrt(1 - r^2) + (pi - arccos r) r) / (2 pi). Summed as it stands,
-    numbers near 10 cancel to a loss near 0. So the terms of k in r^0, r^1 and r^2, being
+    Its closed form uses E relu(w . x) relu(v . x) = |w| |v| k(w . v / (|w| |v|)), with the
+    arc-cosine kernel k(r) = (sqrt(1 - r^2) + (pi - arccos r) r) / (2 pi). Summed directly, numbers
+    near 10 would cancel to a loss near 0. Therefore the terms of k in r^0, r^1 and r^2, which are
     1 / (2 pi), r / 4 and r^2 / (4 pi), are summed as squares:
 
         2 f = (sum |w_i| - units)^2 / (2 pi) + |sum w_i - sum e_j|^2 / 4
               + |sum w_i w_i^T / |w_i| - I|^2 / (4 pi) + (the rest of k, at most 0.0113)
 
-    which float32 resolves to about 1e-7. The global minimum is 0, at W = I up to the order of
-    the units. Safran and Shamir prove that for 6 to 20 units there are local minima that are
-    not global, and gradient descent ends in one more often the more units there are: from these
-    initial weights in 1% of runs for 6 units, 34% for 10, 90% for 20. Weights start normal
-    with variance 1 / units (Xavier).
+    In float32 the error of this sum is about 1e-7. The global minimum is 0, at W = I up to the
+    order of the units. Safran and Shamir prove that for 6 to 20 units there are spurious minima:
+    local minima that are not global. The more units, the more often gradient descent ends in one:
+    from these initial weights in 1% of runs for 6 units, 34% for 10, 90% for 20. Initial weights
+    are normal with variance 1 / units (Xavier).
 
     Args:
-      units: how many units, and dimensions; at least 2.
+      units: number of units and of dimensions; at least 2.
 
     Returns:
-      The problem. A run is solved if its final loss is at most 1e-3, and otherwise ended in a
-      spurious minimum or was not given the time to end: the lowest spurious minimum that
-      gradient descent found has a loss of 0.0251 for 6 units, 0.0187 for 10 and 0.0113 for 20.
-      The loss cap is the loss of a student whose output is always 0.
+      The problem. A run is solved if its final loss is at most 1e-3. Any other run ended in a
+      spurious minimum or needed more steps: the lowest spurious minimum that gradient descent
+      found has a loss of 0.0251 for 6 units, 0.0187 for 10 and 0.0113 for 20. The loss cap is the
+      loss of a student whose output is always 0.
 
     Raises:
       ValueError: fewer than 2 units.
@@ -216,12 +216,12 @@ def safran_shamir(units: int = 10) -> Problem:
         raise ValueError(f"units={units} must be at least 2.")
 
     def loss(w):
-        with jax.default_matmul_precision("highest"):  # accelerators default to low precision
+        with jax.default_matmul_precision("highest"):  # Accelerators use low precision by default.
             return exactly(w)
 
     def exactly(w):
         square = (w**2).sum(axis=1)
-        # A unit at exactly 0 has no direction and gets no gradient.
+        # A unit whose weights are exactly 0 has no direction, and its gradient is 0.
         alive = square > 0
         norm = jnp.where(alive, jnp.sqrt(jnp.where(alive, square, 1)), 0)
         direction = w / jnp.where(alive, norm, 1)[:, None]

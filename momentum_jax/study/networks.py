@@ -1,7 +1,8 @@
-"""Problems with networks: training, validation and test examples have no example in common.
+"""Five problems with networks. Training, validation and test sets are disjoint.
 
-What a rate reaches, as the docstrings state it, is the mean of plain gradient descent over 8 seeds
-(16 for `deep_mlp`) at the default steps and batch size, measured on the test examples.
+The docstrings state the loss and accuracy that some learning rates reach. These are means of plain
+gradient descent over 8 seeds (16 for `deep_mlp`) with the default steps and batch size, measured
+on the test set.
 """
 
 import math
@@ -19,25 +20,25 @@ from momentum_jax.study.problem import Problem, quarter_decades
 
 
 class _MLP(nn.Module):
-    """A multilayer perceptron of ReLU units."""
+    """A multilayer perceptron with ReLU units."""
 
     hidden: tuple[int, ...]
     classes: int
 
     @nn.compact
     def __call__(self, x: Float[Array | np.ndarray, "*batch inputs"]) -> Float[Array, "*batch out"]:
-        """The logits."""
+        """Computes the logits."""
         for layer, units in enumerate(self.hidden, start=1):
             x = nn.relu(nn.Dense(units, name=f"hidden_{layer}")(x))
         return nn.Dense(self.classes, name="logits")(x)
 
 
 class _ConvNet(nn.Module):
-    """Strided convolutions of a series or an image, each with a ReLU, and a linear read-out.
+    """Convolutions with stride 2 over a series or an image, each with a ReLU, and a linear output.
 
-    Kernels move by 2. A convolution is written as a dense layer over windows: runs that are
-    vmapped differ in their weights, and a batch of matrix products is many times faster on a CPU
-    than a convolution in as many groups. `normalize` puts a BatchNorm before each ReLU.
+    Each convolution is written as a dense layer over windows. Under vmap every run has its own
+    weights, and on a CPU a batch of matrix products is many times faster than a grouped
+    convolution. `normalize` adds BatchNorm before each ReLU.
     """
 
     channels: tuple[int, ...]
@@ -49,7 +50,7 @@ class _ConvNet(nn.Module):
     def __call__(
         self, x: Float[Array | np.ndarray, "batch *axes"], train: bool = False
     ) -> Float[Array, "batch out"]:
-        """The logits; `train` takes the mean and the variance of the batch."""
+        """Computes the logits; with `train`, BatchNorm uses the statistics of the batch."""
         x = jnp.asarray(x)[..., None]
         for layer, (channels, width) in enumerate(zip(self.channels, self.widths, strict=True), 1):
             for axis in range(1, x.ndim - 1):
@@ -65,11 +66,11 @@ class _ConvNet(nn.Module):
 
 
 class _AttentionNet(nn.Module):
-    """A transformer of two layers of attention without multilayer perceptrons.
+    """A transformer with two attention layers and no multilayer perceptrons.
 
-    Each layer adds to its input what its heads read: x + W concat(softmax(q k^T / sqrt(size)) v),
-    with q, k, v linear in LayerNorm(x). The logits are those of the last position, for which
-    alone the second layer is computed. Each of `kinds` tokens is represented by `width` numbers.
+    Each layer computes x + W concat(softmax(q k^T / sqrt(size)) v), where q, k and v are linear
+    in LayerNorm(x). The logits are read at the last position, so the second layer is computed only
+    there. There are `kinds` different tokens; each is represented by `width` numbers.
     """
 
     width: int
@@ -81,9 +82,9 @@ class _AttentionNet(nn.Module):
     def __call__(
         self, x: Int[Array | np.ndarray, "batch length"]
     ) -> Float[Array, "batch {self.classes}"]:
-        """The logits."""
+        """Computes the logits."""
         normal = nn.initializers.normal(1.0)
-        # A product with one-hot rows: its gradient is a product again, and no scatter.
+        # A product with one-hot rows, because its gradient is a product too and not a scatter.
         tokens = self.param("embedding", normal, (self.kinds, self.width))
         places = self.param("position", normal, (x.shape[1], self.width))
         x = jax.nn.one_hot(x, self.kinds) @ tokens + places
@@ -113,7 +114,7 @@ def _accuracy(logits, batch):
 
 
 def _classification(model: nn.Module, parts: datasets.Parts, **fields: Any) -> Problem:
-    """Cross-entropy and accuracy of a model without state."""
+    """A classification problem for a model without state."""
     train, validation, test = parts
 
     def logits(params, batch):
@@ -131,18 +132,19 @@ def _classification(model: nn.Module, parts: datasets.Parts, **fields: Any) -> P
 
 
 def digits(hidden: int = 32) -> Problem:
-    """Handwritten digits: 1,797 real images of 8 x 8 pixels, a multilayer perceptron.
+    """Handwritten digits: 1,797 real images of 8 x 8 pixels, and a multilayer perceptron.
 
-    1,077 images are for training, 360 for validation, 360 for the test; each pixel is
-    standardized. Weights start LeCun normal, biases at 0.
+    1,077 images are for training, 360 for validation and 360 for testing; each pixel is
+    standardized. Initial weights are LeCun normal, biases are 0.
 
     Args:
-      hidden: how many hidden units.
+      hidden: number of hidden units.
 
     Returns:
-      The problem; the loss is cross-entropy in nats, the metric is accuracy. The loss cap is the
-      loss of guessing, ln 10; a run is solved if its accuracy is at least 0.5. At initial scale 1
-      the rate 0.2 reaches a loss of 0.22 and 95% accuracy; 0.02 reaches 0.80, and 2 diverges.
+      The problem. The loss is cross-entropy in nats, the metric is accuracy. The loss cap is
+      ln 10, the loss of guessing; a run is solved if its accuracy is at least 0.5. At initial
+      scale 1, learning rate 0.2 reaches a loss of 0.22 and 95% accuracy; 0.02 reaches a loss of
+      0.80, and 2 diverges.
 
     Example:
       >>> print(digits().data["x"].shape, digits().test_data["x"].shape)
@@ -169,19 +171,19 @@ def digits(hidden: int = 32) -> Problem:
 
 
 def deep_mlp(depth: int = 8, hidden: int = 32) -> Problem:
-    """The images of `digits`, a multilayer perceptron too deep for a bad initial scale.
+    """The images of `digits`, and a multilayer perceptron that is sensitive to the initial scale.
 
-    Weights start LeCun normal, so at initial scale 1 each ReLU layer halves the squares of its
-    inputs; at 1.4 it keeps them (He's scale), at 2 it doubles them.
+    Initial weights are LeCun normal. At initial scale 1 each ReLU layer therefore halves the
+    squares of its inputs; at 1.4 it preserves them (He's scale), at 2 it doubles them.
 
     Args:
-      depth: how many hidden layers.
-      hidden: how many units each has.
+      depth: number of hidden layers.
+      hidden: number of units per hidden layer.
 
     Returns:
-      The problem; loss, metric, loss cap and rule for solved runs are those of `digits`. At the
-      rate 0.1 the initial scale 1.4 reaches a loss of 0.5 and 89% accuracy; at 0.5 every run
-      stays at guessing, and at 2 half of them diverge.
+      The problem. Loss, metric, loss cap and the rule for solved runs are the same as for
+      `digits`. At learning rate 0.1, initial scale 1.4 reaches a loss of 0.5 and 89% accuracy; at
+      0.5 every run stays at the loss of guessing, and at 2 half of the runs diverge.
 
     Example:
       >>> print(sorted(deep_mlp(depth=2).init(jax.random.key(0))))
@@ -208,19 +210,20 @@ def deep_mlp(depth: int = 8, hidden: int = 32) -> Problem:
 
 
 def mnist1d(channels: int = 16) -> Problem:
-    """MNIST-1D: 5,000 generated series of 40 points, ten classes, a small conv net.
+    """MNIST-1D: 5,000 generated series of 40 points in ten classes, and a convolutional network.
 
-    3,200 series are for training, 800 for validation, 1,000 for the test. The net has three
-    convolutions, 5, 3 and 3 wide, that move by 2. Weights start LeCun normal, biases at 0.
+    3,200 series are for training, 800 for validation and 1,000 for testing. The network has three
+    convolutions of widths 5, 3 and 3 with stride 2. Initial weights are LeCun normal, biases are 0.
 
     Args:
-      channels: how many channels each of the three convolutions has.
+      channels: number of channels of each convolution.
 
     Returns:
-      The problem; the loss is cross-entropy in nats, the metric is accuracy. The loss cap is the
-      loss of guessing, ln 10; a run is solved if its accuracy is at least 0.5: the authors
-      report 32% for a linear classifier and 94% for a conv net. At initial scale 1 the rate 0.2
-      reaches a loss of 0.87 and 66% accuracy; 0.02 reaches 1.76, and 2 does not train.
+      The problem. The loss is cross-entropy in nats, the metric is accuracy. The loss cap is
+      ln 10, the loss of guessing; a run is solved if its accuracy is at least 0.5. (The authors
+      report 32% for a linear classifier and 94% for a convolutional network.) At initial scale 1,
+      learning rate 0.2 reaches a loss of 0.87 and 66% accuracy; 0.02 reaches a loss of 1.76, and 2
+      does not train.
 
     Example:
       >>> print(mnist1d().data["x"].shape, mnist1d().test_data["x"].shape)
@@ -246,19 +249,20 @@ def mnist1d(channels: int = 16) -> Problem:
 
 
 def mnist_conv(channels: int = 16) -> Problem:
-    """MNIST: 5,000 real images averaged to 14 x 14 pixels, a conv net with BatchNorm.
+    """MNIST: 5,000 real images averaged to 14 x 14 pixels, and a convolutional network.
 
-    3,000 images are for training, 1,000 for validation, 1,000 for the test. The net has two
-    convolutions, 3 x 3 wide, that move by 2, each with BatchNorm. The state is the running means
-    and variances, which the test uses. Weights start LeCun normal.
+    3,000 images are for training, 1,000 for validation and 1,000 for testing. The network has two
+    3 x 3 convolutions with stride 2, each with BatchNorm. The state holds the running means and
+    variances, which are used for testing. Initial weights are LeCun normal.
 
     Args:
-      channels: how many channels the first convolution has; the second has twice as many.
+      channels: number of channels of the first convolution; the second has twice as many.
 
     Returns:
-      The problem; the loss is cross-entropy in nats, the metric is accuracy. The loss cap is the
-      loss of guessing, ln 10; a run is solved if its accuracy is at least 0.5. At initial scale 1
-      the rate 0.2 reaches a loss of 0.34 and 90% accuracy; 0.02 reaches 0.94, 3.56 the loss cap.
+      The problem. The loss is cross-entropy in nats, the metric is accuracy. The loss cap is
+      ln 10, the loss of guessing; a run is solved if its accuracy is at least 0.5. At initial
+      scale 1, learning rate 0.2 reaches a loss of 0.34 and 90% accuracy; 0.02 reaches a loss of
+      0.94, and 3.56 ends at the loss cap.
 
     Example:
       >>> print(mnist_conv().data["x"].shape, mnist_conv().test_data["x"].shape)
@@ -309,31 +313,32 @@ def mnist_conv(channels: int = 16) -> Problem:
 
 
 def sequence(width: int = 16, heads: int = 2) -> Problem:
-    """The letter after a mark: generated sequences, a transformer of two attention layers.
+    """Find the letter after a mark: generated sequences, and a transformer with two layers.
 
-    A sequence has 8 tokens of 8 kinds: seven letters and a mark, which stands once at a random
-    place and again at the end. The answer is the letter after the first mark, so one layer must
-    tell each token which one precedes it, and the other find the token that the mark precedes.
-    4,000 sequences are for training, 1,000 for validation, 1,000 for the test, all different.
-    Embeddings start normal with variance 1, other weights LeCun normal.
+    A sequence has 8 tokens. There are 8 different tokens: seven letters and a mark. The mark is at
+    a random position and again at the end; the answer is the letter after the first mark. One
+    layer must tell each token which token precedes it, and the other layer must find the token
+    that follows the mark. 4,000 sequences are for training, 1,000 for validation and 1,000 for
+    testing; all are different. Initial embeddings are normal with variance 1, other weights are
+    LeCun normal.
 
     Args:
       width: how many numbers represent a token.
-      heads: how many attention heads each layer has.
+      heads: number of attention heads per layer.
 
     Returns:
-      The problem; the loss is cross-entropy in nats, the metric is accuracy. The loss cap is the
-      loss of guessing, ln 7; a run is solved if its accuracy is at least 0.9. At initial scale 1
-      the rate 0.2 reaches a loss of 0.01 and 100% accuracy; 0.02 reaches 1.66, and at 0.632 some
-      runs never find the letter.
+      The problem. The loss is cross-entropy in nats, the metric is accuracy. The loss cap is
+      ln 7, the loss of guessing; a run is solved if its accuracy is at least 0.9. At initial scale
+      1, learning rate 0.2 reaches a loss of 0.01 and 100% accuracy; 0.02 reaches a loss of 1.66,
+      and at 0.632 some runs never find the letter.
 
     Example:
       >>> print(sequence().data["x"].shape, sequence().test_data["x"].shape)
       (4000, 8) (1000, 8)
 
     Source:
-      The task is that of the induction heads of Olsson et al. (2022), In-context Learning and
-      Induction Heads, with one fixed mark.
+      The task is the one of induction heads, with one fixed mark: Olsson et al. (2022),
+      In-context Learning and Induction Heads.
     """
     return _classification(
         _AttentionNet(width, heads, kinds=8, classes=7),

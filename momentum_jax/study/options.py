@@ -1,4 +1,4 @@
-"""The options of the command line, and the study that they define."""
+"""The options of the command line, and the `Study` that they define."""
 
 import argparse
 import dataclasses
@@ -17,11 +17,13 @@ from momentum_jax.study.training import RECORDABLE
 
 PROGRAM = "python -m momentum_jax.study"
 DESCRIPTION = """\
-How much does the result of training depend on the random initial weights, and does momentum
-change that? Trains a problem from many random initial weights and in several data orders, over
-a grid of learning rates, without momentum and with it. Every arm starts from the same weights and
-sees the same batches. Writes a report (report.html, report.md), its pictures and its numbers
-(results.nc, comparisons.csv, summary.json) into a folder.
+Measures how much the result of training depends on the random initial weights, and whether
+momentum changes that. An arm is one way to train: a momentum coefficient mu with a learning rate.
+Each arm is trained from many random initial weights (seeds) and in several data orders. All arms
+start from the same weights and see the same batches, so they are compared in pairs.
+
+Writes into a folder: a report (report.html, report.md), its pictures, and its numbers
+(results.nc, comparisons.csv, summary.json). Defaults are in parentheses.
 
   python -m momentum_jax.study --resume DIR     resume a stopped study, or extend a finished one
   python -m momentum_jax.study compare DIR DIR  compare two finished studies"""
@@ -31,15 +33,15 @@ FALLBACKS: dict[str, Any] = {
     "batch_size": 32,
     "init_scales": (0.5, 1.0, 2.0),
 }
-# What may be given together with --resume.
+# The options that may be given together with --resume, besides --csv and --distributed.
 EXTENSIONS = ("seeds", "order_seeds", "mu", "rates", "init_scale", "tuning_seeds")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """An argument parser that prints errors on one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints errors on one line."""
+        """Prints the error on one line and exits with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -52,8 +54,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--problem",
         metavar="NAME",
-        help=f"{', '.join(problems.PROBLEMS)}, or your own: path/to/file.py:object, where "
-        "object is a momentum_jax.study.Problem (digits)",
+        help=f"what to train: {', '.join(problems.PROBLEMS)}; or your own, as "
+        "path/to/file.py:object, where object is a momentum_jax.study.Problem (digits)",
     )
     add = parser.add_argument_group("what is compared").add_argument
     add(
@@ -61,93 +63,98 @@ def _parser() -> Parser:
         nargs="+",
         type=_mu,
         metavar="X",
-        help="momentum coefficients above 0, compared with 0; nesterov-X for Nesterov's form "
-        "(0.9 0.99)",
+        help="momentum coefficients above 0; each is compared with mu 0. nesterov-X is Nesterov "
+        "momentum with coefficient X (0.9 0.99)",
     )
     add(
         "--learning-rate",
         type=positive,
         metavar="X",
-        help="effective learning rate, learning_rate / (1 - mu), of the primary comparison: the "
-        "first --mu against mu 0 (digits: 0.2)",
+        help="effective learning rate, learning_rate / (1 - mu), of the primary comparison, "
+        "which is the first --mu against mu 0 (the problem's own; digits: 0.2)",
     )
     add(
         "--rates",
         nargs="+",
         type=positive,
         metavar="X",
-        help="effective learning rates of the curve (the problem's own; digits: 9 from 0.02 to 2)",
+        help="grid of effective learning rates at which each mu is trained (the problem's own; "
+        "digits: 9 from 0.02 to 2)",
     )
     add(
         "--init-scale",
         nargs="+",
         type=positive,
         metavar="X",
-        help="what the initial weights are multiplied by, not biases or normalization "
-        "(the problem's own)",
+        help="factors that multiply the initial weights, but not biases or normalization (the "
+        "problem's own; digits: 0.5 1 2 4)",
     )
     add(
         "--batch-size",
         nargs="+",
         type=whole,
         metavar="N",
-        help="examples per step, where the problem has data (the problem's own)",
+        help="examples per step, if the problem has data (the problem's own; digits: 32)",
     )
     add(
         "--equal-epochs",
         action="store_true",
-        help="with several batch sizes: --steps is for the first of them, the others take as many "
-        "epochs",
+        help="train all batch sizes for the same number of epochs: --steps then applies to the "
+        "first batch size",
     )
     add(
         "--controls",
         action=argparse.BooleanOptionalAction,
-        help="whether to train two control arms at the primary learning rate: the best of 4 "
-        "restarts with a quarter of the steps each, and added noise (yes, but not with --quick)",
+        help="train two control arms without momentum at the primary learning rate: the best of "
+        "4 restarts, each with a quarter of the steps; and gradients with added noise (yes; with "
+        "--quick: no)",
     )
     add(
         "--margin",
         type=positive,
         default=0.1,
         metavar="X",
-        help="equivalent means a ratio of spreads between 1/(1+X) and 1+X (%(default)s)",
+        help="two arms are equivalent if the 90%% confidence interval of the ratio of their "
+        "standard deviations lies within 1/(1+X) to 1+X (%(default)s)",
     )
     add = parser.add_argument_group("how long it takes").add_argument
-    add("--seeds", type=whole, metavar="N", help="number of initial weights (40)")
+    add("--seeds", type=whole, metavar="N", help="number of random initial weights (40)")
     add(
         "--order-seeds",
         type=_orders,
         metavar="N",
-        help="number of data orders, crossed with the initial weights; 1 varies the weights "
-        'alone; "paired" draws one order for each initial weight (4; without data: paired)',
+        help="number of data orders; each seed is trained in each of them. 1: only the weights "
+        'vary. "paired": each seed has its own data order (4; without data: paired)',
     )
     add(
         "--steps",
         type=whole,
         metavar="N",
-        help="steps per run, rounded up to a multiple of the number of evaluations, which is "
-        "20, or 200 without data (the problem's own)",
+        help="steps per run, rounded up to a multiple of the number of evaluations: 20, or 200 "
+        "without data (the problem's own; digits: 200)",
     )
     add(
         "--tuning-seeds",
         type=_count,
         metavar="N",
-        help="number of separate seeds used only for tuning; 0: no tuned comparison (10)",
+        help="number of separate seeds used only for tuning the learning rates; 0: no tuned "
+        "comparison (10; with --quick: 0)",
     )
     add(
         "--quick",
         action="store_true",
-        help="a quick preview: 20 seeds, one initial scale, every second rate, one mu, no tuning, "
-        "no controls",
+        help="a quick preview: 20 seeds, one initial scale, every second learning rate, mu 0.9 "
+        "only, no tuning, no control arms",
     )
-    add = parser.add_argument_group("what is recorded, and where").add_argument
+    add = parser.add_argument_group("results").add_argument
     add(
         "--record",
         nargs="+",
         choices=RECORDABLE,
         default=(),
         metavar="NAME",
-        help=f"record at each evaluation, at some cost: {', '.join(RECORDABLE)} (nothing)",
+        help=f"also record {', '.join(RECORDABLE)}; the first two at each evaluation, which takes "
+        "extra time (none)",
     )
     add(
         "--out",
@@ -159,28 +166,37 @@ def _parser() -> Parser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="resume the study in DIR; with larger --seeds, --order-seeds or --tuning-seeds, or "
-        "with more values for --mu, --rates or --init-scale, extend it",
+        help="resume the study in DIR. To extend it, also give larger --seeds, --order-seeds or "
+        "--tuning-seeds, or new values for --mu, --rates or --init-scale; no other options that "
+        "define the study are allowed",
     )
     add("--csv", action="store_true", help="print the table of comparisons as CSV instead of text")
     add(
         "--distributed",
         nargs="*",
         metavar=("ADDRESS:PORT NUMBER", "INDEX"),
-        help="one process of several hosts: coordinator address, process count and this process's "
-        "index; omit all three on clusters that JAX detects. All hosts share --out",
+        help="run on several hosts, with this command on each: coordinator address, process count "
+        "and this process's index; omit all three on clusters that JAX detects. --out must be a "
+        "folder that all hosts share",
     )
     return parser
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options, with the `study` that they define and the folder `out`."""
+    """Parses the command line.
+
+    Args:
+      arguments: the words of the command line; None means those of this process.
+
+    Returns:
+      The options. `study` is the `Study` that they define, `out` the folder for its results.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     options.error = parser.error
     if options.distributed is not None:
-        _join(options)  # before anything asks for devices
+        _join(options)  # JAX must know all processes before anything uses a device.
     try:
         options.study = _extended(options) if options.resume else _new(options)
     except (ValueError, OSError) as error:
@@ -206,15 +222,20 @@ def _new(options):
         scales, rates = [scales[len(scales) // 2]], options.rates or sorted(rates)[::2]
         seeds, tuning_seeds, mus, controls = 20, 0, ["0.9"], False
     if options.batch_size and not with_data:
-        raise ValueError(f"--batch-size: {problem.name} has no data to draw batches from")
+        raise ValueError(
+            f"--batch-size: the problem {problem.name} has no data to draw batches from; leave "
+            "the option out"
+        )
     if with_data and max(options.batch_size or [1]) > problem.examples:
         raise ValueError(
-            f"--batch-size {max(options.batch_size)}: {problem.name} has {problem.examples} "
-            "training examples"
+            f"--batch-size {max(options.batch_size)}: must be at most the number of training "
+            f"examples of {problem.name}, {problem.examples}"
         )
     sizes = options.batch_size or [min(fallbacks["batch_size"], problem.examples or 1)]
     if options.seeds is not None and options.seeds < 3:
-        raise ValueError(f"--seeds {options.seeds}: a spread needs at least 3")
+        raise ValueError(
+            f"--seeds {options.seeds}: must be at least 3 to measure a standard deviation"
+        )
     steps = options.steps or steps
     orders = options.order_seeds or (4 if with_data else "paired")
     study = Study(
@@ -237,7 +258,7 @@ def _new(options):
 
 
 def _arms(sizes, mus, steps):
-    """The families: without momentum, and with each mu, for each batch size."""
+    """The arms without a learning rate: mu 0 and each mu, for each batch size."""
     families = []
     for size in dict.fromkeys(sizes):
         for arm in (make.baseline(size), *make.with_momentum(list(dict.fromkeys(mus)), size)):
@@ -255,13 +276,14 @@ def _controls(study, size, several):
 
 
 def _extended(options):
-    """The study in the folder, with more of what was asked for."""
+    """The study in the folder, extended by what the other options add."""
     given = _given(options)
     folder = options.out = options.resume
     if others := sorted(set(given) - {*EXTENSIONS, "resume", "csv", "distributed"}):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise ValueError(
-            f"--resume {folder}: {names} cannot be changed in a study that was started"
+            f"--resume {folder}: {names} cannot change in a study that has started; leave it out, "
+            "or start a new study"
         )
     study = Study.load(folder)
     changes: dict[str, Any] = {}
@@ -289,36 +311,36 @@ def _extended(options):
     return study
 
 
-def without_places(arguments: Sequence[str]) -> list[str]:
-    """The arguments that define the study, without those that say where it runs and is kept.
+def without_locations(arguments: Sequence[str]) -> list[str]:
+    """Removes the options that say where a study runs, is stored and is printed.
 
     Example:
-      >>> without_places(["--seeds", "9", "--out", "here"])
+      >>> without_locations(["--seeds", "9", "--out", "here"])
       ['--seeds', '9']
     """
-    places = Parser(add_help=False, allow_abbrev=False)
-    places.add_argument("--out")
-    places.add_argument("--resume")
-    places.add_argument("--csv", action="store_true")
-    places.add_argument("--distributed", nargs="*")
-    return places.parse_known_args(list(arguments))[1]
+    locations = Parser(add_help=False, allow_abbrev=False)
+    locations.add_argument("--out")
+    locations.add_argument("--resume")
+    locations.add_argument("--csv", action="store_true")
+    locations.add_argument("--distributed", nargs="*")
+    return locations.parse_known_args(list(arguments))[1]
 
 
 def _given(options):
-    """The names of the options that were typed."""
+    """The names of the options whose values differ from the defaults."""
     defaults = vars(_parser().parse_args([]))
     return [name for name, value in defaults.items() if getattr(options, name) != value]
 
 
 def _join(options):
-    """Makes this process one of several."""
+    """Connects this process to the others."""
     given = options.distributed
     if options.out is None and options.resume is None:
-        options.error("--distributed needs --out: a folder that all processes see")
+        options.error("--distributed: give --out too, a folder that all processes can access")
     if len(given) not in (0, 3):
         options.error(
-            f"--distributed {' '.join(given)}: give ADDRESS:PORT NUMBER INDEX, or nothing on a "
-            "cluster that JAX detects"
+            f"--distributed {' '.join(given)}: give all of ADDRESS:PORT NUMBER INDEX, or none of "
+            "them on a cluster that JAX detects"
         )
     try:
         if given:
@@ -336,20 +358,24 @@ def _mu(given: str) -> str:
         mu = 0.0
     if not 0 < mu < 1:
         raise argparse.ArgumentTypeError(
-            f"{given!r} is not a number above 0 and below 1, or nesterov- and such a number"
+            f"{given!r} must be a number above 0 and below 1, such as 0.9, or nesterov-0.9 for "
+            "Nesterov momentum"
         )
     return given.replace(given.removeprefix("nesterov-"), f"{mu:.12g}")
 
 
 def whole(given: str) -> int:
-    """A whole number from 1, of a command line.
+    """Parses a whole number, at least 1.
+
+    Raises:
+      argparse.ArgumentTypeError: the text is anything else.
 
     Example:
       >>> whole("3")
       3
     """
     if not given.isdecimal() or int(given) < 1:
-        raise argparse.ArgumentTypeError(f"{given!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{given!r} must be a whole number, at least 1")
     return int(given)
 
 
@@ -362,7 +388,10 @@ def _orders(given: str) -> int | str:
 
 
 def positive(given: str) -> float:
-    """A number above 0, of a command line.
+    """Parses a finite number above 0.
+
+    Raises:
+      argparse.ArgumentTypeError: the text is anything else.
 
     Example:
       >>> positive("0.5")
@@ -373,5 +402,5 @@ def positive(given: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{given!r} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"{given!r} must be a finite number above 0")
     return value

@@ -1,4 +1,4 @@
-"""The study's plots. Each function draws on an Axes and returns it."""
+"""All plots of the study. Each function draws on a matplotlib Axes and returns it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from momentum_jax.study.statistics import final
 
 
 def final_loss(results: xr.Dataset, arms: Sequence[str], axes: Axes) -> Axes:
-    """The final loss against the initial scale: per arm the median, bars from 10% to 90%.
+    """Draws the final loss against the initial scale: median, with bars from 10% to 90%.
 
     Args:
       results: what `run` returned.
@@ -44,7 +44,7 @@ def final_loss(results: xr.Dataset, arms: Sequence[str], axes: Axes) -> Axes:
     scales = results.init_scale.values
     for place, arm in enumerate(arms):
         low, middle, high = loss.sel(arm=arm).quantile([0.1, 0.5, 0.9], run_dims(loss)).values
-        # Side by side, so that the bars of one scale do not hide each other.
+        # Shifted sideways, so that the bars of one scale do not hide each other.
         at = scales * 1.06 ** (place - (len(arms) - 1) / 2)
         errors = [middle - low, high - middle]
         axes.errorbar(at, middle, errors, label=label(arm), capsize=3, **style(place))
@@ -60,15 +60,15 @@ def final_loss(results: xr.Dataset, arms: Sequence[str], axes: Axes) -> Axes:
 def loss_curves(
     results: xr.Dataset, arms: Sequence[str], init_scale: float, axes: Axes, variable: str = "loss"
 ) -> Axes:
-    """Loss, or another recorded variable, over the steps: per arm the median and a 10-90% band.
+    """Draws the loss, or another variable, over the steps: median, with a 10-90% band.
 
     Args:
       results: what `run` returned.
       arms: the names of the arms.
       init_scale: the initial scale.
       axes: where to draw.
-      variable: of the dataset, with a dimension `step`; a value that is not finite counts as
-        larger than all others.
+      variable: a variable of the dataset with the dimension `step`. A value that is not finite
+        counts as larger than all others.
 
     Returns:
       `axes`.
@@ -84,14 +84,15 @@ def loss_curves(
     """
     values = results[variable].sel(init_scale=init_scale)
     values = values.where(np.isfinite(values), np.inf)
-    values = values.isel(step=slice(None, None, -(-len(values.step) // 101)))  # No eye sees more.
+    # At most 101 points per line, because more cannot be seen.
+    values = values.isel(step=slice(None, None, -(-len(values.step) // 101)))
     for place, arm in enumerate(arms):
         runs = values.sel(arm=arm)
         low, middle, high = runs.quantile([0.1, 0.5, 0.9], run_dims(runs), method="nearest").values
         steps = runs.coords.get("steps_taken", runs.step)
         looks = style(place)
         every = max(1, len(steps) // 6)
-        # Each line's markers at steps of their own, so that equal curves can be told apart.
+        # Each line has its markers at different steps, so that equal curves can be distinguished.
         offset = (place * every // max(1, len(arms)), every)
         axes.plot(steps, middle, label=label(arm), markevery=offset, ms=4, **looks)
         axes.fill_between(steps, low, high, color=looks["color"], alpha=0.15, linewidth=0)
@@ -104,17 +105,17 @@ def loss_curves(
 
 
 def paired(results: xr.Dataset, baseline: str, arm: str, axes: Axes) -> Axes:
-    """Each pair of runs as a point: the final loss of an arm against that of the baseline arm.
+    """Draws each pair of runs as a point: final loss of an arm against the baseline.
 
     Args:
       results: what `run` returned.
-      baseline: the name of the arm at the horizontal axis.
-      arm: the name of the arm at the vertical axis; below the diagonal it ended lower.
+      baseline: the name of the baseline arm, for the horizontal axis.
+      arm: the name of the other arm, for the vertical axis. Below the diagonal it ended lower.
       axes: where to draw.
 
     Returns:
-      `axes`. A pair is rescued where the baseline failed and the arm solved the problem, lost in
-      the reverse case, and of the same status where both solved it or both failed.
+      `axes`. A pair is "rescued" if the baseline failed and the arm solved the problem, "lost" in
+      the reverse case, and has the "same status" if both solved it or both failed.
 
     Example:
       >>> from matplotlib.figure import Figure
@@ -141,7 +142,7 @@ def paired(results: xr.Dataset, baseline: str, arm: str, axes: Axes) -> Axes:
             label=f"{name} ({chosen.sum()})",
             s=18,
             alpha=0.8,
-            rasterized=True,  # Else a page of many pairs is several megabytes large.
+            rasterized=True,  # As vectors, many pairs would need several megabytes.
             **looks,
         )
     both = ends.loss.sel(arm=[baseline, arm]).values
@@ -160,16 +161,17 @@ def path(
     paths: Mapping[str, Float[np.ndarray | Array, "points 2"]],
     axes: Axes,
 ) -> Axes:
-    """Paths over the contour map of a loss of two params: where each started, went and ended.
+    """Draws paths over the contour map of a loss of two params.
 
     Args:
-      loss: `loss(params) -> scalar`, which JAX can vmap.
-      paths: the params from the first point to the last, by the name of the path.
+      loss: `loss(params) -> scalar`; it must work under `jax.vmap`.
+      paths: the params of each path, by its name, in order of the steps.
       axes: where to draw.
 
     Returns:
-      `axes`. The levels are equally spaced in the square root of the loss above its least, so
-      that those of a round bowl are equally far apart.
+      `axes`. The start of a path is an open circle, its end a filled circle. Contour levels are
+      equally spaced in the square root of the loss minus its minimum on the map, so the contours
+      of a round bowl are equally far apart.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -193,7 +195,7 @@ def path(
     }
     everywhere = np.concatenate(list(finite.values()))
     low, high = everywhere.min(axis=0), everywhere.max(axis=0)
-    # Room around the paths, also around one that runs along an axis.
+    # A margin around the paths, also around a path that runs along an axis.
     room = 0.15 * np.maximum(high - low, 0.3 * np.max(high - low))
     x, y = (
         jnp.linspace(start, stop, 201) for start, stop in zip(low - room, high + room, strict=True)
@@ -216,13 +218,13 @@ def path(
 def energies(
     measured: Measurement, axes: Axes, steps: Sequence[int] | np.ndarray | None = None
 ) -> Axes:
-    """Kinetic, potential and total energy of a run over its steps.
+    """Draws the kinetic, potential and total energy of a run over its steps.
 
     Args:
-      measured: a `Measurement` with a loss, whose entries hold one value a step: what
-        `jax.lax.scan` stacks, or `jax.tree.map(lambda *x: jnp.stack(x), *measurements)`.
+      measured: a `Measurement` with a loss, with one value per step in each entry. `jax.lax.scan`
+        stacks it so; otherwise use `jax.tree.map(lambda *x: jnp.stack(x), *measurements)`.
       axes: where to draw.
-      steps: which steps these are; by default all, from the first.
+      steps: the numbers of the steps; by default 1, 2, 3 and so on.
 
     Returns:
       `axes`.
@@ -249,7 +251,9 @@ def energies(
       energy, in the unit of the loss
     """
     if measured.potential_energy is None:
-        raise ValueError("there is no potential energy to draw: give measure(...) the loss.")
+        raise ValueError(
+            "potential_energy=None of the Measurement cannot be drawn: give measure(...) the loss."
+        )
     lines = {"total": "-", "kinetic": "--", "potential": "-."}
     for (name, line), color in zip(lines.items(), COLORS, strict=False):
         values = np.asarray(getattr(measured, f"{name}_energy"))
@@ -261,15 +265,16 @@ def energies(
 
 
 def alignment_and_gain(measured: Measurement, axes: Axes) -> Axes:
-    """How far the velocity points downhill, and how many plain steps each step is worth.
+    """Draws the alignment of the velocity with the negative gradient, and the gain.
+
+    The gain says how many steps of plain gradient descent one step is worth.
 
     Args:
-      measured: as for `energies`; needs no loss.
-      axes: where to draw; the gain has a scale of its own at the right.
+      measured: as for `energies`; it needs no loss.
+      axes: where to draw the alignment; the gain has its own axis at the right.
 
     Returns:
-      `axes`, with the alignment. Dotted is 1 / (1 - mu), the ceiling of the gain under a
-      constant gradient.
+      `axes`. The dotted line is 1 / (1 - mu), the largest gain under a constant gradient.
 
     Example:
       >>> import jax.numpy as jnp
@@ -291,17 +296,17 @@ def alignment_and_gain(measured: Measurement, axes: Axes) -> Axes:
     axes.set_ylabel("alignment of the velocity with -gradient", color=ink)
     right = axes.twinx()
     right.plot(_steps(gain), gain, color=other)
-    # (1 - mu) = friction^2 times the effective learning rate; with mu 1 there is no ceiling.
+    # 1 - mu = friction^2 * effective learning rate. With mu 1 the gain has no upper limit.
     friction = np.asarray(measured.friction)
     if np.all(friction > 0):
         ceiling = 1 / (friction**2 * np.asarray(measured.effective_learning_rate))
         right.plot(_steps(gain), ceiling, color=other, linestyle=":", label="gain 1 / (1 - mu)")
-        # Above, for the lines go everywhere.
+        # The legend is above the axes, because lines may be anywhere inside.
         right.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    # Where the gradient passes through 0, the gain is many times that of the other steps.
+    # Where the gradient passes through 0, the gain is many times larger than elsewhere.
     right.set_yscale("log")
     right.yaxis.set_major_formatter("{x:g}")
-    right.set_ylabel("gain, in plain steps", color=other)
+    right.set_ylabel("gain, in steps without momentum", color=other)
     return axes
 
 

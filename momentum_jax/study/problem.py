@@ -1,4 +1,4 @@
-"""What a study trains: initial weights, a loss, the data, and how the result is measured."""
+"""Defines what a study trains: initial weights, a loss, data, and how results are measured."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,18 +17,18 @@ PyTree = Any
 
 DEFAULTS = {"learning_rate", "rates", "steps", "batch_size", "init_scales"}
 
-# What the results call their other variables, coordinates and questions.
+# Names of other variables, coordinates and questions of the results: no metric may use them.
 RESERVED = {
     "loss", "kinetic_energy", "sharpness", "gradient_norm", "final_params", "params", "landscape",
     "tuning_loss", "initial_sharpness", "arm", "init_scale", "seed", "order_seed", "step", "probe",
     "tuning_seed", "param", "landscape_0", "landscape_1", "family", "effective_rate", "mu",
-    "learning_rate", "nesterov", "batch_size", "restarts", "steps_taken", "spread", "log spread",
-    "robust spread", "total spread", "failures", "rescued", "lost", "lower loss",
+    "learning_rate", "nesterov", "batch_size", "restarts", "steps_taken", "std", "std of log loss",
+    "10-90% range", "total std", "failures", "rescued", "lost", "lower loss",
 }  # fmt: skip
 
 
 def quarter_decades(first: float, count: int) -> tuple[float, ...]:
-    """Learning rates in steps of 10^(1/4), rounded to three significant digits.
+    """Returns learning rates in steps of 10^(1/4), rounded to three significant digits.
 
     Example:
       >>> quarter_decades(0.1, 5)
@@ -39,11 +39,11 @@ def quarter_decades(first: float, count: int) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A number that is reported beside the loss, and its direction.
+    """A number to report beside the loss, and whether larger values are better.
 
     Attributes:
-      function: called like the `test_loss` of the problem, returns one number.
-      larger_is_better: False for an error.
+      function: takes the arguments of the problem's `test_loss` and returns one number.
+      larger_is_better: True for an accuracy, False for an error.
 
     Example:
       >>> Metric(lambda params: abs(params - 3.0), larger_is_better=False)(1.0)
@@ -54,50 +54,52 @@ class Metric:
     larger_is_better: bool = True
 
     def __call__(self, *arguments: Any) -> Any:
-        """The function's value."""
+        """Calls the function."""
         return self.function(*arguments)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """Something to train, as the functions and the data that training needs.
+    """A training problem: the functions and the data that training needs.
 
     Only `init` and `loss` are required. A problem without data is deterministic, and its
-    functions take the params alone. With data, each step's loss is that of a batch of rows, and
-    results are measured on all of `test_data`.
+    functions take only the params. With data, the loss of a step is the loss of a batch of rows,
+    and results are measured on all rows of `test_data`.
 
     Attributes:
       init: `init(key) -> params` draws the initial weights; `(params, state)` if stateful.
-      loss: `loss(params, batch) -> scalar`, to be minimized; `loss(params)` without data;
+      loss: `loss(params, batch) -> scalar` is minimized; `loss(params)` without data;
         `loss(params, state, batch) -> (scalar, new_state)` if stateful.
-      metrics: reported beside the loss: a `Metric` by name, or a function, whose larger values
-        are better. Called like `test_loss`.
-      data: a tree of arrays with one example per row; batches are drawn from it.
-      test_data: the same, for the examples that results are measured on; None means `data`.
-      validation_data: the same, for the examples that learning rates are tuned on; None means
+      metrics: numbers to report beside the loss, by name: a `Metric`, or a function whose larger
+        values are better. They take the arguments of `test_loss`.
+      data: a tree of arrays with one training example per row; batches are drawn from it.
+      test_data: the same, for the examples on which results are measured; None means `data`.
+      validation_data: the same, for the examples on which learning rates are tuned; None means
         that tuning first holds out rows of `data`, see `with_validation`.
-      test_loss: `test_loss(params, batch) -> scalar` is the loss to report, with the arguments
-        of `loss`, so BatchNorm can use its running statistics; None means the value of `loss`.
-      stateful: the model has state that is not trained, such as the statistics of BatchNorm.
-      scaled: `scaled(path, leaf) -> bool` says which params the initial scale multiplies, by path
-        ("hidden/kernel") and array. None means arrays of two or more axes, thus weights, not
-        biases or normalization; all params if no array has two axes.
-      name: what the report calls the problem.
-      loss_cap: a larger or non-finite final loss counts as this; None means the run's own loss
-        before training.
-      solved: when a run is solved: {"loss": 0.3} if its final loss is at most 0.3, {"accuracy":
-        0.5} if its final accuracy is at least 0.5 (at most, if smaller is better). All must hold;
-        empty: solved unless diverged.
-      curvature: the largest Hessian eigenvalue at the initial weights and below, if it is known;
-        the picture draws the edge of stability from it.
-      defaults: settings to start from: `learning_rate` (the effective rate at which methods are
-        compared first), `rates` (the effective rates of the curve), `steps`, `batch_size` and
-        `init_scales`.
-      source: how `find` found it: a name, or "/path/file.py:object".
+      test_loss: `test_loss(params, batch) -> scalar` is the loss to report. It takes the
+        arguments of `loss`, so that BatchNorm can use its running statistics. None means the
+        value of `loss`.
+      stateful: whether the model has state that is not trained, such as BatchNorm statistics.
+      scaled: `scaled(path, leaf) -> bool` chooses the params that the initial scale multiplies,
+        by path ("hidden/kernel") and array. None chooses arrays with two or more axes, which are
+        weights, not biases or normalization; or all params if no array has two axes.
+      name: the name of the problem in the report.
+      loss_cap: a final loss that is larger or not finite is set to this value; None means the
+        run's own loss before training.
+      solved: limits that a solved run must reach: {"loss": 0.3} means a final loss of at most
+        0.3, {"accuracy": 0.5} a final accuracy of at least 0.5 (at most, for a metric whose
+        smaller values are better). All limits must hold. Empty: every run that did not diverge
+        is solved.
+      curvature: the largest Hessian eigenvalue at the initial weights and at every point with a
+        lower loss, if it is known. Pictures show the edge of stability computed from it.
+      defaults: default settings of a study: `learning_rate` (the effective learning rate of the
+        primary comparison), `rates` (the grid of effective learning rates), `steps`, `batch_size`
+        and `init_scales`.
+      source: where `find` found the problem: a name, or "/path/file.py:object".
 
     Raises:
-      ValueError: a field that would have no effect, a metric whose name is taken, or data whose
-        arrays differ in length.
+      ValueError: a field that would have no effect, a metric with a reserved name, or data whose
+        arrays have different lengths.
 
     Example:
       >>> import jax
@@ -124,33 +126,39 @@ class Problem:
     source: str | None = None
 
     def __post_init__(self):
-        """Refuses what would be ignored or misread."""
+        """Refuses fields that would have no effect or be misread."""
         metrics = {n: m if isinstance(m, Metric) else Metric(m) for n, m in self.metrics.items()}
         object.__setattr__(self, "metrics", metrics)
         if taken := sorted(RESERVED & set(metrics)):
-            raise ValueError(f"a metric is called {taken[0]!r}, a name of the results: rename it.")
+            raise ValueError(
+                f"the name of the metric {taken[0]!r} is reserved for the results: rename the "
+                "metric."
+            )
         if unknown := sorted(set(self.solved) - {"loss", *metrics}):
             raise ValueError(
-                f"solved has {unknown}, but must name 'loss' or a metric: there "
-                f"{'are' if metrics else 'is'} {sorted(metrics) or 'no metric'}."
+                f"solved names {unknown}, but must name 'loss' or a metric: "
+                + (f"the metrics are {sorted(metrics)}." if metrics else "there is no metric.")
             )
         if self.curvature is not None and not 0 < self.curvature < np.inf:
             raise ValueError(
-                f"curvature={self.curvature} must be above 0 and finite; None if unknown."
+                f"curvature={self.curvature} must be above 0 and finite. Give None if it is "
+                "unknown."
             )
         if unknown := sorted(set(self.defaults) - DEFAULTS):
-            raise ValueError(f"defaults has {unknown}, but may have {sorted(DEFAULTS)}.")
+            raise ValueError(f"defaults has {unknown}, but may only have {sorted(DEFAULTS)}.")
         for field in "data", "test_data", "validation_data":
             rows = getattr(self, field)
             if rows is None:
                 continue
             if self.data is None:
-                raise ValueError(f"{field} needs data to train on: give data too, or no {field}.")
+                raise ValueError(
+                    f"{field} is given without data to train on: give data too, or no {field}."
+                )
             lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(rows)}
             if len(lengths) != 1 or lengths & {(), (0,)}:
                 raise ValueError(
-                    f"{field} must hold arrays of one length, at least 1, one example per row, "
-                    f"but their lengths are {sorted(sum(lengths, ())) or 'none'}."
+                    f"{field} must hold arrays of equal length, at least 1, with one example per "
+                    f"row, but their lengths are {sorted(sum(lengths, ())) or 'none'}."
                 )
         if self.data is None and "batch_size" in self.defaults:
             raise ValueError("defaults has batch_size, but there is no data: leave it out.")
@@ -166,7 +174,7 @@ class Problem:
         return 0 if self.data is None else len(jax.tree.leaves(self.data)[0])
 
     def test_examples(self) -> PyTree:
-        """The rows that results are measured on; None without data.
+        """Returns the rows on which results are measured; None without data.
 
         Example:
           >>> Problem(lambda key: 0.0, lambda w, x: w, data=np.arange(2)).test_examples()
@@ -175,7 +183,7 @@ class Problem:
         return self.data if self.test_data is None else self.test_data
 
     def start(self, key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
-        """Initial weights and the initial state; the state is None if there is none.
+        """Draws the initial weights, and the initial state or None.
 
         Example:
           >>> Problem(lambda key: 1.0, lambda w: w).start(jax.random.key(0))
@@ -184,9 +192,17 @@ class Problem:
         return self.init(key) if self.stateful else (self.init(key), None)
 
     def scale(self, params: PyTree, factor: Any) -> PyTree:
-        """Multiplies the params that `scaled` chooses by a factor, which may be traced.
+        """Multiplies the params that `scaled` chooses by a factor.
 
-        Dtypes are kept. A `scaled` that chooses no array raises a ValueError.
+        Args:
+          params: the params.
+          factor: a number; it may be traced.
+
+        Returns:
+          The params, with the same dtypes.
+
+        Raises:
+          ValueError: `scaled` chooses no array.
 
         Example:
           >>> layer = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
@@ -202,7 +218,10 @@ class Problem:
             chosen = [bool(self.scaled(path_text(path), leaf)) for path, leaf in leaves]
         if not any(chosen):
             paths = ", ".join(path_text(path) for path, _ in leaves)
-            raise ValueError(f"scaled of {self.name} is false for all params: choose of {paths}.")
+            raise ValueError(
+                f"scaled of {self.name} is false for all params: it must be true for at least one "
+                f"of {paths}."
+            )
 
         def times(leaf):
             wide = jnp.promote_types(leaf.dtype, jnp.float32)
@@ -214,9 +233,10 @@ class Problem:
         )
 
     def value_and_state(self, params: PyTree, state: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-        """The training loss and the next state, for `jax.value_and_grad(..., has_aux=True)`.
+        """Returns the training loss and the next state.
 
-        The state is None if there is none, and so is the batch without data.
+        Has the form that `jax.value_and_grad(..., has_aux=True)` expects. The state is None if
+        the problem is not stateful; the batch is None without data.
 
         Example:
           >>> Problem(lambda key: 1.0, lambda w: 2 * w).value_and_state(3.0, None, None)
@@ -226,9 +246,9 @@ class Problem:
         return found if self.stateful else (found, None)
 
     def evaluate(self, params: PyTree, state: PyTree, examples: PyTree) -> dict[str, Any]:
-        """The loss to report, as "loss", and each metric by its name.
+        """Returns the loss to report, as "loss", and each metric by its name.
 
-        The state is None if there is none, and so are the examples without data.
+        The state is None if the problem is not stateful; the examples are None without data.
 
         Example:
           >>> Problem(lambda key: 1.0, lambda w: w**2, {"w": abs}).evaluate(-3, None, None)
@@ -242,10 +262,16 @@ class Problem:
         return {"loss": loss} | {name: metric(*arguments) for name, metric in self.metrics.items()}
 
     def with_validation(self, fraction: float = 1 / 6) -> "Problem":
-        """The problem with a fraction of its training rows held out for validation.
+        """Returns the problem with a fraction of its training rows held out for validation.
 
-        The same rows are held out in every call. A problem without data, or with validation data,
-        is returned as it is. A fraction that leaves no row on one side raises a ValueError.
+        Every call holds out the same rows. A problem without data, or with validation data, is
+        returned unchanged.
+
+        Args:
+          fraction: the fraction of the training rows to hold out.
+
+        Raises:
+          ValueError: a fraction that holds out no row, or leaves none to train on.
 
         Example:
           >>> all_rows = Problem(lambda key: 0.0, lambda w, x: w, data=np.arange(6))
@@ -257,8 +283,9 @@ class Problem:
         held_out = round(fraction * self.examples)
         if not 0 < held_out < self.examples:
             raise ValueError(
-                f"fraction={fraction} holds out {held_out} of {self.examples} examples: at least "
-                "1 must be held out and 1 left; give validation_data, or another fraction."
+                f"fraction={fraction} holds out {held_out} of {self.examples} examples: it must "
+                "hold out at least 1 and leave at least 1. Give another fraction, or "
+                "validation_data."
             )
         rows = np.random.default_rng(0).permutation(self.examples)
 
@@ -269,9 +296,12 @@ class Problem:
         return dataclasses.replace(self, data=data, validation_data=validation_data)
 
     def for_tuning(self) -> "Problem":
-        """The same problem, measured on its validation data.
+        """Returns the same problem, measured on its validation data.
 
-        Data without validation data raise a ValueError; without data, nothing changes.
+        A problem without data is returned unchanged.
+
+        Raises:
+          ValueError: a problem with data but without validation data.
 
         Example:
           >>> all_rows = Problem(lambda key: 0.0, lambda w, x: w, data=np.arange(6))
@@ -282,24 +312,25 @@ class Problem:
             return self
         if self.validation_data is None:
             raise ValueError(
-                f"{self.name} has no validation_data: tuning needs rows that are neither trained "
-                "nor tested on; give some, or use with_validation()."
+                f"the problem {self.name} has no validation_data, but tuning needs rows that are "
+                "used neither for training nor for testing: give some, or use with_validation()."
             )
         return dataclasses.replace(self, test_data=self.validation_data, validation_data=None)
 
     def _arguments(self, params, state, batch):
-        # Rebuilt here, because NNX refuses to update variables that another trace has made.
+        # Rebuilt because NNX refuses to update variables that were made in another trace.
         state = jax.tree.map(lambda leaf: leaf, state)
         with_state = (params, state) if self.stateful else (params,)
         return with_state if self.data is None else (*with_state, batch)
 
 
 def check(problem: Problem) -> None:
-    """Tries the functions of a problem on shapes alone, so that a mistake costs no training.
+    """Checks the functions of a problem on shapes, before any training.
 
     Raises:
       ValueError: a function that fails; params that are empty or not floats; a loss or metric
-        that is not one number; a new state unlike the old one. The message is one line.
+        that is not one number; a new state whose structure, shapes or dtypes differ from the old
+        state. The message is one line.
 
     Example:
       >>> import jax
@@ -317,8 +348,8 @@ def check(problem: Problem) -> None:
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
-                f"{call} must return floats, but is {leaf.dtype} at {path_text(path)}: numbers "
-                "that are not trained belong in the loss or the state."
+                f"{call} must return floats, but returns {leaf.dtype} at {path_text(path)}: "
+                "numbers that are not trained belong in the loss or the state."
             )
     shapes(f"scaled(path, leaf) of {problem.name}", lambda w: problem.scale(w, 1.0), params)
 

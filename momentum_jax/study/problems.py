@@ -1,4 +1,4 @@
-"""The problems that a study knows by name, and those of a user's own files."""
+"""Finds a problem by name, or in a Python file of the user."""
 
 import dataclasses
 import importlib.util
@@ -33,18 +33,18 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
 
 
 def find(text: str) -> Problem:
-    """The problem of a name, or the one in a file of the user's own.
+    """Finds a problem by name, or in a Python file.
 
     Args:
       text: a key of `PROBLEMS`, or "path/to/file.py:object", where the object is a `Problem`
-        or a function without arguments that returns one. The file is run as Python runs a
-        script: its own folder is on the path while it is imported.
+        or a function without arguments that returns one. While the file is imported, its folder
+        is on the import path, as when Python runs a script.
 
     Returns:
-      The problem.
+      The problem, with its `source` set.
 
     Raises:
-      ValueError: there is no such problem; the message is one line that says what there is.
+      ValueError: there is no such problem. The message is one line that lists what can be given.
 
     Example:
       >>> find("quadratic").name
@@ -55,33 +55,37 @@ def find(text: str) -> Problem:
             return dataclasses.replace(PROBLEMS[text](), source=text)
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"{text} needs a package: {in_one_line(error)}; pip install 'momentum_jax[study]'."
+                f"the problem {text} needs a package that is not installed "
+                f"({in_one_line(error)}): pip install 'momentum_jax[study]'."
             ) from error
     path, colon, name = text.rpartition(":")
     if not colon or not path.endswith(".py"):
-        hint = f"; for your own, {text}:object" if text.endswith(".py") else ""
+        hint = f"; here: {text}:object" if text.endswith(".py") else ""
         raise ValueError(
-            f"no problem is called {text!r}: there are {', '.join(PROBLEMS)}, "
-            f"and your own as path/to/file.py:object{hint}."
+            f"there is no problem {text!r}: give one of {', '.join(PROBLEMS)}, "
+            f"or your own as path/to/file.py:object{hint}."
         )
     if not Path(path).is_file():
-        raise ValueError(f"there is no file {path!r} to take the problem {name!r} from.")
+        raise ValueError(
+            f"there is no file {path!r}: give path/to/file.py:object with the path of an existing "
+            "file."
+        )
     file = Path(path).resolve()
     module = _imported(file)
     found = getattr(module, name, None)
     if found is None:
-        offered = ", ".join(_offered(module)) or "no Problem, nor a function that makes one"
-        raise ValueError(f"{path} has no {name!r}: it has {offered}.")
+        offered = ", ".join(_offered(module)) or "no Problem and no function that could return one"
+        raise ValueError(f"{path} has no object {name!r}: it has {offered}.")
     made = found
     if callable(found) and not isinstance(found, type):
         try:
             made = found()
         except Exception as error:
-            raise ValueError(f"{name}() of {path} fails: {in_one_line(error)}") from error
+            raise ValueError(f"{name}() in {path} fails: {in_one_line(error)}") from error
     if not isinstance(made, Problem):
         what = f"{name}()" if made is not found else name
         raise ValueError(
-            f"{what} of {path} must be a momentum_jax.study Problem, or a function without "
+            f"{what} in {path} must be a momentum_jax.study.Problem, or a function without "
             f"arguments that returns one, but is of type {type(made).__name__}."
         )
     return dataclasses.replace(made, source=f"{file}:{name}")
@@ -89,23 +93,23 @@ def find(text: str) -> Problem:
 
 def _imported(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"_problem_in_{path.stem}", path)
-    assert spec is not None  # a .py file always has one, and a loader
+    assert spec is not None  # A .py file always has a spec and a loader.
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    sys.modules[spec.name] = module  # Dataclasses and pickle look up the module of a class there.
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
-        raise ValueError(f"{path} does not import: {in_one_line(error)}") from error
+        raise ValueError(f"{path} cannot be imported: {in_one_line(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
     return module
 
 
 def _offered(module: ModuleType) -> list[str]:
-    """The Problems of a module and its own functions that need no arguments."""
+    """The names of the Problems of a module, and of its functions that need no arguments."""
 
     def fits(value):
         if inspect.isfunction(value) and value.__module__ == module.__name__:

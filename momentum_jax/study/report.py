@@ -1,4 +1,4 @@
-"""What a person reads: one document, as Markdown and as a page, with its pictures and numbers."""
+"""Writes the report of a study: one document as Markdown and HTML, with pictures and numbers."""
 
 import base64
 import dataclasses
@@ -17,15 +17,15 @@ from markdown_it import MarkdownIt
 from tqdm import tqdm
 
 from momentum_jax.study import _tables, comparisons, statistics
-from momentum_jax.study._drawing import digits
+from momentum_jax.study._drawing import three_digits
 from momentum_jax.study._tables import FAILURES, LOSSES, RATIOS, Markdown, main_contrast, rows_of
 from momentum_jax.study.components import variance_components
-from momentum_jax.study.contrasts import KINDS, as_json, contrasts, primary
+from momentum_jax.study.contrasts import HEADINGS, as_json, contrasts, primary
 from momentum_jax.study.figures import INK, PAPER, Picture, pictures
 
 
-class _Found(NamedTuple):
-    """All that is computed from a dataset."""
+class _Analysis(NamedTuple):
+    """Everything that is computed from a dataset."""
 
     table: pd.DataFrame
     described: pd.DataFrame
@@ -39,15 +39,15 @@ def report(dataset: xr.Dataset, folder: str | Path) -> list[Path]:
 
     Args:
       dataset: what `run` returned.
-      folder: where to write; made if it does not exist.
+      folder: where to write; it is created if it does not exist.
 
     Returns:
-      The paths of what was written: `report.html` (one file that holds its pictures, light and
-      dark), `report.md`, `results.nc` (the dataset), `comparisons.csv`, `summary.json` and the
-      pictures.
+      The paths of the files: `report.html` (one file that contains its pictures, for light and
+      dark themes), `report.md`, `results.nc` (the dataset), `comparisons.csv` (the table of
+      `compare`), `summary.json` (all numbers of the report) and the pictures.
 
     Raises:
-      OSError: a folder that cannot be written to.
+      OSError: the folder cannot be written to.
 
     Example:
       >>> import tempfile
@@ -65,15 +65,15 @@ def report(dataset: xr.Dataset, folder: str | Path) -> list[Path]:
 def write(
     dataset: xr.Dataset, folder: str | Path, *, progress: bool = False
 ) -> tuple[list[Path], pd.DataFrame]:
-    """Writes what `report` does.
+    """Writes the files of `report`, and returns the table of comparisons too.
 
     Args:
       dataset: what `run` returned.
-      folder: where to write; made if it does not exist.
+      folder: where to write; it is created if it does not exist.
       progress: whether to show progress bars.
 
     Returns:
-      The paths, and the table of `compare`.
+      The paths of the files, and the table of `compare`.
 
     Example:
       >>> import tempfile
@@ -84,12 +84,12 @@ def write(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     paths, table = write(results, folder)
       >>> table.question.head(2).tolist()
-      ['spread', 'robust spread']
+      ['std', '10-90% range']
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = comparisons.compare(dataset, progress="comparisons" if progress else None)
-    found = _Found(
+    found = _Analysis(
         table,
         comparisons.describe(dataset),
         variance_components(dataset) if dataset.attrs["design"] == "crossed" else None,
@@ -115,7 +115,7 @@ def write(
 
 
 def terminal_text(dataset: xr.Dataset, table: pd.DataFrame) -> str:
-    """What the terminal shows: question, verdict, disagreements, a compact table, warnings.
+    """Formats the result for the terminal: question, verdict, disagreements, table, warnings.
 
     Args:
       dataset: what `run` returned.
@@ -145,14 +145,14 @@ def terminal_text(dataset: xr.Dataset, table: pd.DataFrame) -> str:
 
 
 def _plain(text: Any) -> str:
-    """A value as plain text, in one line unless it is a table."""
+    """Converts a value to plain text, on one line unless it is a table."""
     if isinstance(text, Markdown):
         return Markdown(text.replace("**", ""))
     return re.sub(r"\s+", " ", str(text))
 
 
 def _render(name: str, context: Mapping[str, Any], shown: Callable[[Any], str]) -> str:
-    """A template with its values, each as `shown` gives it."""
+    """Renders a template; `shown` converts each value."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("momentum_jax.study"),
         undefined=jinja2.StrictUndefined,
@@ -162,13 +162,13 @@ def _render(name: str, context: Mapping[str, Any], shown: Callable[[Any], str]) 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["digits"] = digits
-    # Blocks that show nothing leave their blank lines.
+    environment.filters["three_digits"] = three_digits
+    # Blocks without output leave blank lines behind.
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(name).render(context)).lstrip()
 
 
 def _names(dataset):
-    """What the question names, and what decides it."""
+    """The names in the question of the report, and the comparison that decides."""
     main, decides = main_contrast(dataset), primary(dataset)
     mu = dataset.coords.get("mu")
     with_momentum = mu is not None and bool((mu > 0).any())
@@ -185,7 +185,7 @@ def _names(dataset):
 
 
 def _warnings(dataset):
-    """What a reader must know before believing any number."""
+    """What the warnings at the top of the report need."""
     diverged = statistics.final(dataset).diverged
     return {
         "units": dataset.sizes["order_seed" if dataset.attrs["design"] == "order" else "seed"],
@@ -198,8 +198,8 @@ def _warnings(dataset):
     }
 
 
-def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]:
-    """All that report.md.j2 shows."""
+def _context(dataset, found: _Analysis, drawn: Sequence[Picture]) -> dict[str, Any]:
+    """The values for report.md.j2."""
     names, warnings, table = _names(dataset), _warnings(dataset), found.table
     known, main = contrasts(dataset), names["main"]
     metrics = json.loads(dataset.attrs.get("metrics", "[]"))
@@ -208,7 +208,7 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
         for name in (metric["name"] for metric in metrics)
         for question, title in (
             (name, f"difference of {name}"),
-            (f"{name} spread", f"ratio of spreads of {name}"),
+            (f"{name} std", f"ratio of standard deviations of {name}"),
         )
     }
 
@@ -216,9 +216,9 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
         rows = table.iloc[:0] if contrast is None else rows_of(table, contrast)
         return _tables.lines(_tables.comparison_table(rows, questions, with_p))
 
-    shares = found.components
-    if shares is not None:
-        shares = shares.loc[shares.arm.isin([main.baseline, *main.arms])] if main else shares
+    parts = found.components
+    if parts is not None and main is not None:
+        parts = parts.loc[parts.arm.isin([main.baseline, *main.arms])]
     provenance = json.loads(dataset.attrs["provenance"])
     return (
         names
@@ -227,7 +227,7 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
         | {
             "problem": dataset.attrs["problem"],
             "pictures": {each.name: _image(each) for each in drawn},
-            "spreads": compared(main, RATIOS, "spread"),
+            "ratios": compared(main, RATIOS, "std"),
             "losses": compared(main, losses),
             "failures": compared(main, FAILURES, "failures"),
             "rates": {
@@ -235,11 +235,11 @@ def _context(dataset, found: _Found, drawn: Sequence[Picture]) -> dict[str, Any]
                 for kind in ("same effective rate", "same rate")
             },
             "others": [
-                (KINDS[each.kind], each.baseline, compared(each, RATIOS | FAILURES | losses))
+                (HEADINGS[each.kind], each.baseline, compared(each, RATIOS | FAILURES | losses))
                 for each in known
                 if each.kind in ("control", "arms") and each != main
             ],
-            "shares": _tables.lines(_tables.share_table(shares)),
+            "proportions": _tables.lines(_tables.proportion_table(parts)),
             "decomposition": _tables.decomposition(table),
             "tuned": _tables.lines(_tables.tuned_table(table)),
             "all_arms": _tables.lines(
@@ -268,14 +268,14 @@ def _image(picture: Picture) -> Markdown:
 
 
 def _code(command: str | None) -> Markdown:
-    """A block of code, fenced by more backticks than the command has in a row."""
+    """A code block, fenced by more backticks than the command has in a row."""
     if command is None:
         return Markdown()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     return Markdown(f"{fence}bash\n{command}\n{fence}")
 
 
-def _numbers(dataset, found: _Found, question: str) -> dict[str, Any]:
+def _numbers(dataset, found: _Analysis, question: str) -> dict[str, Any]:
     """All numbers of the report, for summary.json."""
     decides = primary(dataset)
     return {
@@ -296,7 +296,7 @@ def _numbers(dataset, found: _Found, question: str) -> dict[str, Any]:
 
 
 def _as_json(numbers: Mapping[str, Any]) -> str:
-    """Strict JSON, with one record of a table per line."""
+    """Converts to strict JSON, with one table row per line."""
 
     def text(value):
         return json.dumps(_strict(value), allow_nan=False)
@@ -311,7 +311,7 @@ def _as_json(numbers: Mapping[str, Any]) -> str:
 
 
 def _strict(value: Any) -> Any:
-    """As JSON allows it: null for what is not finite, no NumPy scalars; six digits."""
+    """Converts a value for strict JSON: not finite becomes None, floats have six digits."""
     if isinstance(value, Mapping):
         return {str(key): _strict(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -323,7 +323,7 @@ def _strict(value: Any) -> Any:
 
 
 def _steps(dataset):
-    """How many steps runs take: one number, or from the fewest to the most."""
+    """The number of steps per run: one number, or the smallest and the largest."""
     if "steps_taken" not in dataset.coords:
         return str(int(dataset.step[-1]))
     last = dataset.steps_taken.isel(step=-1).values
@@ -331,14 +331,17 @@ def _steps(dataset):
 
 
 def _page(document: str, title: str, svgs: Mapping[str, tuple[str, float]]) -> str:
-    """The document as one HTML file, with its pictures (SVG, width in inches) in it."""
+    """Converts the document to one HTML file that contains its pictures.
+
+    `svgs` has the SVG text and the width in inches of each picture, by name.
+    """
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def image(renderer, tokens, index, options, env):
         svg, inches = svgs[tokens[index].attrs["src"].removesuffix(".png")]
         encoded = base64.b64encode(svg.encode()).decode()
         alt = html.escape(renderer.renderInlineAsText(tokens[index].children, options, env))
-        # Letters stay legible on a narrow screen: a wide picture is scrolled instead.
+        # On a narrow screen a wide picture scrolls, so that its text stays legible.
         size = f"width: {inches * 88:.0f}px; min-width: {min(inches * 68, 900):.0f}px"
         source = f"data:image/svg+xml;base64,{encoded}"
         return f'<span class="scroll"><img style="{size}" src="{source}" alt="{alt}"></span>'

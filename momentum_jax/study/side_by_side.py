@@ -1,64 +1,68 @@
-"""Two finished studies side by side."""
+"""Compares two finished studies."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from momentum_jax.study import _tables
+from momentum_jax.study import _tables, storing
 
 KEYS = ["contrast", "arm", "baseline", "scale", "question"]
 VALUES = ["value", "low", "high", "n"]
-SHOWN = ("spread", "failures", "loss")
+SHOWN = ("std", "failures", "loss")
 
 
 def compare_reports(folders: Sequence[str | Path]) -> pd.DataFrame:
-    """The comparisons that both of two finished studies have made.
+    """Returns the comparisons that two finished studies have in common.
 
     Args:
-      folders: the two folders.
+      folders: the folders of the two studies.
 
     Returns:
-      One row per contrast, arm, baseline, scale (nan: all scales together) and question of both
-      studies, with `value_1`, `low_1`, `high_1` and `n_1` of the first and `value_2`, ... of the
-      second. The intervals are 95% intervals, not adjusted.
+      A table with one row for each contrast, arm, baseline, scale (nan: combined) and question
+      that both studies have. It has `value_1`, `low_1`, `high_1` and `n_1` of the first study, and
+      `value_2`, ... of the second. The intervals are 95% intervals, not adjusted.
 
     Raises:
-      ValueError: not two folders; a folder without a finished study, or with a damaged one.
+      ValueError: `folders` are not two, or a folder has no finished study or a damaged one.
 
     Example:
       >>> compare_reports(["results"])
       Traceback (most recent call last):
       ...
-      ValueError: folders=['results'] must be two folders.
+      ValueError: folders=['results'] must be two: give the folders of two finished studies.
     """
     if len(folders) != 2:
-        raise ValueError(f"folders={[str(folder) for folder in folders]} must be two folders.")
+        raise ValueError(
+            f"folders={[str(folder) for folder in folders]} must be two: give the folders of two "
+            "finished studies."
+        )
     one, two = (_comparisons(Path(folder)) for folder in folders)
     return one.merge(two, on=KEYS, suffixes=("_1", "_2"))
 
 
 def compare_studies(folders: Sequence[str | Path], *, csv: bool = False) -> str:
-    """Two finished studies as text: the verdicts, and the comparisons that both have made.
+    """Formats two finished studies as text: their verdicts and the comparisons of both.
 
     Args:
-      folders: the two folders.
-      csv: the whole table of `compare_reports` as CSV, and nothing else. By default the verdicts,
-        and of the table what combines all initial scales and asks for spread, failures or loss.
+      folders: the folders of the two studies.
+      csv: whether to return only the whole table of `compare_reports`, as CSV. By default the text
+        has the verdicts, and of the table the rows that combine all initial scales, for the
+        questions "std", "failures" and "loss".
 
     Returns:
       The text.
 
     Raises:
-      ValueError: as `compare_reports`.
+      ValueError: as for `compare_reports`.
 
     Example:
       >>> compare_studies(["no-such-folder", "results"])
       Traceback (most recent call last):
       ...
-      ValueError: no-such-folder holds no finished study: there is no summary.json.
+      ValueError: no-such-folder holds no finished study, because it has no summary.json: give the \
+folder of a finished study.
     """
     verdicts = [_verdict(Path(folder)) for folder in folders]
     table = compare_reports(folders)
@@ -79,16 +83,27 @@ def compare_studies(folders: Sequence[str | Path], *, csv: bool = False) -> str:
     counted = f"{len(table)} comparisons are in both studies"
     if not rows:
         return "\n".join([*said, "", f"{counted}."])
-    note = f"{counted}; these combine all initial scales, with 95% intervals. --csv prints all."
+    note = (
+        f"{counted}. The table shows those that combine all initial scales, with 95% intervals "
+        "that are not adjusted; --csv prints all."
+    )
     return "\n".join([*said, "", _tables.lines(rows, str), "", note])
 
 
-def _comparisons(folder):
-    path = folder / "comparisons.csv"
+def _file(folder, name):
+    path = folder / name
     if not path.exists():
-        raise ValueError(f"{folder} holds no finished study: there is no {path.name}.")
+        raise ValueError(
+            f"{folder} holds no finished study, because it has no {name}: give the folder of a "
+            "finished study."
+        )
+    return path
+
+
+def _comparisons(folder):
+    path = _file(folder, "comparisons.csv")
     try:
-        # An arm may be called "nan": only numbers can be missing.
+        # Text is read literally, because an arm may have the name "nan".
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         numbers = ["scale", *VALUES]
         table[numbers] = table[numbers].replace("", "nan").astype(float)
@@ -99,12 +114,9 @@ def _comparisons(folder):
 
 
 def _verdict(folder):
-    path = folder / "summary.json"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no finished study: there is no {path.name}.")
+    path = _file(folder, "summary.json")
+    numbers = storing.read_json(path)
     try:
-        numbers: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return f"{folder}, {numbers['problem']}: {numbers['verdict']['sentence']}"
-    except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged: {reason}.") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}.") from None

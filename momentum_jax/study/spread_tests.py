@@ -1,4 +1,4 @@
-"""Tests of a ratio of spreads, and the laws that they compare a study with."""
+"""Tests of a ratio of standard deviations, with the reference distributions that they use."""
 
 import functools
 
@@ -9,7 +9,7 @@ from scipy import stats
 
 @functools.lru_cache(4)
 def resampled(units: int, draws: int) -> Float[np.ndarray, "draw unit"]:
-    """How often each unit occurs in each bootstrap draw.
+    """Returns how often each unit occurs in each bootstrap draw.
 
     Example:
       >>> print(resampled(6, 10).sum(1)[:3])
@@ -20,19 +20,20 @@ def resampled(units: int, draws: int) -> Float[np.ndarray, "draw unit"]:
 
 
 def bootstrap_reference(
-    influences: Float[np.ndarray, "spread unit"],
-    weights: Float[np.ndarray, " spread"],
+    influences: Float[np.ndarray, "std unit"],
+    weights: Float[np.ndarray, " std"],
     counts: Float[np.ndarray, "draw unit"],
 ) -> Float[np.ndarray, " draw"]:
-    """|T| of a sum of weighted log spreads, in bootstrap draws from units whose true sum is 0.
+    """Computes the bootstrap distribution of |T| for a weighted sum of log standard deviations.
 
-    T is the sum over its standard error. The interval value +- quantile * standard error, and the
-    p of the observed |T|, are the symmetric studentized bootstrap's.
+    T is the sum divided by its standard error, in bootstrap draws whose true sum is 0. The
+    interval is value +- quantile * standard error, and the p-value is that of the observed |T|:
+    this is the symmetric studentized bootstrap.
 
-    In how many of 100 studies it finds a difference between two arms at 5%, and in how many the
-    permutation test of `exchange_p` does, by the number of pairs: the least and the most of
-    correlations 0.5 and 0.9 within pairs. The spreads are equal unless a ratio is given. The
-    candidates that were not chosen, several scales and crossed designs are in
+    The table shows in how many of 100 simulated studies this test finds a difference between two
+    arms at the 5% level, and in how many the permutation test of `exchange_p` does. A range covers
+    correlations of 0.5 and 0.9 within pairs. The standard deviations are equal unless a ratio is
+    given. Other candidate tests, several scales and crossed designs are in
     benchmarks/results/spread-tests.json.
 
                                    studentized bootstrap         permutation
@@ -50,37 +51,39 @@ def bootstrap_reference(
         lognormal, ratio 0.7         13-33   18-34   19-44   13-36   20-50   26-64
         10% failed, ratio 0.7        14-31   25-40   57-79      14   24-47   44-71
 
-    The permutation test holds its 5% where both arms follow one law. This one errs less where
-    they do not. No test is safe where samples miss the tail that makes the spread: with 20 pairs
-    of which 5% fail in one arm, both tests find a difference between equal spreads in more than a
-    third of the studies. The 95% interval misses the ratio as often as this test errs.
+    The permutation test keeps its 5% level if both arms have the same distribution. The bootstrap
+    test has fewer errors if they do not. No test is reliable if the sample misses the tail that
+    makes most of the standard deviation: with 20 pairs of which 5% fail in one arm, both tests find
+    a difference between equal standard deviations in more than a third of the studies. The 95%
+    interval misses the true ratio as often as this test errs.
 
     Source:
       Davison and Hinkley (1997), Bootstrap methods and their application, chapter 5.
 
     Args:
-      influences: of `log_spread`, one row for each spread. Each unit is drawn with all its rows.
-      weights: of the log spreads in the sum: 1 / scales for an arm, -1 / scales for its baseline.
-      counts: of `resampled`.
+      influences: the influences of `log_std`, one row per standard deviation. Each unit is drawn
+        with all its rows.
+      weights: the weights of the sum: 1 / scales for an arm, -1 / scales for its baseline.
+      counts: the draws of `resampled`.
 
     Returns:
-      Sorted.
+      The values of |T|, sorted.
 
     Example:
       >>> from momentum_jax.study import statistics
       >>> values = np.random.default_rng(0).normal(size=(2, 50, 1))
-      >>> influences = statistics.log_spread(values).influence
+      >>> influences = statistics.log_std(values).influence
       >>> reference = bootstrap_reference(influences, np.array([1.0, -1]), resampled(50, 999))
       >>> print(1.8 < np.quantile(reference, 0.95) < 2.5)
       True
     """
     units = influences.shape[1]
-    # Each unit's part of each variance, scaled so that every variance is 1.
+    # The contribution of each unit to each variance, scaled so that every variance is 1.
     parts = 1 + 2 * influences.T
     rows, columns = np.triu_indices(len(influences))
     sums = counts @ np.hstack([parts, parts[:, rows] * parts[:, columns]]) / units
     variances, products = np.split(sums, [len(influences)], 1)
-    # T is linear in the variances where one of several replicates is not above 0.
+    # With several replicates a variance may not be above 0. Then log x is replaced by x - 1.
     positive = np.all(variances > 0, axis=1, keepdims=True)
     level = np.where(positive, variances, 1)
     value = np.abs((np.log(level) + variances / level - 1) @ weights / 2)
@@ -96,7 +99,7 @@ def bootstrap_reference(
 
 @functools.lru_cache(4)
 def swaps(units: int, draws: int) -> Float[np.ndarray, "draw unit"]:
-    """Which units are swapped between two arms (1) in each permutation, and which are not (0).
+    """Draws which units are swapped between two arms in each permutation: 1 swapped, 0 not.
 
     Example:
       >>> swaps(6, 10).shape
@@ -110,11 +113,12 @@ def exchange_p(
     baseline: Float[np.ndarray, "scale unit replicate"],
     swapped: Float[np.ndarray, "draw unit"],
 ) -> float:
-    """The p of two arms that are alike up to a shift, against unequal spreads.
+    """Computes the p-value of a permutation test that two arms differ only by a shift.
 
-    Both arms are shifted to a median of 0 and whole units are swapped between them. The statistic
-    is the mean over the scales of the log ratio of spreads. Exact up to the estimated medians if
-    the arms follow one law; for its errors where they do not, see `bootstrap_reference`.
+    Both arms are shifted to median 0, and whole units are swapped between them. The statistic is
+    the log ratio of standard deviations, averaged over the scales. The test is exact, except for
+    the estimated medians, if both arms have the same distribution. For its error rates otherwise,
+    see `bootstrap_reference`.
 
     Source:
       Pitman (1937), Significance tests which may be applied to samples from any populations.
@@ -125,7 +129,7 @@ def exchange_p(
       0.001
     """
     scales, units, replicates = arm.shape
-    # All that a swap moves: the sums of each replicate, and of the products within units.
+    # What a swap moves: the sum of each replicate, and the sum of the products within units.
     moved = []
     for values in (arm, baseline):
         away = values - np.median(values, 1, keepdims=True)
@@ -148,7 +152,7 @@ def exchange_p(
 
 @functools.lru_cache(8)
 def t_reference(degrees: float, size: int) -> Float[np.ndarray, " size"]:
-    """Evenly spaced quantiles of |t| of Student's law, sorted.
+    """Returns evenly spaced quantiles of |t| of Student's distribution, sorted.
 
     Example:
       >>> print(np.quantile(t_reference(10.0, 9999), 0.95).round(2))

@@ -1,7 +1,8 @@
-"""Estimators and tests on the final values of paired runs.
+"""Estimators and tests for the final values of paired runs.
 
-Every function takes arrays (..., unit, replicate): the units are what is drawn at random (initial
-weights, say), the replicates are runs of one unit. Two arms are compared on the same units.
+Arrays have the shape (..., unit, replicate). A unit is what is sampled, such as one draw of the
+initial weights; replicates are runs of one unit, such as several data orders. Two arms are compared
+on the same units.
 """
 
 import functools
@@ -16,18 +17,19 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-# With fewer units no paired test can reach 5%: n fair coins agree with probability 2 / 2^n.
-# An interval computed from fewer units is a guess, and is left undefined.
+# With fewer units no paired test reaches p < 0.05: the smallest two-sided p of n pairs is 2 / 2^n.
+# Intervals from fewer units are unreliable, and are left undefined.
 FEWEST = 6
 
 
 class Measured(NamedTuple):
-    """A statistic of every arm and scale, and what each unit contributes to it.
+    """A statistic of every arm and scale, with the influence of each unit.
 
     Attributes:
       value: the statistic; nan where it is undefined.
-      influence: the influence of each unit, with mean 0: the standard error of a value, or of a
-        difference of values, is the standard deviation of the influences over sqrt(units).
+      influence: the influence of each unit on the value, with mean 0. The standard error of a
+        value, or of a difference of values, is the standard deviation of the influences divided
+        by sqrt(units).
     """
 
     value: Float[np.ndarray, " *cells"]
@@ -35,17 +37,17 @@ class Measured(NamedTuple):
 
 
 def final(dataset: xr.Dataset) -> xr.Dataset:
-    """How every run ended: (arm, init_scale, seed), with order_seed where the dataset has it.
+    """Returns the final results of all runs: (arm, init_scale, seed), with order_seed if crossed.
 
     Args:
       dataset: what `run` returned.
 
     Returns:
-      A dataset with the variables
-      `loss`: the final loss. A loss above `loss_cap`, or not finite, is set to `loss_cap`; where
-        that is nan, to the run's own loss at step 0.
-      one variable for each metric. Where it is not finite, the worst finite value of all runs,
-        and at most 0 if larger values are better.
+      A dataset with these variables:
+      `loss`: the final loss. A loss above the loss cap, or not finite, is set to the cap. Without
+        a cap (nan), the run's own loss at step 0 is its cap.
+      one variable for each metric. A value that is not finite is set to the worst finite value of
+        all runs; if larger values are better, to at most 0.
       `diverged`: whether the final loss is not finite.
       `solved`: whether the run did not diverge and reached every limit in `solved`.
 
@@ -61,7 +63,7 @@ def final(dataset: xr.Dataset) -> xr.Dataset:
     larger = {metric["name"]: metric["larger_is_better"] for metric in metrics}
     solved = ~diverged
     for name, limit in json.loads(dataset.attrs.get("solved", "{}")).items():
-        # In float32, as measured: a Python number does not widen it.
+        # Compared in float32, the dtype of the measurement.
         solved &= last[name] >= limit if larger.get(name, False) else last[name] <= limit
 
     cap = float(dataset.attrs.get("loss_cap", math.nan))
@@ -85,7 +87,7 @@ def _largest(values, otherwise):
 
 
 def units(variable: xr.DataArray) -> Float[np.ndarray, "arm scale unit replicate"]:
-    """A variable of `final` as an array (arm, init_scale, unit, replicate).
+    """Converts a variable of `final` to an array (arm, init_scale, unit, replicate).
 
     Example:
       >>> dims = ["arm", "init_scale", "seed", "order_seed"]
@@ -99,7 +101,7 @@ def units(variable: xr.DataArray) -> Float[np.ndarray, "arm scale unit replicate
 
 
 def unit_name(dataset: xr.Dataset) -> str:
-    """What varies from unit to unit, in words.
+    """Names what varies between units.
 
     Example:
       >>> unit_name(xr.Dataset(attrs={"design": "order"}))
@@ -114,7 +116,7 @@ def unit_name(dataset: xr.Dataset) -> str:
 
 
 def interquartile_mean(values: Float[np.ndarray, " *n"], axis: int = -1) -> Any:
-    """The mean of the middle half: a quarter of the values is cut off at either end.
+    """Computes the mean of the middle half: a quarter of the values is cut off at each end.
 
     Example:
       >>> print(interquartile_mean(np.array([0.0, 1.0, 3.0, 100.0])))
@@ -126,12 +128,12 @@ def interquartile_mean(values: Float[np.ndarray, " *n"], axis: int = -1) -> Any:
 def variances(
     values: Float[np.ndarray, "*cells unit replicate"],
 ) -> Float[np.ndarray, "*cells unit"]:
-    """What each unit contributes to the variance between units; their sum is that variance.
+    """Computes the contribution of each unit to the variance between units, which is their sum.
 
-    With one replicate: its squared deviation / (units - 1). With several: the mean product of the
-    deviations in two different replicates, so that noise within a unit cancels. The sum is then
-    the unbiased estimate (MS_units - MS_interaction) / replicates of two-way random effects, and
-    can be negative.
+    With one replicate, a contribution is the squared deviation of the unit / (units - 1). With
+    several replicates, it is the mean product of the deviations in two different replicates, so
+    that noise within a unit cancels. The sum is then the unbiased estimate
+    (MS_units - MS_interaction) / replicates of two-way random effects, which can be negative.
 
     Example:
       >>> print(variances(np.array([[1.0], [2.0], [3.0]])))
@@ -145,13 +147,13 @@ def variances(
     return products / max(values.shape[-2] - 1, 1)
 
 
-def log_spread(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
-    """The log of the standard deviation between units, with the influence of each.
+def log_std(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
+    """Computes the log of the standard deviation between units, with the influence of each unit.
 
-    Undefined where it is not above 0.
+    It is nan where the estimated variance is not above 0.
 
     Example:
-      >>> print(np.exp(log_spread(np.array([[1.0], [2.0], [3.0]])).value))
+      >>> print(np.exp(log_std(np.array([[1.0], [2.0], [3.0]])).value))
       1.0
     """
     parts = variances(values)
@@ -162,11 +164,13 @@ def log_spread(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
     return Measured(np.log(total) / 2, (count * parts / total[..., None] - 1) / 2)
 
 
-def log_total_spread(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
-    """The log of the standard deviation of all runs, whatever makes it, with each unit's influence.
+def log_total_std(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
+    """Computes the log of the standard deviation of all runs, with the influence of each unit.
+
+    It includes all sources of variance: units, replicates and their interaction.
 
     Example:
-      >>> print(np.exp(log_total_spread(np.array([[1.0, 3.0], [2.0, 2.0]])).value).round(3))
+      >>> print(np.exp(log_total_std(np.array([[1.0, 3.0], [2.0, 2.0]])).value).round(3))
       0.816
     """
     away = values - values.mean((-2, -1), keepdims=True)
@@ -178,11 +182,11 @@ def log_total_spread(values: Float[np.ndarray, "*cells unit replicate"]) -> Meas
 
 
 def log_range(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
-    """The log of the range from the 10% to the 90% quantile of all runs.
+    """Computes the log of the range from the 10% to the 90% quantile of all runs.
 
-    Its influences are those of 1000 bootstrap draws. The 95% interval of a ratio from them and
-    Student's t covers the truth in 95 to 99% of studies, but in 84 to 90% where a share of just
-    10% fails: the quantile then lies on the edge.
+    The influences are replaced by 1000 bootstrap draws. A 95% interval of a ratio, computed from
+    them with Student's t, covers the truth in 95 to 99% of studies; but in 84 to 90% of studies if
+    just 10% of the runs fail, because the quantile then lies at the boundary.
 
     Example:
       >>> print(np.exp(log_range(np.arange(11.0)[:, None]).value).round(6))
@@ -199,7 +203,7 @@ def log_range(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
     influence = np.zeros((*value.shape, len(drawn)))
     for cell in np.argwhere(np.isfinite(value)):
         logs = of_rows(values[*cell][drawn])
-        # A draw without a range counts as the narrowest that has one.
+        # A draw with range 0 is set to the smallest positive range.
         logs[~np.isfinite(logs)] = logs[np.isfinite(logs)].min()
         influence[*cell] = (logs - logs.mean()) * math.sqrt(len(drawn))
     return Measured(value, influence)
@@ -211,7 +215,7 @@ def _draws(count, resamples=1000):
 
 
 def middle(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
-    """The interquartile mean of all runs, with the influence of each unit.
+    """Computes the interquartile mean of all runs, with the influence of each unit.
 
     Source:
       Yuen (1974), The two-sample trimmed t for unequal population variances.
@@ -234,7 +238,7 @@ def middle(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
 
 
 def mean(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
-    """The mean of all runs, with the influence of each unit.
+    """Computes the mean of all runs, with the influence of each unit.
 
     Example:
       >>> print(mean(np.array([[0.0], [2.0]])).influence)
@@ -245,13 +249,16 @@ def mean(values: Float[np.ndarray, "*cells unit replicate"]) -> Measured:
 
 
 def swap_test(scores: Float[np.ndarray, " unit"]) -> float:
-    """The p of as much gained as lost: the arms of whole units are swapped, all 2^n ways.
+    """Computes the exact p-value of the hypothesis that neither arm is better more often.
+
+    The arms of whole units are swapped in all 2^n ways.
 
     Args:
-      scores: integers: in how many of a unit's runs one arm was better, less the reverse.
+      scores: integers, one per unit: the number of its runs in which the first arm was better,
+        minus the number in which the second was.
 
     Returns:
-      The two-sided p. With one run per unit it is McNemar's exact test, or the sign test.
+      The two-sided p-value. With one run per unit this is McNemar's exact test, or the sign test.
 
     Example:
       >>> print(swap_test(np.array([1.0, 1, 1, 1, 1, 0])))  # 2 / 2^5
@@ -259,25 +266,27 @@ def swap_test(scores: Float[np.ndarray, " unit"]) -> float:
     """
     steps = np.abs(scores).astype(int)
     steps = steps[steps > 0]
-    law = np.ones(1)
+    probabilities = np.ones(1)  # Of each sum of the scores, from the smallest.
     for step in steps:
-        law = (np.pad(law, (0, 2 * step)) + np.pad(law, (2 * step, 0))) / 2
-    sums = np.arange(len(law)) - steps.sum()
-    return min(float(law[np.abs(sums) >= abs(round(scores.sum()))].sum()), 1.0)
+        up, down = ((2 * step, 0), (0, 2 * step))
+        probabilities = (np.pad(probabilities, down) + np.pad(probabilities, up)) / 2
+    sums = np.arange(len(probabilities)) - steps.sum()
+    extreme = np.abs(sums) >= abs(round(scores.sum()))
+    return min(float(probabilities[extreme].sum()), 1.0)
 
 
 def bootstrap(
     statistic: Callable[..., Any], sample: Float[np.ndarray, "n *k"], resamples: int = 1999
 ) -> tuple[float, float]:
-    """The 95% BCa bootstrap interval of a statistic of rows.
+    """Computes the 95% BCa bootstrap interval of a statistic.
 
     Args:
-      statistic: `statistic(values, axis)`, of values without structure.
-      sample: rows that are drawn together.
-      resamples: how often to draw.
+      statistic: `statistic(values, axis)`; it takes the values of all drawn rows as one axis.
+      sample: the sample; whole rows are drawn.
+      resamples: number of bootstrap draws.
 
     Returns:
-      Its bounds; nan with fewer than 6 rows.
+      The bounds of the interval; nan with fewer than 6 rows.
 
     Source:
       Efron (1987), Better bootstrap confidence intervals; scipy.stats.bootstrap.
@@ -312,16 +321,17 @@ def bootstrap(
 def proportion(
     scores: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"], level: float = 0.95
 ) -> tuple[float, float]:
-    """Wilson's interval of a share.
+    """Computes Wilson's interval of a proportion.
 
     Args:
-      scores: one per unit: whether it happened, or in which share of the runs of that unit, a
-        tie counted as half.
-      level: of confidence.
+      scores: one per unit: whether the event happened, or the proportion of the unit's runs in
+        which it happened; a tie counts as half.
+      level: the confidence level.
 
     Returns:
-      Wilson's interval for as many yes-or-no answers as would leave that mean as uncertain:
-      n p (1 - p) / variance. Undefined (nan) where all scores are one number between 0 and 1.
+      Wilson's interval for the effective number of yes-or-no answers, n p (1 - p) / variance,
+      which would have the same standard error. Undefined (nan) if all scores are the same number
+      between 0 and 1.
 
     Source:
       Wilson (1927), Probable inference, the law of succession, and statistical inference;
@@ -339,12 +349,12 @@ def proportion(
             return math.nan, math.nan
         n *= value * (1 - value) / variance
     bounds: Any = proportion_confint(value * n, n, alpha=1 - level, method="wilson")
-    # At 0 and at 1 the bound is the share itself, which rounding misses by a little.
+    # At 0 and 1 the bound is exactly the proportion; the formula has a rounding error there.
     return float(bounds[0]) if value > 0 else 0.0, float(bounds[1]) if value < 1 else 1.0
 
 
 def holm(ps: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The p of one family, adjusted by Holm's method.
+    """Adjusts the p-values of one family of tests by Holm's method.
 
     Example:
       >>> print(holm(np.array([0.01, 0.5, 0.04])))

@@ -1,7 +1,7 @@
-"""Runs on disk: each chunk of runs is a file that is there whole or not at all.
+"""Stores runs on disk, in chunks. A chunk is one file, which is written completely or not at all.
 
-A run is known by a key: a digest of everything that its result depends on. So a folder may be
-used again with more seeds or arms, and what is there already is not trained again.
+The key of a run is a digest of everything that its result depends on. A folder can therefore be
+used again with more seeds or arms: only the missing runs are trained.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ FINGERPRINT = "fingerprint.json"
 
 
 class Store:
-    """The runs that have ended: in memory, and in a folder if one is given.
+    """The finished runs: in memory, and in a folder if one is given.
 
     Args:
-      folder: where the chunks are; None keeps them in memory alone.
-      fingerprint: what must be the same for all runs of a folder, by what it is called.
+      folder: the folder of the chunks; None keeps the runs only in memory.
+      fingerprint: what must be equal for all runs of a folder, by name.
 
     Raises:
-      ValueError: a folder whose runs have another fingerprint, or several processes without a
-        folder.
+      ValueError: the runs in the folder have another fingerprint; or there are several processes
+        but no folder.
 
     Warns:
-      UserWarning: names each damaged chunk; its runs are missing, and are trained again.
+      UserWarning: names each damaged chunk. Its runs count as missing and are trained again.
 
     Example:
       >>> store = Store(None, {})
@@ -45,14 +45,14 @@ class Store:
     """
 
     def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any]) -> None:
-        """Reads what is there."""
+        """Reads the runs that the folder has."""
         self._folder = folder
         self._rows: dict[str, tuple[Arrays, int]] = {}
         if folder is None:
             if jax.process_count() > 1:
                 raise ValueError(
-                    f"there are {jax.process_count()} processes: give a folder that all of them "
-                    "see."
+                    f"there are {jax.process_count()} processes, which need a common folder: give "
+                    "a folder that all of them can access."
                 )
             return
         if jax.process_index() == 0:
@@ -62,29 +62,29 @@ class Store:
             if not (folder / FINGERPRINT).exists():
                 write_whole(folder / FINGERPRINT, json.dumps(fingerprint).encode())
         wait_for_all()
-        began = read_json(folder / FINGERPRINT)
-        if not isinstance(began, Mapping):
+        stored = read_json(folder / FINGERPRINT)
+        if not isinstance(stored, Mapping):
             raise ValueError(f"{folder / FINGERPRINT} is damaged: it is not a JSON object.")
-        other = [name for name, value in fingerprint.items() if began.get(name) != value]
+        other = [name for name, value in fingerprint.items() if stored.get(name) != value]
         if other:
             raise ValueError(
-                f"{folder} holds runs of another study, which differs in {', '.join(other)}. "
-                "Use what it was started with, or give another folder."
+                f"{folder} holds runs of another study, which differs in {', '.join(other)}: "
+                "use the same as that study, or give another folder."
             )
         self.read()
 
     def read(self) -> None:
-        """Reads the chunks of all processes, once all have written theirs."""
+        """Waits until all processes have written their chunks, and reads all chunks."""
         if self._folder is None:
             return
         wait_for_all()
         for path in sorted(self._folder.glob("*.npz")):
             try:
                 self._keep(*_read_chunk(path))
-            except Exception as error:  # what a flipped bit raises is not documented
+            except Exception as error:  # Damaged files raise errors that are not documented.
                 path.rename(path.with_suffix(".damaged"))
                 warnings.warn(
-                    f"{path} is damaged ({type(error).__name__}): its runs are trained again.",
+                    f"{path} is damaged ({type(error).__name__}): its runs will be trained again.",
                     stacklevel=2,
                 )
         wait_for_all()
@@ -93,16 +93,16 @@ class Store:
         self._rows |= {str(key): (arrays, row) for row, key in enumerate(keys)}
 
     def __contains__(self, key: str) -> bool:
-        """Whether the run of this key has ended."""
+        """Whether the run with this key is finished."""
         return key in self._rows
 
     def __getitem__(self, key: str) -> Arrays:
-        """The results of one run."""
+        """Returns the results of one run."""
         arrays, row = self._rows[key]
         return {name: values[row] for name, values in arrays.items()}
 
     def add(self, keys: Sequence[str], arrays: Arrays) -> None:
-        """Keeps a chunk: one row of each array for each key."""
+        """Stores a chunk: arrays with one row per key."""
         self._keep(keys, arrays)
         if self._folder is not None:
             buffer = io.BytesIO()
@@ -116,12 +116,12 @@ def _read_chunk(path):
         arrays = dict(chunk)
     keys = arrays.pop("keys")
     if any(len(values) != len(keys) for values in arrays.values()):
-        raise ValueError("arrays of different lengths")
+        raise ValueError("the arrays have different lengths")
     return keys, arrays
 
 
 def digest(*parts: str | bytes) -> str:
-    """A short text that differs where any of the parts differs.
+    """Returns a short hash of the parts.
 
     Example:
       >>> digest("a", "b") == digest("ab")
@@ -135,7 +135,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, even if the power goes.
+    """Writes a file completely or not at all, even if the power fails.
 
     Example:
       >>> import tempfile
@@ -153,10 +153,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
-      ValueError: a damaged file; the message is one line with its name.
+      ValueError: the file is damaged. The message is one line that names the file.
 
     Example:
       >>> import tempfile
@@ -179,10 +179,10 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """Keeps a folder for this process (with several hosts: for the first of them).
+    """Locks a folder against other processes; with several hosts, the first process locks it.
 
     Raises:
-      ValueError: another process uses it.
+      ValueError: another process has locked the folder.
 
     Example:
       >>> import tempfile
@@ -200,7 +200,7 @@ def locked(folder: Path | None) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"{folder} is in use by another process: wait for it to end, or give another folder."
+            f"{folder} is in use by another process: wait until it ends, or give another folder."
         ) from None
     try:
         yield
@@ -209,6 +209,6 @@ def locked(folder: Path | None) -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Waits until all processes are here; with one process, does nothing."""
+    """Waits until all processes have called this; does nothing with one process."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("momentum_jax.study")

@@ -1,4 +1,4 @@
-"""All runs of all arms, in pairs that share initial weights and data order."""
+"""Trains all runs of all arms, in pairs with the same initial weights and data order."""
 
 import datetime
 import functools
@@ -43,53 +43,54 @@ def run(
     folder: str | Path | None = None,
     progress: str | None = None,
 ) -> xr.Dataset:
-    """Trains every arm from the same initial weights, in the same data orders.
+    """Trains every arm from the same initial weights and in the same data orders.
 
-    `seeds` draw the initial weights, `order_seeds` the data order (and the random key of each
-    step): runs that differ in the arm alone are pairs. `order_seeds` decides what varies:
+    A seed fixes the initial weights. An order seed fixes the data order (and the random key of
+    each step). Runs that differ only in the arm are a pair. `order_seeds` decides what varies:
 
-    | order_seeds | a run of seed s and order seed o |
+    | order_seeds | what is trained |
     | --- | --- |
-    | None | o = s: weights and order vary together |
-    | range(16) | every s with every o: the design that separates weights from order |
-    | [0] | one order: the weights vary alone; with seeds=[0], the order varies alone |
+    | None | each seed is also its order seed: weights and data order vary together |
+    | range(16) | each seed with each order seed (crossed): weights and order can be separated |
+    | [0] | one data order: only the weights vary; with seeds=[0], only the order varies |
 
-    Over several hosts, after `jax.distributed.initialize`, each process trains its share of the
-    chunks on its own devices; `folder` must then be one that all of them see.
+    With several hosts, after `jax.distributed.initialize`, each process trains a part of the
+    chunks on its own devices. All processes must then be able to access `folder`.
 
     Args:
       problem: what to train.
-      arms: how to train it; names must be unique.
+      arms: how to train it; their names must differ.
       seeds: different integers, at least 0 and below 2^32.
       order_seeds: the same for the data order, or None.
-      init_scales: what the initial weights are multiplied by (see `Problem.scaled`).
-      steps: steps per run, for arms without their own number; rounded up to a multiple of
+      init_scales: factors that multiply the initial weights (see `Problem.scaled`).
+      steps: steps per run of arms without their own number; rounded up to a multiple of
         `evaluations`.
-      evaluations: at how many equally spaced steps loss and metrics are measured, the last step
-        among them; by default 20, or up to 200 without data. Rounded up to a multiple of the
-        `restarts` of each arm, so that all take equally many gradients.
+      evaluations: at how many equally spaced steps loss and metrics are measured; the last step
+        is one of them. By default 20, or up to 200 without data. Rounded up to a multiple of the
+        `restarts` of each arm, so that all arms use equally many gradients.
       contrasts: which arms are compared; by default the first arm with all others.
-      primary: the comparison that decides; by default, if there are no contrasts either, the
-        second arm with the first.
-      record: any of "gradient_norm", "sharpness" (the largest Hessian eigenvalue; both of the
-        training loss, over its first 512 rows, at each evaluation) and "final_params".
-      folder: where finished runs are kept. Runs that are there already are not trained again, so
-        that seeds, arms and scales may be added.
-      progress: label of the progress bar; None shows none.
+      primary: the comparison that decides the verdict; by default, if `contrasts` is not given
+        either, the second arm with the first.
+      record: any of "gradient_norm", "sharpness" and "final_params". Sharpness is the largest
+        Hessian eigenvalue. Gradient norm and sharpness are measured at each evaluation, on the
+        training loss over the first 512 rows.
+      folder: where finished runs are stored. Runs that it already has are not trained again, so
+        seeds, arms and scales can be added.
+      progress: label of the progress bar; None shows no bar.
 
     Returns:
-      A dataset of dimensions (arm, init_scale, seed, step), and order_seed unless it is None;
-      step 0 is the initial weights. Variables: `loss` and each metric on the test data, not finite
-      where a run diverged; `kinetic_energy` of the last update, |w' - w|^2 / (2 learning_rate);
-      what `record` asks for; for problems of two params `params` and the `landscape` around them.
-      Each setting of the arms is a coordinate.
+      A dataset with the dimensions (arm, init_scale, seed, step), and order_seed unless it is
+      None. Step 0 is before training. Variables: `loss` and each metric on the test data, not
+      finite if a run diverged; `kinetic_energy` of the last update, |w' - w|^2 / (2
+      learning_rate); what `record` lists; and, for problems of two params, `params` and the
+      `landscape` around them. Each setting of the arms is a coordinate.
 
     Raises:
-      ValueError: no arm, two arms of one name, a batch larger than the training data, a contrast
-        of unknown arms, settings not as many as initial scales, runs without randomness, a folder
-        with runs of another problem or in use by another process; a function of the problem or
-        of an arm that fails (see `problem.check`).
-      OSError: a folder that cannot be written to.
+      ValueError: no arm; two arms with the same name; a batch larger than the training data; a
+        contrast with unknown arms; a setting with a wrong number of values; runs without
+        randomness; a folder with runs of another problem, or in use by another process; a
+        function of the problem or of an arm that fails (see `problem.check`).
+      OSError: the folder cannot be written to.
 
     Example:
       >>> import momentum_jax as mj
@@ -169,7 +170,7 @@ def run(
 
 
 def _plan(problem, arms, times, seeds, order_seeds, init_scales, record, stored):
-    """The programs, each with its runs by key; and the key of each place in the results."""
+    """The programs, each with its runs by key; and the key of each index in the results."""
     families: dict[Any, list[int]] = {}
     for i, arm in enumerate(arms):
         static = tuple((name, arm.settings[name]) for name in arm.static)
@@ -184,7 +185,7 @@ def _plan(problem, arms, times, seeds, order_seeds, init_scales, record, stored)
         axes = (list(enumerate(axis)) for axis in (init_scales, seeds, orders))
         grid: Any = list(itertools.product(members, *axes))
         program = Program(problem, arm, static, times[members[0]], record, len(grid))
-        base = storing.digest(program.text()) if stored else str(len(programs))
+        base = storing.digest(program.lowered_text()) if stored else str(len(programs))
         runs = {}
         for i, (j, scale), (k, seed), (m, order_seed) in grid:
             settings = {n: v for n, v in arms[i].settings_at(j).items() if n not in arm.static}
@@ -198,7 +199,7 @@ def _plan(problem, arms, times, seeds, order_seeds, init_scales, record, stored)
 
 
 def _train(programs, store, progress):
-    """Trains the runs that are missing, each process its share of the chunks."""
+    """Trains the missing runs; each process trains a part of the chunks."""
     chunks = []
     for program, runs in programs:
         missing = [key for key in runs if key not in store]
@@ -206,7 +207,7 @@ def _train(programs, store, progress):
         chunks += [
             (program, runs, missing[i : i + at_once]) for i in range(0, len(missing), at_once)
         ]
-    storing.wait_for_all()  # so that all have the same chunks
+    storing.wait_for_all()  # So that all processes make the same list of chunks.
     mine = chunks[jax.process_index() :: jax.process_count()]
     total = sum(len(runs) for _, runs in programs)
     left = sum(len(keys) for *_, keys in mine)
@@ -223,19 +224,19 @@ def _train(programs, store, progress):
 
 
 def _not_finite(problem, results):
-    """A sentence for each metric that is missing where the loss is not."""
+    """A sentence for each metric that is not finite in a run whose loss is finite."""
     last = results.isel(step=-1)
     for name in problem.metrics:
         missing = int((~np.isfinite(last[name]) & np.isfinite(last.loss)).sum())
         if missing:
             yield (
-                f"The metric {name} is not finite in {missing} of {last.loss.size} runs although "
-                "the loss is; there it counts as the worst value of all runs."
+                f"The metric {name} is not finite in {missing} of {last.loss.size} runs, although "
+                "their loss is finite; in these runs it is set to the worst value of all runs."
             )
 
 
 def describe_devices() -> str:
-    """The devices of this process, and how many processes there are.
+    """Describes the devices of this process, and says how many processes there are.
 
     Example:
       >>> describe_devices().endswith("cpu")
@@ -247,7 +248,7 @@ def describe_devices() -> str:
 
 
 def bytes_needed(problem: Problem, runs: int, steps: int) -> int:
-    """About how many bytes the results of so many runs take on disk.
+    """Estimates how many bytes the results need on disk.
 
     Example:
       >>> from momentum_jax.study.problems import digits
@@ -275,7 +276,7 @@ def _versions():
 
 
 def _fingerprint(problem):
-    """What must be the same for all runs of a folder."""
+    """What must be equal for all runs of a folder, by name."""
 
     def computed(params, state, examples):
         return problem.value_and_state(params, state, examples), problem.evaluate(
@@ -298,7 +299,7 @@ def _fingerprint(problem):
 
 
 def _coordinates(problem, arms, times):
-    """What is known of each arm."""
+    """The coordinates of the results that describe the arms."""
     found: dict[str, Any] = {
         "arm": [arm.name for arm in arms],
         "family": ("arm", [arm.family for arm in arms]),
@@ -337,14 +338,14 @@ def _is_nesterov(arm):
 
 
 def _study_steps(arms, times, steps):
-    """The steps of the arms that take as many as the study says, or else of the first."""
+    """The evaluated steps of an arm without its own number of steps; else of the first arm."""
     usual = next((t for arm, t in zip(arms, times, strict=True) if arm.steps is None), times[0])
     return usual.interval * np.arange(usual.evaluations + 1)
 
 
 def _with_landscape(problem, results):
-    """The loss on a grid around the paths, for a map of it."""
-    # Not out to where a run went that diverged: most of the map would be empty.
+    """Adds the loss on a grid around the paths, for a contour map."""
+    # Outliers are cut off: a diverged run would make most of the map empty.
     ends = (results.params.min("step", skipna=False), results.params.max("step", skipna=False))
     runs = [name for name in results.loss.dims if name != "step"]
     low, high = (

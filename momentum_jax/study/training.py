@@ -1,4 +1,4 @@
-"""Trains many runs at once: vmapped over runs, scanned over steps, sharded over devices."""
+"""Compiles programs that train many runs at once: vmap over runs, scan over steps, sharded."""
 
 import dataclasses
 import math
@@ -14,23 +14,25 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import momentum_jax as mj
 from momentum_jax.diagnostics import curvature
+from momentum_jax.study._physics import kinetic_energy
 from momentum_jax.study.arms import Arm
 from momentum_jax.study.problem import Problem
 
-# What a run can be asked to record besides loss and metrics, at each evaluation or at its end.
+# What a run can record besides loss and metrics: the first two at each evaluation, the last at
+# the end.
 RECORDABLE = ("gradient_norm", "sharpness", "final_params")
 
-# Sharpness and gradient norm are those of the loss over the first rows of the training data.
+# Sharpness and gradient norm are measured on the loss over the first rows of the training data.
 MEASURED_ROWS = 512
 LANCZOS_STEPS = 32
 
-# Working memory that a compiled program may take on one device.
+# The largest temporary memory of a compiled program on one device, in bytes.
 MEMORY = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The coordinates of one run, apart from its arm."""
+    """The seeds, initial scale and traced settings of one run."""
 
     seed: int
     order_seed: int
@@ -40,14 +42,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Timetable:
-    """When runs are evaluated: `evaluations` times, `interval` steps apart."""
+    """When a run is evaluated: `evaluations` times, every `interval` steps."""
 
     evaluations: int
     interval: int
 
     @property
     def steps(self) -> int:
-        """How many steps a run takes.
+        """The number of steps of a run.
 
         Example:
           >>> Timetable(20, 10).steps
@@ -57,25 +59,34 @@ class Timetable:
 
 
 def timetable(problem: Problem, arms: Sequence[Arm], steps: int, evaluations: int | None):
-    """The timetable of each arm: equally many evaluations, the last step among them.
+    """Returns the timetable of each arm. All arms have equally many evaluations.
 
-    Steps are rounded up to a multiple of the evaluations, and these to one of the restarts.
+    The number of evaluations is rounded up to a multiple of the restarts of every arm. The steps
+    of each arm are rounded up to a multiple of the evaluations. The last step is evaluated.
+
+    Args:
+      problem: what is trained.
+      arms: all arms.
+      steps: steps per run of arms without their own number.
+      evaluations: number of evaluations; None means 20, or 200 without data, but at most the
+        steps of the shortest arm.
 
     Example:
-      >>> from momentum_jax.study.arms import baseline
+      >>> from momentum_jax.study._physics import kinetic_energy
+    from momentum_jax.study.arms import baseline
       >>> from momentum_jax.study.problems import digits
       >>> timetable(digits(), [baseline()], 50, None)[0].steps
       60
     """
     wanted = evaluations or (200 if problem.data is None else 20)
     fewest = min(arm.steps or steps for arm in arms)
-    restarts = math.lcm(*(arm.restarts for arm in arms))  # each ends at an evaluation
+    restarts = math.lcm(*(arm.restarts for arm in arms))  # Each restart ends with an evaluation.
     evaluations = restarts * -(-min(fewest, wanted) // restarts)
     return [Timetable(evaluations, -(-(arm.steps or steps) // evaluations)) for arm in arms]
 
 
 def keys(seed: Any, order_seed: Any, restart: Any):
-    """The random keys of a run: initial weights; data order; noise.
+    """Returns the random keys of a run: for initial weights, data order and noise.
 
     Example:
       >>> weights, order, noise = keys(0, 0, 0)
@@ -88,15 +99,15 @@ def keys(seed: Any, order_seed: Any, restart: Any):
 
 
 class Program:
-    """One compiled program: runs that differ in seeds, scale and traced settings alone.
+    """One compiled program for runs that differ only in seeds, scale and traced settings.
 
     Args:
       problem: what is trained.
-      arm: stands for all arms that share the program.
+      arm: any of the arms that share the program.
       static: its static settings.
       times: when runs are evaluated.
-      record: of `RECORDABLE`.
-      runs: how many runs there will be in all.
+      record: names from `RECORDABLE`.
+      runs: the total number of runs that the program will train.
     """
 
     def __init__(
@@ -108,35 +119,35 @@ class Program:
         record: Sequence[str],
         runs: int,
     ) -> None:
-        """Compiles nothing yet."""
+        """Prepares the program, without compiling it."""
         self.restarts = arm.restarts
         self.traced = [name for name in arm.settings if name not in arm.static]
-        # A program of its own: random numbers take longer to compile than the training.
+        # A separate program, because random numbers take longer to compile than the training.
         self._start = jax.jit(lambda seed, restart: problem.start(keys(seed, seed, restart)[0]))
         self.one_run = _one_run(problem, arm, static, times, record)
         self._examples = (problem.data, problem.test_examples())
         self.runs_at_once = _runs_at_once(problem, runs)
         self._compiled = None
 
-    def text(self) -> str:
-        """What is computed, whatever the number of runs and devices."""
+    def lowered_text(self) -> str:
+        """The program as text, independent of the number of runs and devices."""
         inputs = jax.tree.map(lambda x: x[0], self._inputs([Run(0, 0, 1.0, self._some())]))
         lowered = jax.jit(self.one_run).lower(self._examples, *inputs)
         return lowered.as_text() + self._start.lower(0, 0).as_text()
 
     def train(self, runs: Sequence[Run]) -> dict[str, np.ndarray]:
-        """The results of at most `runs_at_once` runs, one a row."""
+        """Trains runs, and returns arrays with one row per run."""
         compiled = self._compile()
         if len(runs) > self.runs_at_once:
             halves = [self.train(runs[: self.runs_at_once]), self.train(runs[self.runs_at_once :])]
             return {name: np.concatenate([h[name] for h in halves]) for name in halves[0]}
-        # Filled up, so that all chunks have the shape that was compiled.
+        # Padded, so that every chunk has the compiled shape.
         padded = [*runs, *[runs[-1]] * (self.runs_at_once - len(runs))]
         ended = compiled(self._examples, *self._inputs(padded))
         return {name: np.asarray(values)[: len(runs)] for name, values in ended.items()}
 
     def _compile(self):
-        """Compiles for as many runs at once as the memory holds."""
+        """Compiles for as many runs at once as fit into memory."""
         while self._compiled is None:
             devices = jax.local_devices()[: math.gcd(self.runs_at_once, jax.local_device_count())]
             mesh = jax.sharding.Mesh(np.array(devices), ("runs",))
@@ -172,7 +183,7 @@ class Program:
 
 
 def stacked(*trees: Any) -> Any:
-    """The trees as one, of arrays with a new first axis.
+    """Stacks the arrays of several trees along a new first axis.
 
     Example:
       >>> print(stacked({"a": 1.0}, {"a": 2.0}))
@@ -182,7 +193,7 @@ def stacked(*trees: Any) -> Any:
 
 
 def _runs_at_once(problem, runs):
-    """Few enough for the progress bar to move; a multiple of 8, to share among devices."""
+    """Runs per chunk: few enough to show progress; a multiple of 8, to split over devices."""
     size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(_starts(problem))))
     most = max(8, min(256, 2**27 // (4 * size)))
     chunks = -(-runs // most)
@@ -194,10 +205,10 @@ def _starts(problem):
 
 
 def _one_run(problem, arm, static, times, record):
-    """The function (examples, order_seed, starts, init_scale, settings) -> one run's results.
+    """Makes the function (examples, order_seed, starts, init_scale, settings) -> results of a run.
 
-    `examples` are the rows to train and to evaluate on; `starts` the initial weights and model
-    state of each restart.
+    `examples` are the training rows and the test rows. `starts` are the initial weights and model
+    states of all restarts.
     """
     stretches = times.evaluations // arm.restarts
     few_params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(_starts(problem)))) <= 2
@@ -207,8 +218,8 @@ def _one_run(problem, arm, static, times, record):
         squared = jnp.asarray(optax.tree.norm(update, squared=True))
         found = dict(problem.evaluate(params, state, test))
         rate = {**static, **settings}.get("learning_rate", jnp.nan)
-        # A static rate may be a schedule.
-        found["kinetic_energy"] = squared / (2 * (jnp.nan if callable(rate) else rate))
+        # A static learning rate may be a schedule, for which the energy is left undefined.
+        found["kinetic_energy"] = kinetic_energy(squared, jnp.nan if callable(rate) else rate)
         if few_params:
             found["params"] = jax.flatten_util.ravel_pytree(params)[0]
         rows = jax.tree.map(lambda x: x[:MEASURED_ROWS], data)
@@ -252,7 +263,7 @@ def _one_run(problem, arm, static, times, record):
         curve = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
         final = jax.flatten_util.ravel_pytree(params)[0].astype(jnp.float32)
         ended = {"final_params": final} if "final_params" in record else {}
-        # Which restart counts is decided by the loss on all training data.
+        # The restart with the lowest loss on all training data counts.
         one = arm.restarts == 1
         return curve, ended, 0.0 if one else problem.value_and_state(params, state, data)[0]
 
@@ -266,7 +277,7 @@ def _one_run(problem, arm, static, times, record):
         best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
 
         def joined(curves):
-            """One restart after the other, and at the end the best."""
+            """Joins the curves of all restarts; the last value is the one of the best restart."""
             return jnp.concatenate([curves[0], *curves[1:, 1:]]).at[-1].set(curves[best, -1])
 
         return jax.tree.map(joined, curves) | jax.tree.map(lambda x: x[best], ended)
@@ -275,7 +286,18 @@ def _one_run(problem, arm, static, times, record):
 
 
 def next_batch(data: Any, size: int, order: jax.Array, key: jax.Array, count: Any):
-    """The rows of a step, None without data; and the order of all rows, a new one each epoch.
+    """Returns the batch of a step, and the order of all rows.
+
+    Args:
+      data: the training rows; None without data.
+      size: rows per batch.
+      order: the order of all rows in the last epoch.
+      key: the random key of the data order.
+      count: the number of the step, from 0.
+
+    Returns:
+      The batch (None without data), and the order, which is drawn again at the start of each
+      epoch.
 
     Example:
       >>> batch, _ = next_batch(np.arange(6), 2, jnp.arange(6), jax.random.key(0), 0)
@@ -285,7 +307,7 @@ def next_batch(data: Any, size: int, order: jax.Array, key: jax.Array, count: An
     if data is None:
         return None, order
     epoch = len(order) // size
-    # The count is the same for all runs, so that they branch together.
+    # All runs have the same count, so this stays a branch under vmap.
     order = jax.lax.cond(
         count % epoch == 0,
         lambda key, order: jax.random.permutation(key, len(order)),
@@ -298,14 +320,14 @@ def next_batch(data: Any, size: int, order: jax.Array, key: jax.Array, count: An
 
 
 def sharpness(loss: Any, params: Any) -> jax.Array:
-    """The largest eigenvalue of the Hessian, as `momentum_jax.diagnostics.curvature` finds it.
+    """Computes the largest eigenvalue of the Hessian, with `momentum_jax.diagnostics.curvature`.
 
     Args:
       loss: `loss(params) -> scalar`.
-      params: where.
+      params: the params at which the Hessian is taken.
 
     Returns:
-      The eigenvalue, with its sign.
+      The eigenvalue, which may be negative.
 
     Example:
       >>> import jax.numpy as jnp

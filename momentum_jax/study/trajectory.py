@@ -1,4 +1,4 @@
-"""One run that is measured on its way: loss, sharpness, share of the stability limit, alignment."""
+"""Trains one run and measures loss, sharpness, fraction of the stability limit and alignment."""
 
 import math
 from collections.abc import Iterator
@@ -19,14 +19,15 @@ from momentum_jax.study.training import MEASURED_ROWS, keys, next_batch
 
 
 class Point(NamedTuple):
-    """What was measured after so many steps.
+    """The measurements at one step.
 
     Attributes:
-      step: how many.
-      loss: that of the first training rows, as a float.
+      step: the number of steps so far.
+      loss: the loss over the first 512 training rows, as a float.
       curvature: the `Curvature` of that loss.
-      fraction: the share of the stability limit in use: learning_rate * largest / limit.
-      alignment: the cosine of the last update and the negative gradient that it was made of; NaN
+      fraction: the fraction of the stability limit in use, learning_rate * largest / limit, where
+        largest is the largest Hessian eigenvalue; at least 0.
+      alignment: the cosine between the last update and the negative gradient of its step; NaN
         before the first step.
 
     Example:
@@ -54,24 +55,24 @@ def trajectory(
     init_scale: float = 1.0,
     lanczos_steps: int = 48,
 ) -> Iterator[Point]:
-    """Trains once, and measures before the first step and after each of so many stretches.
+    """Trains one run, and measures it before the first step and then at equal intervals.
 
-    It ends early where the loss is not finite.
+    Stops early if the loss is not finite.
 
     Args:
       problem: what is trained.
-      learning_rate: that of `momentum`.
-      mu: that of `momentum`.
-      nesterov: that of `momentum`.
-      steps: how many, rounded up to a multiple of `points`.
-      points: how many stretches.
-      batch_size: examples per step, where the problem has data.
-      seed: of the initial weights and of the order of the data.
-      init_scale: what the initial weights are multiplied by.
-      lanczos_steps: as `steps` of `curvature`.
+      learning_rate: the learning rate of `momentum`.
+      mu: the momentum coefficient.
+      nesterov: whether to use Nesterov momentum.
+      steps: number of steps, rounded up to a multiple of `points`.
+      points: number of measurements after the one before the first step.
+      batch_size: examples per step, if the problem has data.
+      seed: the seed of the initial weights and of the data order.
+      init_scale: the factor that multiplies the initial weights.
+      lanczos_steps: the argument `steps` of `curvature`.
 
     Yields:
-      A `Point` each.
+      A `Point` for each measurement.
 
     Example:
       >>> from momentum_jax.study import problems
@@ -118,10 +119,10 @@ def trajectory(
 
 
 def draw(found: list[Point], figure: Figure) -> None:
-    """Draws loss, sharpness, share of the limit and alignment against the step.
+    """Draws loss, sharpness, fraction of the stability limit and alignment against the step.
 
     Args:
-      found: what `trajectory` yielded.
+      found: the points that `trajectory` yielded.
       figure: an empty figure.
 
     Example:
@@ -135,7 +136,7 @@ def draw(found: list[Point], figure: Figure) -> None:
     values = {
         "loss": [point.loss for point in found],
         "sharpness": [float(point.curvature.largest) for point in found],
-        "share of the stability limit": [point.fraction for point in found],
+        "fraction of the stability limit": [point.fraction for point in found],
         "alignment": [point.alignment for point in found],
     }
     panels = figure.subplots(2, 2, sharex=True).ravel()
@@ -145,12 +146,12 @@ def draw(found: list[Point], figure: Figure) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     loss_axis(panels[0], "y", np.array(values["loss"]))
     sharpest = max(found, key=lambda point: point.fraction)
-    if sharpest.fraction > 0.1:  # Else the limit is far above what is drawn.
+    if sharpest.fraction > 0.1:  # Otherwise the limit is far above the plotted values.
         at_limit = float(sharpest.curvature.largest) / sharpest.fraction
         for axes, where in ((panels[1], at_limit), (panels[2], 1.0)):
             axes.axhline(where, color="0.4", linestyle=":", label="stability limit")
         panels[1].legend(frameon=False)
-    for axes, name in ((panels[1], "sharpness"), (panels[2], "share of the stability limit")):
+    for axes, name in ((panels[1], "sharpness"), (panels[2], "fraction of the stability limit")):
         known = [value for value in values[name] if math.isfinite(value)]
         if known and 0 < 20 * min(known) < max(known):
             axes.set(yscale="log")
