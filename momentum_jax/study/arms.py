@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import momentum_jax as mj
-from momentum_jax.study import _physics
+from momentum_jax.theory import _formulas
 
 # A number, or a sequence with one number per initial scale. A static setting is any hashable value.
 Setting = Any
@@ -199,7 +199,7 @@ def one_minus_mu(arm: Arm) -> float:
             f"mu={mu} of the arm {arm.name!r} must be a number below 1, because the effective "
             "learning rate is learning_rate / (1 - mu): lower mu, or give the arm a learning_rate."
         )
-    return float(_physics.one_minus_mu(mu))
+    return float(_formulas.one_minus_mu(mu))
 
 
 def effective_rate(arm: Arm) -> float | None:
@@ -212,7 +212,8 @@ def effective_rate(arm: Arm) -> float | None:
     rate, mu = arm.settings.get("learning_rate"), arm.settings.get("mu", 0.0)
     if not isinstance(rate, (int, float)) or not isinstance(mu, (int, float)) or mu >= 1:
         return None
-    return float(f"{_physics.effective_learning_rate(rate, mu):.12g}")
+    effective = _formulas.effective_learning_rate(rate, _formulas.one_minus_mu(mu))
+    return float(f"{effective:.12g}")
 
 
 def nesterov(learning_rate: Any, mu: Any) -> optax.GradientTransformationExtraArgs:

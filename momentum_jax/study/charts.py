@@ -19,8 +19,12 @@ from momentum_jax.study._drawing import (
     style,
     three_digits,
 )
-from momentum_jax.study._physics import effective_learning_rate
 from momentum_jax.study.statistics import final, log_std, units
+from momentum_jax.theory._formulas import (
+    effective_learning_rate,
+    largest_stable_learning_rate,
+    one_minus_mu,
+)
 
 HATCHES = {"weights": "", "order": "////", "interaction": "xxxx"}
 
@@ -45,7 +49,7 @@ def families(dataset: xr.Dataset, scale: float) -> dict[str, dict[str, float]]:
     rates = at.get("effective_rate", xr.full_like(at.arm, np.nan, float))
     if "learning_rate" in at.coords:
         mu = at.mu.fillna(0) if "mu" in at.coords else 0.0
-        rates = rates.fillna(effective_learning_rate(at.learning_rate, mu))
+        rates = rates.fillna(effective_learning_rate(at.learning_rate, one_minus_mu(mu)))
     order = np.argsort(rates.values, kind="stable")
     for name in dict.fromkeys(at.family.values.tolist()):
         arms = [i for i in order if at.family.values[i] == name and np.isfinite(rates.values[i])]
@@ -162,7 +166,8 @@ def _edges(axes, dataset, scale):
             continue
         nesterov = bool(settings.coords.get("nesterov", False))
         limit = theory.stability_limit(mu, nesterov=nesterov)
-        edge = effective_learning_rate(limit / curvature, mu)
+        rate = largest_stable_learning_rate(curvature, limit)
+        edge = effective_learning_rate(rate, one_minus_mu(mu))
         if low < edge < high:
             axes.axvline(edge, color=style(place)["color"], ls=":", lw=1.2, zorder=0)
 

@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import momentum_jax as mj
 from momentum_jax.diagnostics import curvature
-from momentum_jax.study._physics import kinetic_energy
 from momentum_jax.study.arms import Arm
 from momentum_jax.study.problem import Problem
+from momentum_jax.theory._formulas import kinetic_energy
 
 # What a run can record besides loss and metrics: the first two at each evaluation, the last at
 # the end.
@@ -72,8 +72,7 @@ def timetable(problem: Problem, arms: Sequence[Arm], steps: int, evaluations: in
         steps of the shortest arm.
 
     Example:
-      >>> from momentum_jax.study._physics import kinetic_energy
-    from momentum_jax.study.arms import baseline
+      >>> from momentum_jax.study.arms import baseline
       >>> from momentum_jax.study.problems import digits
       >>> timetable(digits(), [baseline()], 50, None)[0].steps
       60
@@ -219,7 +218,7 @@ def _one_run(problem, arm, static, times, record):
         found = dict(problem.evaluate(params, state, test))
         rate = {**static, **settings}.get("learning_rate", jnp.nan)
         # A static learning rate may be a schedule, for which the energy is left undefined.
-        found["kinetic_energy"] = kinetic_energy(squared, jnp.nan if callable(rate) else rate)
+        found["kinetic_energy"] = kinetic_energy(jnp.nan if callable(rate) else rate, squared)
         if few_params:
             found["params"] = jax.flatten_util.ravel_pytree(params)[0]
         rows = jax.tree.map(lambda x: x[:MEASURED_ROWS], data)
