@@ -27,25 +27,12 @@ import momentum_jax as mj
 
 UNIT_ROUNDOFF = 2.0**-24  # float32
 PUBLIC_NAMES = [
-    *("AdaptiveRestartState", "AggMoState", "MomentumState", "QHMState"),
-    *("RecurrenceState", "KahanState", "SeveralVelocitiesState", "TraceState"),
+    *("AdaptiveRestartState", "AggMoState", "KahanState", "MomentumState", "QHMState"),
+    *("RecurrenceState", "SeveralVelocitiesState", "TraceState"),
     *("TransplantReport", "TransplantRow"),
-    *("adaptive_restart", "aggmo", "apply_updates"),
-    *(
-        "diagnostics",
-        "frameworks",
-        "kahan",
-        "momentum",
-        "qhm",
-        "read_velocity",
-        "recurrence",
-        "reset_velocity",
-        "schedules",
-        "sharding",
-        "theory",
-        "trace",
-        "transplant",
-    ),
+    *("adaptive_restart", "aggmo", "apply_updates", "diagnostics", "frameworks", "kahan"),
+    *("momentum", "qhm", "read_velocity", "recurrence", "reset_velocity", "schedules"),
+    *("sharding", "theory", "trace", "transplant"),
 ]
 SHAPES = {"scalar": (), "matrix": (65, 33)}
 

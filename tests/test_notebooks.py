@@ -1,12 +1,15 @@
 """Every notebook runs from top to bottom, and shows what is committed with it."""
 
+import importlib.util
 import re
+import types
 from pathlib import Path
 
 import jax
 import nbclient
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"-?\d+(?:\.(?P<decimals>\d+))?(?:e(?P<exponent>[-+]?\d+))?")
@@ -86,6 +89,34 @@ def test_a_notebook_runs_and_shows_what_is_committed(path):
             continue  # An accelerator may multiply in fewer bits, and the notebooks say its name.
         pairs = zip(printed(before), printed(after), strict=True)
         assert [pair for pair in pairs if not same(*pair)] == []
+
+
+def installs(path, folder, monkeypatch):
+    """What the first cell gives to pip in this folder, where the package cannot be imported."""
+    commands = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    source = code_cells(read(path))[0].source.partition("\n\n#")[0]
+    code = TransformerManager().transform_cell(source)
+    shell = types.SimpleNamespace(run_line_magic=lambda name, line: commands.append((name, line)))
+    # IPython puts the values of the braces in, when it runs the command.
+    names = {"get_ipython": lambda: shell}
+    exec(code, names)
+    return [(name, line.format(**names)) for name, line in commands]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_installs_the_wheel_beside_it(path, tmp_path, monkeypatch):
+    """In a fresh Colab; in a clone, the clone; elsewhere it says what to do."""
+    (tmp_path / "notebooks").mkdir()
+    folder = tmp_path / "notebooks"
+    with pytest.raises(FileNotFoundError, match=r"no momentum_jax-\*\.whl in .*notebooks"):
+        installs(path, folder, monkeypatch)
+    (tmp_path / "pyproject.toml").touch()
+    assert installs(path, folder, monkeypatch) == [("pip", f'install -q "{tmp_path}[study]"')]
+    wheel = folder / "momentum_jax-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    assert installs(path, folder, monkeypatch) == [("pip", f'install -q "{wheel}[study]"')]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
