@@ -89,10 +89,10 @@ def trace_from_momentum(
 
 def _converted(opt_state, source, name, conversion):
     _carry.check_nothing_lost(opt_state, "opt_state")
-    velocities = _carry.source_velocities(source, name, conversion.of)
-    _carry.check_same_params(_carry.velocities(opt_state, conversion.to), velocities)
+    velocities = _carry.source_velocities(source, name, conversion.old_type)
+    _carry.check_same_params(_carry.velocities(opt_state, conversion.new_type), velocities)
     count = _counts.taken_count(source)
-    _counts.check_count_fits(opt_state, count, conversion.to)
+    _counts.check_count_fits(opt_state, count, conversion.new_type)
     return carry_velocities(source, opt_state, count, conversion)
 
 
