@@ -102,7 +102,7 @@ def test_an_arm_that_cannot_be_imported_says_so():
 @pytest.mark.parametrize(
     ("make_arm", "error", "message"),
     [
-        (lambda: Arm("a", no_function), TypeError, "must be a function that makes an Optax"),
+        (lambda: Arm("a", no_function), TypeError, "must be a function that returns an Optax"),
         (lambda: Arm("a", mj.momentum, batch_size=0), ValueError, "batch_size=0 of the arm 'a'"),
         (lambda: Arm("a", mj.momentum, restarts=0), ValueError, "restarts=0 of the arm 'a'"),
         (lambda: Arm("a", mj.momentum, steps=0), ValueError, "steps=0 of the arm 'a'"),

@@ -72,8 +72,7 @@ def timetable(problem: Problem, arms: Sequence[Arm], steps: int, evaluations: in
         steps of the shortest arm.
 
     Example:
-      >>> from momentum_jax.study._physics import kinetic_energy
-    from momentum_jax.study.arms import baseline
+      >>> from momentum_jax.study.arms import baseline
       >>> from momentum_jax.study.problems import digits
       >>> timetable(digits(), [baseline()], 50, None)[0].steps
       60
