@@ -319,7 +319,7 @@ def test_a_baseline_without_the_arms_rate_leaves_the_split_undefined():
     for kind in comparisons.TUNED[1:]:
         found = one(table, "std", contrast=kind, scale=1.0)
         assert math.isnan(found["value"])
-        assert "effective rate" in found["note"]
+        assert "effective learning rate" in found["note"]
 
 
 # The verdict.

@@ -150,7 +150,7 @@ def test_validation_rows_are_held_out_of_the_training_rows_alone():
 
 def test_tuning_never_falls_back_on_test_rows():
     problem = Problem(draw, lambda w, b: 0.0, data=rows(6), test_data=rows(3), name="six")
-    with pytest.raises(ValueError, match=r"six has no validation_data: .* with_validation\(\)"):
+    with pytest.raises(ValueError, match=r"six has no validation_data, .* with_validation\(\)"):
         problem.for_tuning()
     for fraction in 0.0, 1.0, -1.0, 0.01:
         with pytest.raises(ValueError, match=f"fraction={fraction} holds out"):

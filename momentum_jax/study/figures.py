@@ -202,7 +202,7 @@ def _curves(dataset, described, figure):
     if any(line.get_linestyle() == ":" for axes in panels[1] for line in axes.lines):
         lines["edge of stability"] = Line2D([], [], color="0.4", ls=":", lw=1.2)
     hollow = Line2D([], [], color="0.4", marker="o", mfc="#ffffff", ls="")
-    lines["at least half of the runs diverged or above the cap"] = hollow
+    lines["at least half diverged or ended above the cap"] = hollow
     _legend(figure, lines)
 
 
