@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,9 @@ for name in mj.__all__:
     assert getattr(mj, name) is not None, name
 
 
-def distance_after(tx, steps=100):
+def distance_after(tx: Any, steps=100):
     """From the minimum of a ravine."""
-    params = {"x": jnp.float32(4.0), "y": jnp.float32(1.0)}
+    params: Any = {"x": jnp.float32(4.0), "y": jnp.float32(1.0)}
     state = tx.init(params)
     for _ in range(steps):
         grads = jax.grad(lambda p: p["x"] ** 2 / 2 + 10 * p["y"] ** 2)(params)

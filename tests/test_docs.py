@@ -251,7 +251,7 @@ def imports_of(path):
     """The files and packages of ours that a file imports, as the map names them."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("momentum_jax"):
-            parts = node.module.split(".")[1:]
+            parts = (node.module or "").split(".")[1:]
             for alias in node.names:
                 # From a package: a module, or a name that its __init__ offers.
                 inner = Path(*parts, alias.name)

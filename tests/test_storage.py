@@ -13,6 +13,7 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_quantization import BLOCKED
 
 import momentum_jax
 from momentum_jax import _rounding, _storage

@@ -137,10 +137,11 @@ def test_a_new_wrapper_has_all_this():
             return wrapper(CountingState, inner, make_state, step, needs_params="it counts them")
 
         tx = counting(mj.momentum(0.5))
-        state = tx.init(PARAMS)
+        state: Any = tx.init(PARAMS)
         with pytest.raises(ValueError, match=r"params=None, but it counts them\. Call update\("):
             tx.update(GRADS, state)
-        _, state = tx.update(GRADS, state, PARAMS, learning_rate=0.25)
+        found: Any = tx.update(GRADS, state, PARAMS, learning_rate=0.25)
+        state = found[1]
         assert state.steps == 1
         np.testing.assert_array_equal(mj.read_velocity(state)["b"], [-0.25, -0.25])
         assert counting(mj.momentum(0.5)) == tx
