@@ -1,7 +1,7 @@
 """Checks what Sphinx built: `python docs/check.py build/docs`.
 
-Checks that every link to a page, an anchor, a picture or a stylesheet has a target, that no page loads
-anything from the network, and that every formula is rendered as MathML.
+Checks that every link to a page, an anchor, a picture or a stylesheet has a target, that no page
+loads anything from the network, and that every formula is rendered as MathML.
 """
 
 import sys

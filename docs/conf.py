@@ -119,8 +119,8 @@ def on_device_tables() -> str:
         f"## Times per step on an {results['device']}",
         "",
         f"Measured by `python -m benchmarks.on_device` on {results['date']} with JAX "
-        f"{results['jax']}: medians of {results['rounds']} rounds in which all steps take part. The "
-        "ratios are to the first row, with a confidence interval of at least 95%. The optimizer's "
+        f"{results['jax']}: medians of {results['rounds']} rounds in which all steps take part. "
+        "The ratios are to the first row, with a confidence interval of at least 95%. The optimizer's "
         "steps have 33.6e6 params. The training steps have two matrices of 67.1e6 params each and "
         "1,024 examples. The bytes are read from the programs compiled for this device.",
         "",
