@@ -120,9 +120,9 @@ def on_device_tables() -> str:
         "",
         f"Measured by `python -m benchmarks.on_device` on {results['date']} with JAX "
         f"{results['jax']}: medians of {results['rounds']} rounds in which all steps take part. "
-        "The ratios are to the first row, with a confidence interval of at least 95%. The optimizer's "
-        "steps have 33.6e6 params. The training steps have two matrices of 67.1e6 params each and "
-        "1,024 examples. The bytes are read from the programs compiled for this device.",
+        "The ratios are to the first row, with a confidence interval of at least 95%. Steps of the "
+        "optimizer alone have 33.6e6 params. Training steps have two matrices of 67.1e6 params "
+        "each and 1,024 examples. The bytes are read from the programs compiled for this device.",
         "",
     ]
     lines += table("step", "time", "ratio to optax.sgd", "bytes per parameter", "GB per second")
@@ -252,7 +252,7 @@ def precision_tables() -> tuple[str, list[Path]]:
         label = f"**{name}**" if name == results["chosen"] else name
         level = of["levels"]["0.999"]
         cells = [f"{100 * error:.2f}%" for error in of["errors"].values()]
-        cells += [f"{level['risen']:.1%}", f"{level['scatter']:.1%}"]
+        cells += [f"{level['reached']:.1%}", f"{level['scatter']:.1%}"]
         lines.append(f"| {label} | {of['bytes']:.3f} | {' | '.join(cells)} |")
     lines += ["", "### Noisy params", ""]
     lines += table("blocks", "mu", "velocity", "variance ratio", "shift of the mean")
