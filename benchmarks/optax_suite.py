@@ -99,8 +99,8 @@ class Difference(NamedTuple):
 NO_COMPLEX = Difference(
     r"test_explicit_dtype(6|18|30|42)",
     "must be None or one of",
-    "`velocity_dtype` does not accept complex dtypes; the velocity of a complex param is always "
-    "complex",
+    "`velocity_dtype` does not accept complex dtypes, because the velocity of a complex param is "
+    "always complex",
 )
 NOT_REAL = Difference(
     r"test_explicit_dtype(24|27)",

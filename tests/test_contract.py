@@ -747,7 +747,7 @@ def test_c2_stable_sharding_through_scan(axis_type):
 
 @pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_c2_stable_sharding_when_updates_are_sharded_otherwise(how):
-    """The params keep their sharding, whatever changes the updates before apply_updates."""
+    """The params keep their sharding, even if updates change theirs before apply_updates."""
     _, params, updates = on_mesh(AxisType.Auto, "2-D", EVERY_WAY)
     assert sharded_otherwise(how(apply_updates)(params, updates), params) == {}
 
