@@ -1,1 +1,1 @@
-"""momentum_jax side by side with Optax, PyTorch and the machine's own limit."""
+"""Compares momentum_jax with Optax, PyTorch and the memory bandwidth of the machine."""

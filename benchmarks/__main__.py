@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, from the root of the repository."""
+"""Command line of the benchmarks: `python -m benchmarks`, run in the root of the repository."""
 
 import argparse
 import datetime
@@ -27,7 +27,7 @@ LABELS = {
 
 
 def parse_size(name: str) -> Size:
-    """`Size("60x10k", 60, 10_000)` for "60x10k"."""
+    """Parses a size: `Size("60x10k", 60, 10_000)` for "60x10k"."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)([kM]?)", name)
     if not match:
         raise argparse.ArgumentTypeError(
@@ -38,53 +38,57 @@ def parse_size(name: str) -> Size:
 
 
 def parse_rounds(text: str) -> int:
-    """An integer of at least 20."""
+    """Parses the number of rounds, an integer of at least 20."""
     rounds = int(text)
     if rounds < 20:
         raise argparse.ArgumentTypeError(
-            f"{rounds} must be at least 20: the median of fewer says little. "
-            "To see whether all works, use --quick."
+            f"{rounds} must be at least 20: the median of fewer rounds is not reliable. "
+            "To check that the benchmarks run, use --quick."
         )
     return rounds
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with what follows from --quick filled in."""
+    """Parses the command line and fills in the defaults that depend on --quick."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times momentum_jax beside Optax and PyTorch: init, an eager step, a jitted "
-        "step, tracing and compiling, memory, and the compiles that a new learning rate costs. "
-        "All contestants take part in every round, in random order; given are medians with "
-        "quartiles, and the median of the ratios within a round with a 95% interval. The "
-        "machine should do nothing else meanwhile. Writes JSON beside the printed table.",
+        description="Compares momentum_jax with Optax and PyTorch: init, an eager step, a jitted "
+        "step, tracing and compiling, memory, and how often a new learning rate causes a "
+        "compilation. In every round, all contestants are timed in random order. The results are "
+        "medians with quartiles, and the median ratio within a round with a 95% confidence "
+        "interval. Run nothing else on the machine at the same time. Prints a table and writes "
+        "JSON.",
     )
     parser.add_argument(
         "--rounds",
         type=parse_rounds,
         default=30,
         metavar="N",
-        help="rounds, at least 20 (default: %(default)s); compile times take N / 4, at least 6",
+        help="number of rounds, at least 20 (default: %(default)s); compile times use N / 4 "
+        "rounds, at least 6",
     )
     parser.add_argument(
         "--sizes",
         type=parse_size,
         nargs="+",
         metavar="ARRAYSxVALUES",
-        help=f"sizes of the params in float32 values (default: {' '.join(SIZES)})",
+        help="sizes of the params: number of arrays and float32 values per array (default: "
+        f"{' '.join(SIZES)})",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a try-out with 3 rounds, small sizes ({' '.join(QUICK_SIZES)}) and no JSON unless "
-        "--out is given; its numbers mean nothing",
+        help="only check that the benchmarks run: 3 rounds, small sizes "
+        f"({' '.join(QUICK_SIZES)}), and no JSON unless --out is given; the numbers are not "
+        "reliable",
     )
     parser.add_argument(
         "--out",
         type=pathlib.Path,
         metavar="FILE",
-        help="where the JSON goes (default: benchmarks/results/DEVICE.json)",
+        help="JSON file to write (default: benchmarks/results/DEVICE.json)",
     )
-    parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
+    parser.add_argument("--no-torch", action="store_true", help="do not measure PyTorch")
     args = parser.parse_args(arguments)
     if args.sizes is None:
         args.sizes = [parse_size(name) for name in (QUICK_SIZES if args.quick else SIZES)]
@@ -97,7 +101,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def find_torch(wanted: bool) -> tuple[Any, str]:
-    """PyTorch ready for use and its version, or None and why it is not measured."""
+    """Returns PyTorch and its version, or None and the reason why it is not measured."""
     if not wanted:
         return None, "not measured: --no-torch"
     try:
@@ -112,8 +116,8 @@ def find_torch(wanted: bool) -> tuple[Any, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on, and nothing that names the machine's owner."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")  # Where there is one, it says more than platform.
+    """Returns the hardware and the versions that the numbers depend on, without private data."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")  # More precise than `platform`, where it exists.
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     models = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
     device = jax.devices()[0]
@@ -132,15 +136,15 @@ def machine() -> dict[str, Any]:
 
 
 def show_progress(text: str) -> None:
-    """One line on stderr that is overwritten by the next."""
+    """Shows a line on stderr, which the next call overwrites."""
     print(f"\r{text:<60}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
-    """All the numbers, in the form of the JSON file."""
+    """Measures everything and returns the results in the form of the JSON file."""
     sample_seconds = 0.001 if args.quick else 0.005
     torch, torch_version = find_torch(not args.no_torch)
-    show_progress("the memory's bandwidth")
+    show_progress("memory bandwidth")
     bytes_per_second = bandwidth(
         1_000_000 if args.quick else 50_000_000, args.rounds, sample_seconds
     )
@@ -179,7 +183,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """Three significant digits with a unit."""
+    """Formats seconds with three significant digits and a unit."""
     for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
         if seconds * scale >= 1:
             return f"{seconds * scale:.3g} {unit}"
@@ -187,12 +191,12 @@ def duration(seconds: float) -> str:
 
 
 def verdict(numbers: dict[str, Any]) -> str:
-    """The target, and whether ours is within it."""
+    """Formats the target and whether it was reached."""
     return f"<= {numbers['target']:<5g} {'reached' if numbers['reached'] else 'missed'}"
 
 
 def in_bytes(of: dict[str, int | None]) -> str:
-    """Bytes in words."""
+    """Formats the bytes of a contestant by kind."""
     return ", ".join(
         f"{kind.removesuffix('_bytes')} {'unknown' if count is None else f'{count:,}'}"
         for kind, count in of.items()
@@ -200,7 +204,7 @@ def in_bytes(of: dict[str, int | None]) -> str:
 
 
 def row(what: str, numbers: dict[str, Any], other: str = "optax") -> str:
-    """One line of the table: both medians with quartiles, the ratio and the verdict."""
+    """Formats one line of the table: both medians with quartiles, the ratio and the verdict."""
 
     def cell(name):
         samples = numbers[name]
@@ -211,41 +215,42 @@ def row(what: str, numbers: dict[str, Any], other: str = "optax") -> str:
     line = f"  {what:<38} {cell('ours'):<28} {cell(other):<28} "
     line += f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
     if "target" in numbers:
-        noise = ", within the noise" if numbers["within_noise"] else ""
+        noise = ", within noise" if numbers["within_noise"] else ""
         line = f"{line:<126} {verdict(numbers)}{noise}"
     return line
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """Formats all results as text."""
     host = results["machine"]
     lines = [
         f"{host['device']} x {host['devices']}, {host['cpu']}, {host['cores']} cores; python "
         f"{host['python']}, jax {host['jax']}, optax {host['optax']}; torch {results['torch']}",
-        f"bandwidth {results['bytes_per_second'] / 1e9:.3g} GB/s; "
-        f"medians of {results['rounds']} rounds [quartiles], ratio [95% interval]",
+        f"memory bandwidth {results['bytes_per_second'] / 1e9:.3g} GB/s; "
+        f"medians of {results['rounds']} rounds [quartiles], ratio [95% confidence interval]",
     ]
-    heading = f"  {'':<38} {'ours':<28} {'the other':<28} {'ours / the other':<25} target"
+    heading = f"  {'':<38} {'momentum_jax':<28} {'compared with':<28} {'ratio':<25} target"
     for name, result in results["sizes"].items():
         lines += ["", f"{name} float32 values", heading]
-        lines += [row(f"{label}: Optax", result[what]) for what, label in LABELS.items()]
+        lines += [row(f"{label}: vs Optax", result[what]) for what, label in LABELS.items()]
         for kind, numbers in result.get("torch", {}).items():
-            lines.append(row(f"jitted step: PyTorch SGD({kind})", numbers, kind))
+            lines.append(row(f"jitted step: vs PyTorch SGD({kind})", numbers, kind))
         control, limit = result["control"], result["limit"]
         lines += [
-            f"  control, Optax's jitted step beside itself: {control['median']:.3f} "
+            f"  control, Optax's jitted step vs itself: {control['median']:.3f} "
             f"[{control['low']:.3f}, {control['high']:.3f}]",
-            f"  the memory's limit for a step is {duration(limit['seconds'])}: our jitted step "
-            f"reaches {limit['ours']:.0%} of it, Optax's {limit['optax']:.0%}",
+            f"  minimum time of a step by memory bandwidth: {duration(limit['seconds'])}; "
+            f"minimum / time of the jitted step: momentum_jax {limit['ours']:.0%}, "
+            f"Optax {limit['optax']:.0%}",
             *(f"  bytes, {name}: {in_bytes(of)}" for name, of in result["memory"].items()),
         ]
     size, numbers = results["diagnostics"]["size"], results["diagnostics"]
     lines += ["", f"{size}: diagnostics", heading]
-    lines.append(row("measure, jitted: our jitted step", numbers, "step"))
+    lines.append(row("measure, jitted: vs our jitted step", numbers, "step"))
     times = results["compile_times"]
-    lines += ["", f"{times['size']}: the jitted step, from cold", heading]
-    lines += [row(f"{stage}: Optax", times[stage]) for stage in times if stage != "size"]
-    lines += ["", "compiles for a new learning_rate, and for a new mu"]
+    lines += ["", f"{times['size']}: jitted step, cold caches", heading]
+    lines += [row(f"{stage}: vs Optax", times[stage]) for stage in times if stage != "size"]
+    lines += ["", "compilations for a new learning_rate and for a new mu"]
     for situation, of in results["compiles"].items():
         each = [
             f"{who} {of[who]['learning_rate']} and {of[who]['mu']}" for who in ("ours", "optax")
@@ -257,7 +262,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints, writes."""
+    """Runs the benchmarks, prints the table and writes the JSON."""
     args = parse(arguments)
     jax.config.update("jax_enable_compilation_cache", False)
     results = measure_all(args)

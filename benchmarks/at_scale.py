@@ -1,8 +1,8 @@
-"""`python -m benchmarks.compiled --scale`: a step of training on 256 TPUs that are not present.
+"""Compiles a training step for 256 TPUs, which need not be present.
 
-A model of scanned layers, 0.8e9 float32 params that are split over 16 devices ("model"), trains on
-batches that are split over 16 others ("data"). Each device has 1/16 of the params; zero1 keeps on
-each 1/256 of the state.
+Used by `python -m benchmarks.compiled --scale`. The model has scanned layers with 0.8e9 float32
+params. The mesh is 16 x 16: the batch is sharded over the axis "data", the params over the axis
+"model". Each device holds 1/16 of the params; with zero1 it holds 1/256 of the state.
 """
 
 import re
@@ -25,7 +25,7 @@ TOPOLOGY, MESH = "v5e:16x16", (16, 16)
 LAYERS, WIDTH, HIDDEN, BATCH, LENGTH = 24, 2048, 8192, 512, 1024
 SHAPES = {"up": (LAYERS, WIDTH, HIDDEN), "down": (LAYERS, HIDDEN, WIDTH)}
 OWN = {"up": P(None, None, "model"), "down": P(None, "model")}
-# The same, split once more over the axis of the data.
+# The same, also sharded over the data axis.
 SPLIT = {"up": P(None, "data", "model"), "down": P(None, ("model", "data"))}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 
@@ -33,7 +33,7 @@ Step = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def loss(params: PyTree, x: jax.Array) -> jax.Array:
-    """Residual layers in bfloat16, computed again in the backward pass."""
+    """Returns the loss of residual layers in bfloat16, which the backward pass recomputes."""
 
     def layer(h, w):
         inner = jnp.tanh(h @ w["up"].astype(jnp.bfloat16))
@@ -44,7 +44,7 @@ def loss(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def abstract(mesh: Mesh, specs: dict[str, P]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Arrays like the params, in these shardings."""
+    """Returns abstract params with these shardings."""
     return {
         name: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, specs[name]))
         for name, shape in SHAPES.items()
@@ -52,7 +52,7 @@ def abstract(mesh: Mesh, specs: dict[str, P]) -> dict[str, jax.ShapeDtypeStruct]
 
 
 def by_hand(mesh: Mesh) -> Step:
-    """Momentum whose velocity is split over all devices, with each sharding written out."""
+    """Returns a momentum step with explicit shardings; the velocity is sharded over all devices."""
 
     def place(tree, specs):
         return {
@@ -72,7 +72,7 @@ def by_hand(mesh: Mesh) -> Step:
 def place_state(
     state: PyTree, params: dict[str, jax.ShapeDtypeStruct], rest: NamedSharding
 ) -> PyTree:
-    """The state, abstract: arrays of a param sharded like the one of its name, others in `rest`."""
+    """Returns the abstract state: arrays of a param have the param's sharding, others `rest`."""
 
     def place(path, x):
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -83,7 +83,7 @@ def place_state(
 
 
 def measure(topology: topologies.TopologyDescription) -> dict[str, Any]:
-    """Collectives of the compiled step, and memory of each device, by transformation."""
+    """Returns the collectives and the memory per device of the compiled step, by transformation."""
     mesh = topologies.make_mesh(topology, MESH, ("data", "model"))
     params, split = abstract(mesh, OWN), abstract(mesh, SPLIT)
     x = jax.ShapeDtypeStruct(
@@ -103,7 +103,7 @@ def measure(topology: topologies.TopologyDescription) -> dict[str, Any]:
         )
         for name, (tx, like) in transformations.items()
     }
-    steps["momentum, split by hand"] = by_hand(mesh), split
+    steps["momentum, sharded by hand"] = by_hand(mesh), split
     for name, (step, state) in steps.items():
 
         def train(params, state, x, step=step):
@@ -117,14 +117,14 @@ def measure(topology: topologies.TopologyDescription) -> dict[str, Any]:
 
 
 def count() -> int:
-    """The number of params."""
+    """Returns the number of params."""
     return sum(int(np.prod(shape)) for shape in SHAPES.values())
 
 
 def collectives(text: str) -> dict[str, int]:
-    """How many of each collective a program has; one within a loop counts once.
+    """Counts each kind of collective in a program. A collective inside a loop counts once.
 
-    On TPUs a reduce-scatter may be a fusion that is named after the all-reduce in it.
+    On TPUs, a reduce-scatter may be a fusion named after the all-reduce inside it.
     """
     counts = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
     fused = text.count("calls=%all-reduce-scatter")
@@ -132,7 +132,7 @@ def collectives(text: str) -> dict[str, int]:
 
 
 def read(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """The numbers of one program: memory in bytes on each device."""
+    """Returns the memory per device, in bytes, and the collectives of one program."""
     memory: Any = compiled.memory_analysis()
     return {
         "argument_bytes": memory.argument_size_in_bytes,
@@ -143,9 +143,9 @@ def read(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def line(name: str, of: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """Formats one line for the terminal."""
     found = ", ".join(f"{n} {kind}" for kind, n in of["collectives"].items())
     return (
-        f"{name:<26}{of['argument_bytes'] / 2**20:8.0f} MiB of arguments "
-        f"{of['temp_bytes'] / 2**20:8.0f} MiB of temporaries a device; {found}"
+        f"{name:<26} per device: {of['argument_bytes'] / 2**20:8.0f} MiB arguments, "
+        f"{of['temp_bytes'] / 2**20:8.0f} MiB temporaries; {found}"
     )

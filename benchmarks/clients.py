@@ -1,10 +1,10 @@
-"""`python -m benchmarks.clients`: training through libraries that take long to install.
+"""Trains through libraries that take long to install: `python -m benchmarks.clients`.
 
-Each installed client trains a few steps with `optax.sgd`, then with the package's transformations
-in its place. The params must move, and end where those of `sgd` do: in float32 up to float32
-rounding, in bfloat16 and int8 to within 5 % of the largest change. The state must keep its dtypes.
-Each client may be in an environment of its own: what the file says of clients that are not
-installed is kept.
+Each installed library trains a few steps with `optax.sgd`, then with the package's transformations
+instead. The params must move, and must end at the same values as with `sgd`: in float32 up to
+float32 rounding, in bfloat16 and int8 to within 5% of the largest change. The state must keep its
+dtypes. Libraries may be installed in separate environments: the JSON file keeps the results of
+libraries that are not installed.
 """
 
 import argparse
@@ -23,10 +23,10 @@ import optax
 
 import momentum_jax
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Avoids casts: Optax types its trees too widely for arithmetic.
 RESULT = pathlib.Path(__file__).parent / "results" / "clients.json"
 LEARNING_RATE, MU, STEPS = 0.01, 0.5, 5
-# By the dtype of the velocity: the largest difference of a param, over the largest change of any.
+# By dtype of the velocity: the largest difference of a param / the largest change of any param.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.05}
 
 TRANSFORMATIONS: dict[str, Callable[[], Any]] = {
@@ -40,9 +40,9 @@ TRANSFORMATIONS: dict[str, Callable[[], Any]] = {
 
 
 def netket(tx: Any) -> tuple[Any, Any]:
-    """The ground state of an Ising chain.
+    """Finds the ground state of an Ising chain with NetKet.
 
-    Of all its states: of a sample, a last bit of the params decides which are in it.
+    Sums over all states: with sampling, the last bit of a param could change the sample.
     """
     import netket as nk  # pyright: ignore[reportMissingImports]
 
@@ -58,7 +58,7 @@ def netket(tx: Any) -> tuple[Any, Any]:
 
 
 def tunix(tx: Any) -> tuple[Any, Any]:
-    """A bigram model, trained by the PeftTrainer."""
+    """Trains a bigram model with the PeftTrainer of Tunix."""
     from flax import nnx
     from tunix.sft import peft_trainer  # pyright: ignore[reportMissingImports]
 
@@ -93,7 +93,7 @@ def tunix(tx: Any) -> tuple[Any, Any]:
 
 
 def gpjax(tx: Any) -> tuple[Any, Any]:
-    """A sparse Gaussian process, fitted by its evidence lower bound, in float64 as GPJax asks."""
+    """Fits a sparse Gaussian process by its evidence lower bound, in float64 as GPJax requires."""
     import equinox as eqx
     import gpjax as gpx  # pyright: ignore[reportMissingImports]
 
@@ -121,7 +121,7 @@ def gpjax(tx: Any) -> tuple[Any, Any]:
 
 
 def blackjax(tx: Any) -> tuple[Any, Any]:
-    """Mean-field variational inference of a normal distribution."""
+    """Approximates a normal distribution by mean-field variational inference with BlackJAX."""
     import blackjax as bj  # pyright: ignore[reportMissingImports]
 
     def log_density(position: Any) -> jax.Array:
@@ -136,7 +136,7 @@ def blackjax(tx: Any) -> tuple[Any, Any]:
 
 
 def jax_privacy(tx: Any) -> tuple[Any, Any]:
-    """DP-SGD: clipped gradients of examples, with noise, in a chain with the transformation."""
+    """Trains with DP-SGD: per-example clipped gradients, then noise, then the transformation."""
     from jax_privacy import clipped_grad, noise_addition  # pyright: ignore[reportMissingImports]
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -160,7 +160,7 @@ def jax_privacy(tx: Any) -> tuple[Any, Any]:
     return start, params
 
 
-# By the name of its distribution: what it is called, and what trains.
+# By distribution: the label in the table, and the function that trains.
 CLIENTS: dict[str, tuple[str, Callable[[Any], tuple[Any, Any]]]] = {
     "netket": ("NetKet, `VMC` with `FullSumState`", netket),
     "google-tunix": ("Tunix, `PeftTrainer`", tunix),
@@ -171,7 +171,7 @@ CLIENTS: dict[str, tuple[str, Callable[[Any], tuple[Any, Any]]]] = {
 
 
 def watched(tx: Any) -> tuple[Any, list[list[Any]]]:
-    """The transformation, and the dtypes of its states: of each that `init` or `update` returns."""
+    """Returns the transformation, and a list of the dtypes of each state that it returns."""
     tx, seen = optax.with_extra_args_support(tx), []
 
     def noted(state: Any) -> Any:
@@ -189,13 +189,13 @@ def watched(tx: Any) -> tuple[Any, list[list[Any]]]:
 
 
 def changes(trained: tuple[Any, Any]) -> list[np.ndarray]:
-    """How far each param moved."""
+    """Returns the change of each param."""
     first, last = ([np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in trained)
     return [b - a for a, b in zip(first, last, strict=True)]
 
 
 def cell(train: Callable[[Any], tuple[Any, Any]], name: str, by_sgd: list[np.ndarray]) -> str:
-    """What comes of training with this transformation: "ok", or what is wrong."""
+    """Trains with this transformation. Returns "ok", or what is wrong."""
     tx, seen = watched(TRANSFORMATIONS[name]())
     try:
         moved = changes(train(tx))
@@ -206,22 +206,22 @@ def cell(train: Callable[[Any], tuple[Any, Any]], name: str, by_sgd: list[np.nda
         return "error: the state changes its dtypes"
     stored = name.split(", ")[1]
     if not any(dtype == stored for dtype in seen[0]):
-        return f"error: no velocity is {stored}"
+        return f"error: no array of the state is {stored}"
     largest = max(np.max(np.abs(x), initial=0) for x in by_sgd)
     apart = max(np.max(np.abs(a - b), initial=0) for a, b in zip(moved, by_sgd, strict=True))
     if largest == 0:
         return "error: no param moved with optax.sgd"
     if not all(map(np.all, map(np.isfinite, moved))):
-        return "error: params that are not finite"
+        return "error: some params are not finite"
     if not any(map(np.any, moved)):
         return "error: no param moved"
     if apart > TOLERANCE[stored] * largest:
-        return f"error: {apart / largest:.1e} of the largest change apart from optax.sgd"
+        return f"error: differs from optax.sgd by {apart / largest:.1e} of the largest change"
     return "ok"
 
 
 def measure(distribution: str) -> dict[str, Any]:
-    """The cells of one client that is installed."""
+    """Returns the results of one installed library."""
     name, train = CLIENTS[distribution]
     try:
         by_sgd = changes(train(optax.sgd(LEARNING_RATE, MU)))
@@ -239,7 +239,7 @@ def measure(distribution: str) -> dict[str, Any]:
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether this Python has it."""
+    """Returns whether the distribution is installed."""
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -248,15 +248,15 @@ def is_installed(distribution: str) -> bool:
 
 
 def absent(distribution: str) -> dict[str, Any]:
-    """The cells of a client that was never installed."""
+    """Returns the results of a library that was never installed."""
     cells = dict.fromkeys(TRANSFORMATIONS, "not installed")
     return {"name": CLIENTS[distribution][0], "date": None, "versions": {}, "cells": cells}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The second table of docs/works_with.md."""
+    """Returns the second table of docs/works_with.md."""
     lines = [
-        "| through | version | JAX, Optax | date | " + " | ".join(TRANSFORMATIONS) + " |",
+        "| library | version | JAX, Optax | date | " + " | ".join(TRANSFORMATIONS) + " |",
         "| --- " * (4 + len(TRANSFORMATIONS)) + "|",
     ]
     for distribution, of in results.items():
@@ -273,9 +273,15 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains with what is installed, prints the table and writes the JSON."""
+    """Trains through each installed library, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULT, metavar="FILE")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=RESULT,
+        metavar="FILE",
+        help=f"JSON file to update (default: benchmarks/results/{RESULT.name})",
+    )
     args = parser.parse_args(arguments)
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     results = {

@@ -1,4 +1,4 @@
-"""How long the jitted step takes to trace, lower and compile, and what compiles it anew."""
+"""Measures how long the jitted step takes to compile, and what causes a new compilation."""
 
 import gc
 import random
@@ -16,10 +16,10 @@ from benchmarks.timing import compare, timed
 
 
 def times(size: Size, repeats: int) -> dict[str, Any]:
-    """Seconds to trace, to lower and to compile the donated step, with all of JAX's caches cold.
+    """Measures seconds to trace, lower and compile the donated step, with cold JAX caches.
 
-    Without Python's garbage collector: a full collection takes as long as a stage, and falls
-    into one library's trace and into the other's lowering by chance.
+    Python's garbage collector is off: a full collection takes as long as a stage, and could run
+    during one library's tracing and another library's lowering.
     """
     libraries = {"ours": OURS, "optax": OPTAX}
     params, grads = size.arrays(seed=0), size.arrays(seed=1)
@@ -61,10 +61,10 @@ def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
 
 
 def counts() -> dict[str, dict[str, Any]]:
-    """How many programs XLA compiles when learning_rate, or mu, takes a value it never had.
+    """Counts the programs that XLA compiles when learning_rate or mu gets a new value.
 
-    The last situation, a new instance inside a new jitted function, is one compile for any
-    library; it shows that the counter counts.
+    The last situation, a new instance inside a new jitted function, causes one compilation with any
+    library. It shows that the counter works.
     """
     jax.monitoring.register_event_duration_secs_listener(_listen)
     params = Size("", leaves=2, values=8).arrays(seed=0)
@@ -100,12 +100,12 @@ def counts() -> dict[str, dict[str, Any]]:
         return run
 
     return {
-        "eager, a new instance": _count_each(new_instances(lambda step: step), target=0),
-        # Ours takes the value in update; Optax has inject_hyperparams, the value in the state.
-        "jitted, the value an argument": _count_each(
+        "eager, new instance": _count_each(new_instances(lambda step: step), target=0),
+        # We pass the value to update; Optax keeps it in the state with inject_hyperparams.
+        "jitted, value as argument": _count_each(
             {"ours": ours_jitted(), "optax": optax_jitted()}, target=0
         ),
-        "jitted around a new instance": _count_each(new_instances(jax.jit)),
+        "jitted, new instance inside": _count_each(new_instances(jax.jit)),
     }
 
 

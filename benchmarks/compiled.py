@@ -1,7 +1,7 @@
-"""`python -m benchmarks.compiled`: the cost of a step on accelerators that are not present.
+"""Reads the cost of a step from programs for TPUs and GPUs: `python -m benchmarks.compiled`.
 
-The step is compiled ahead of time for a TPU v5e and an H100, and the program is read. The least
-that a step can move is to read params, gradients and state, and to write params and state.
+The step is compiled ahead of time for a TPU v5e and an H100, which need not be present. The minimum
+that a step can move: read params, gradients and state once, write params and state once.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from benchmarks.step import LEARNING_RATE, MU, PyTree, whole_step
 from benchmarks.timing import timed
 
 RESULT = pathlib.Path(__file__).parent / "results" / "compiled.json"
-# What libtpu reads when it is loaded. Without the first three it asks the network for a TPU and
-# warns; without the last one it holds a lock file, and fails in a second process meanwhile.
+# libtpu reads these variables when it is loaded. Without the first three, it searches the network
+# for a TPU and warns. Without the last, it holds a lock file, and a second process would fail.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -54,14 +54,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """A kind of device to compile for, and the packages one of which has its compiler."""
+    """A kind of device to compile for. One of `packages` must be installed: it has the compiler."""
 
     device: str
     packages: tuple[str, ...]
     remedy: str
 
     def compiler(self) -> str | None:
-        """The package that is installed."""
+        """Returns the installed package with the compiler, or None."""
         for name in self.packages:
             try:
                 importlib.metadata.version(name)
@@ -84,11 +84,11 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A step: its transformation, the shapes of its params and their dtype.
+    """A step: its transformation, and the shapes and the dtype of its params.
 
-    With `batch` the step trains a network of two layers, the params being their matrices, and
-    computes the gradient too. `read_twice` is what must be read once more, in bytes per parameter,
-    because a decision about all params comes before the first result.
+    With `batch`, the step also computes the gradient: it trains a network of two layers, whose
+    matrices are the params. `read_twice` is the number of bytes per parameter that must be read a
+    second time, because the first result depends on all gradients and params.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Row:
 
     @property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The params, abstract."""
+        """The abstract params."""
         return {
             f"w{i}": jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype))
             for i, shape in enumerate(self.shapes)
@@ -112,7 +112,7 @@ class Row:
         return sum(x.size for x in jax.tree.leaves(self.params))
 
     def least(self) -> float | None:
-        """The least bytes per parameter, where the step is the optimizer's alone."""
+        """Returns the minimum of bytes per parameter, or None for a training step."""
         if self.batch is not None:
             return None
         params, state = _bytes(self.params), _bytes(jax.eval_shape(self.make().init, self.params))
@@ -124,16 +124,16 @@ def _bytes(tree: PyTree) -> int:
 
 
 def trace_scaled() -> optax.GradientTransformation:
-    """Momentum with the learning rate outside, as a chain."""
+    """Returns momentum with the learning rate outside the velocity, as a chain."""
     return optax.chain(mj.trace(MU), optax.scale_by_learning_rate(LEARNING_RATE))
 
 
 def recorded() -> optax.GradientTransformation:
-    """Momentum with the measurement of each step in its state."""
+    """Returns momentum that records a measurement of each step in its state."""
     return mj.diagnostics.record(momentum(), LEARNING_RATE, MU)
 
 
-# With the usual settings.
+# Transformations with the default settings of the benchmarks.
 momentum = functools.partial(mj.momentum, LEARNING_RATE, MU)
 sgd = functools.partial(optax.sgd, LEARNING_RATE, MU)
 bfloat16 = functools.partial(momentum, velocity_dtype="bfloat16")
@@ -159,9 +159,9 @@ ROWS = (
     Row("trace, then scale", trace_scaled),
     Row("qhm", functools.partial(mj.qhm, LEARNING_RATE, MU)),
     Row("aggmo", functools.partial(mj.aggmo, LEARNING_RATE)),
-    # Whether to restart depends on all gradients and params, both of which are read again after.
+    # Whether to restart depends on all gradients and params, so both are read a second time.
     Row("adaptive_restart", lambda: mj.adaptive_restart(momentum()), read_twice=8),
-    # Between two measurements of the curvature; the gradients and the updates are summed beside.
+    # A step between two measurements of the curvature: it also sums gradients and updates.
     Row("record", recorded),
     Row("velocity bfloat16", bfloat16),
     Row("velocity float16", functools.partial(momentum, velocity_dtype="float16")),
@@ -192,7 +192,7 @@ ROWS = (
     ),
 )
 SGD = "training, optax.sgd"
-# The rows of the README, by what it calls them.
+# The rows in the table of the README, by their label there.
 README = {
     "`optax.sgd`": "optax.sgd",
     "`momentum`": "momentum",
@@ -203,10 +203,14 @@ README = {
 
 
 def topology(platform: str, name: str = "") -> topologies.TopologyDescription:
-    """Devices to compile for: H100s, one or "1x1x4"; or TPUs of a topology, v5e:2x2 or another.
+    """Returns devices to compile for.
 
-    The first call for TPUs in a process sets the variables that libtpu reads; the plugin for GPUs
-    asks for none where JAX_SKIP_CUDA_CONSTRAINTS_CHECK is set.
+    The first call for TPUs in a process sets the environment variables that libtpu reads. The GPU
+    plugin needs no GPU if JAX_SKIP_CUDA_CONSTRAINTS_CHECK is set.
+
+    Args:
+      platform: "gpu" for H100s or "tpu".
+      name: the topology. The defaults are "1x1x1" (one H100) and "v5e:2x2".
     """
     if platform == "gpu":
         name = name or "1x1x1"
@@ -220,7 +224,7 @@ def topology(platform: str, name: str = "") -> topologies.TopologyDescription:
 
 
 def train_step(tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree, PyTree]]:
-    """The step (params, state, (x, y)) -> (params, state) of a network of two layers."""
+    """Returns the step of a two-layer network: (params, state, (x, y)) -> (params, state)."""
     step = whole_step((tx, optax.apply_updates))
 
     def loss(params, batch):
@@ -231,7 +235,7 @@ def train_step(tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree, 
 
 
 def measure(row: Row, sharding: SingleDeviceSharding) -> dict[str, Any]:
-    """Compiles the donated step of the row, with JAX's caches cold, and reads the program."""
+    """Compiles the donated step of the row with cold JAX caches, and reads the program."""
     jax.clear_caches()
     params, tx = row.params, row.make()
     state = jax.eval_shape(tx.init, params)
@@ -269,13 +273,13 @@ def measure(row: Row, sharding: SingleDeviceSharding) -> dict[str, Any]:
 
 
 HEADING = (
-    f"{'bytes per parameter and step':<34}{'least':>8}{'moved':>8}{'temp':>8}{'kernels':>9}"
+    f"{'bytes per parameter per step':<34}{'minimum':>8}{'moved':>8}{'temp':>8}{'kernels':>9}"
     f"{'trace s':>9}{'lower s':>9}{'compile s':>11}"
 )
 
 
 def line(name: str, of: dict[str, Any]) -> str:
-    """One line of the table in the terminal."""
+    """Formats one line of the table in the terminal."""
     if "error" in of:
         return f"{name:<34}{of['error']}"
     least = of["least_bytes_per_param"]
@@ -287,7 +291,7 @@ def line(name: str, of: dict[str, Any]) -> str:
 
 
 def measure_platform(platform: str, rows: Iterable[Row]) -> dict[str, Any]:
-    """All rows for one kind of device; prints each as soon as it is known."""
+    """Measures all rows for one kind of device, and prints each result as soon as it is known."""
     sharding = SingleDeviceSharding(topology(platform).devices[0])
     found: dict[str, Any] = {}
     print(f"{PLATFORMS[platform].device}\n{HEADING}")
@@ -295,14 +299,14 @@ def measure_platform(platform: str, rows: Iterable[Row]) -> dict[str, Any]:
         try:
             found[row.name] = measure(row, sharding)
         except jax.errors.JaxRuntimeError as error:
-            # A program that the device has no room for, for example.
+            # For example, the device has too little memory for the program.
             found[row.name] = {"error": str(error).splitlines()[0][:200]}
         print(line(row.name, found[row.name]), flush=True)
     return {"device": PLATFORMS[platform].device, **stamp(platform), "rows": found}
 
 
 def stamp(platform: str) -> dict[str, Any]:
-    """The day, and the versions that the numbers depend on."""
+    """Returns the date, and the versions that the numbers depend on."""
     names = ["jax", "jaxlib", "optax", PLATFORMS[platform].compiler()]
     versions = {name: importlib.metadata.version(name) for name in names if name}
     return {
@@ -312,18 +316,18 @@ def stamp(platform: str) -> dict[str, Any]:
 
 
 def shortfalls(of: dict[str, Any], tolerance: float = 0.05) -> list[str]:
-    """A sentence for each row of a platform that moves clearly more than the least.
+    """Returns a sentence for each row of a platform that moves clearly more than the minimum.
 
-    Training has no least that is known; it is compared with training by `optax.sgd`.
+    The minimum of a training step is unknown, so it is compared with training by `optax.sgd`.
     """
     sentences = []
     for name, row in of["rows"].items():
         if "error" in row:
             sentences.append(f"{of['device']}: *{name}* does not compile: {row['error']}")
             continue
-        bound, what = row["least_bytes_per_param"], "the least"
+        bound, what = row["least_bytes_per_param"], "the minimum"
         if bound is None:
-            bound, what = of["rows"][SGD]["bytes_per_param"], "those of `optax.sgd`"
+            bound, what = of["rows"][SGD]["bytes_per_param"], "the bytes of `optax.sgd`"
         moved = row["bytes_per_param"]
         if moved > (1 + tolerance) * bound:
             sentences.append(
@@ -334,7 +338,7 @@ def shortfalls(of: dict[str, Any], tolerance: float = 0.05) -> list[str]:
 
 
 def compile_times(of: dict[str, Any]) -> list[str]:
-    """A sentence for each low-precision row of 200 arrays: how long it takes beside float32."""
+    """Returns a sentence for each low-precision row of 200 arrays: its time compared to float32."""
 
     def seconds(row):
         return sum(row[f"{stage}_seconds"] for stage in ("trace", "lower", "compile"))
@@ -342,23 +346,23 @@ def compile_times(of: dict[str, Any]) -> list[str]:
     sentences = []
     for name, row in of["rows"].items():
         what, _, arrays = name.partition(", 200")
-        wide = of["rows"].get(f"momentum, 200{arrays}")
-        if arrays and what != "momentum" and "error" not in {**row, **(wide or {"error": 1})}:
-            ratio = seconds(row) / seconds(wide)
+        float32 = of["rows"].get(f"momentum, 200{arrays}")
+        if arrays and what != "momentum" and "error" not in {**row, **(float32 or {"error": 1})}:
+            ratio = seconds(row) / seconds(float32)
             sentences.append(
-                f"{of['device']}: *{name}*: {seconds(row):.1f} s, {ratio:.1f} times the "
-                f"{seconds(wide):.1f} s of float32."
+                f"{of['device']}: *{name}* takes {seconds(row):.1f} s, {ratio:.1f} times as long "
+                f"as float32 ({seconds(float32):.1f} s)."
             )
     return sentences
 
 
 def in_order(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was found on each platform, in the order of `PLATFORMS`."""
+    """Returns the results of each platform, in the order of `PLATFORMS`."""
     return [results["platforms"][name] for name in PLATFORMS if name in results["platforms"]]
 
 
 def readme_table(results: dict[str, Any]) -> str:
-    """The table of the README."""
+    """Returns the table of the README."""
 
     def cells(label, platform, key):
         values = [f"{platform['rows'][name][key]:.1f}" for name in README.values()]
@@ -372,7 +376,7 @@ def readme_table(results: dict[str, Any]) -> str:
 
 
 def recipes_table(results: dict[str, Any]) -> str:
-    """The table of docs/recipes.md: bytes per parameter that a step moves."""
+    """Returns the table of docs/recipes.md: bytes per parameter that a step moves."""
     dtypes = ("float32", "bfloat16", "int8")
     platforms = in_order(results)
     heads = [f"{of['device']}, {dtype}" for of in platforms for dtype in dtypes]
@@ -385,12 +389,12 @@ def recipes_table(results: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compiled",
-        description="Compiles the whole donated step for a TPU v5e and an H100, neither of which "
-        "need be present, and reads from the program the bytes that it moves in device memory, "
-        "its temporaries and its kernels. Needs the compilers: "
+        description="Compiles the whole donated step for a TPU v5e and an H100, which need not be "
+        "present. Reads from the compiled program the bytes that it moves in device memory, its "
+        "temporary memory and its number of kernels. Needs the compilers: "
         + ", ".join(f"{of.remedy} ({of.device})" for of in PLATFORMS.values())
         + ". Prints a table and writes JSON.",
     )
@@ -398,29 +402,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "platforms",
         nargs="*",
         metavar="tpu|gpu",
-        help="kinds of devices (default: both); the JSON keeps the numbers of the other",
+        help="kinds of devices (default: both); the JSON keeps the results of the others",
     )
     parser.add_argument(
         "--only",
         action="append",
         metavar="TEXT",
-        help="only the row TEXT or, where there is none, rows whose name contains TEXT; can be "
-        "given several times",
+        help="measure only the row named TEXT or, if there is none, the rows whose names contain "
+        "TEXT; can be given several times",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a try-out of all transformations with small params"
+        "--quick",
+        action="store_true",
+        help="only check that all transformations compile, with small params; writes no JSON "
+        "unless --out is given",
     )
     parser.add_argument(
         "--scale",
         action="store_true",
-        help="only a step of training of scanned layers on 256 TPUs: collectives and memory; part "
-        "of a run without arguments too",
+        help="measure only a training step of scanned layers on 256 TPUs: collectives and memory; "
+        "a run without arguments includes it",
     )
     parser.add_argument(
         "--out",
         type=pathlib.Path,
         metavar="FILE",
-        help=f"where the JSON goes (default: benchmarks/results/{RESULT.name}; "
+        help=f"JSON file to update (default: benchmarks/results/{RESULT.name}; "
         "none with --only or --quick)",
     )
     args = parser.parse_args(arguments)
@@ -428,27 +435,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if name not in PLATFORMS:
             parser.error(f"{name!r} must be one of {', '.join(PLATFORMS)}.")
     if args.scale and (args.platforms or args.only or args.quick):
-        parser.error("--scale takes no rows and is for TPUs: give it alone, or with --out.")
+        parser.error(
+            "--scale allows no other argument than --out: it has no rows and is only for TPUs."
+        )
     everything = not (args.platforms or args.scale or args.only or args.quick)
     if not (args.platforms or args.scale):
         args.platforms = list(PLATFORMS)
     args.scale |= everything
     for text in args.only or ():
         if not matching(text):
-            parser.error(f"no row's name contains {text!r}: {'; '.join(row.name for row in ROWS)}.")
+            names = "; ".join(row.name for row in ROWS)
+            parser.error(f"--only {text!r} must be a part of the name of a row: {names}.")
     if args.out is None and not (args.only or args.quick):
         args.out = RESULT
     return args
 
 
 def matching(text: str) -> list[Row]:
-    """The row of this name, else those whose name contains it."""
+    """Returns the row of this name or, if there is none, the rows whose names contain it."""
     named = [row for row in ROWS if row.name == text]
     return named or [row for row in ROWS if text in row.name]
 
 
 def select(args: argparse.Namespace) -> list[Row]:
-    """The rows that the command line asks for."""
+    """Returns the rows that the command line selects."""
     only = args.only
     rows = ROWS if only is None else [row for text in only for row in matching(text)]
     rows = list(dict.fromkeys(rows))
@@ -462,7 +472,7 @@ def select(args: argparse.Namespace) -> list[Row]:
 
 
 def write(path: pathlib.Path | None, **sections: dict[str, Any]) -> None:
-    """Writes the sections into the JSON file, which keeps its others."""
+    """Writes these sections into the JSON file and keeps all others."""
     if path is None:
         return
     results = json.loads(path.read_text()) if path.exists() else {"platforms": {}}
@@ -473,17 +483,17 @@ def write(path: pathlib.Path | None, **sections: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compiles, prints, writes."""
+    """Compiles the steps, prints the tables and writes the JSON."""
     args = parse(arguments)
-    # No device is needed, and one that is here may be busy.
+    # No device is needed, and a device of this machine may be busy.
     jax.config.update("jax_platforms", "cpu")
     wanted = {*args.platforms, *(["tpu"] if args.scale else [])}
     missing = [name for name in PLATFORMS if name in wanted and not PLATFORMS[name].compiler()]
     for name in missing:
         of = PLATFORMS[name]
         print(
-            f"{name}: no compiler for {of.device}: {' or '.join(of.packages)} is not installed. "
-            f"Install it: {of.remedy}",
+            f"{name}: no compiler for {of.device}, because {' or '.join(of.packages)} is not "
+            f"installed. Install it: {of.remedy}",
             file=sys.stderr,
         )
     for name in args.platforms:

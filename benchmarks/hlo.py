@@ -1,10 +1,11 @@
-"""Reads the text of a compiled program: the bytes that it moves, and its kernels.
+"""Counts the bytes that a compiled program moves, and its kernels, from the program's text.
 
 The compiler's own count, `cost_analysis()["bytes accessed"]`, does not exist for a GPU that is not
-present, and for a TPU it includes copies between memories on the chip. Here, device memory alone
-counts: the operands and results of each instruction of the entry computation, without those whose
-layout names another memory, such as `f32[8,128]{1,0:T(8,128)S(1)}`. Sizes are those of the shapes,
-without padding. A fusion counts each whole operand, also where it reads only a slice of it.
+present, and for a TPU it includes copies between memories on the chip. This module counts only
+device memory: the operands and results of each instruction of the entry computation, except those
+whose layout names another memory, such as `f32[8,128]{1,0:T(8,128)S(1)}`. Sizes are computed from
+the shapes, without padding. For a fusion, each operand counts as a whole, even if the fusion reads
+only a slice of it.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable
 
-# Results that are another instruction's, or that are ready before the program starts.
+# Instructions that move nothing: their result exists already, or before the program starts.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
 _FREE_CALLS = {"ConcatBitcast", "AllocateBuffer"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
@@ -27,7 +28,7 @@ _NAME = re.compile(r"%[\w.\-]+")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """The size of an array in bytes, and whether it is in device memory."""
+    """The size of an array in bytes, whether it is a scalar, and whether it is in device memory."""
 
     bytes: float
     scalar: bool
@@ -43,7 +44,7 @@ class Traffic:
 
 
 def arrays(shape: str) -> list[Array]:
-    """The arrays of a shape as HLO writes it, of a tuple all of its arrays."""
+    """Returns the arrays of a shape in HLO's notation; for a tuple, all of its arrays."""
     return [
         Array(
             (1 if pred else int(bits) / 8) * math.prod(int(n) for n in dims.split(",") if n),
@@ -55,20 +56,24 @@ def arrays(shape: str) -> list[Array]:
 
 
 def traffic(text: str) -> Traffic:
-    """What the program moves in one run.
+    """Returns the bytes that the program moves in one run, and its number of kernels.
 
-    A loop counts as often as the compiler knows it to run, else once; a condition counts its most
-    expensive branch. Instructions on scalars alone are no kernels, unless they are fusions.
+    A loop counts once per iteration if the compiler knows the number of iterations, otherwise once.
+    A conditional counts its most expensive branch. An instruction on scalars only is not a kernel,
+    unless it is a fusion, a custom call or a reduction.
 
     Args:
       text: `as_text()` of a compiled program.
+
+    Raises:
+      ValueError: if the text has no entry computation.
     """
     bodies, entry = {}, ""
     for is_entry, name, body in _COMPUTATION.findall(text):
         bodies[name] = body
         entry = name if is_entry else entry
     if not entry:
-        raise ValueError("the text has no entry computation: give as_text() of a compiled program.")
+        raise ValueError("the text has no entry computation. Pass as_text() of a compiled program.")
     return _computation(entry, bodies)
 
 
@@ -90,14 +95,14 @@ def _computation(name: str, bodies: dict[str, str]) -> Traffic:
         elif called:
             parts += called
         else:
-            # A kernel reads an operand that it is given twice once.
+            # A kernel that has the same operand twice reads it once.
             given = [x for name in dict.fromkeys(_NAME.findall(operands)) for x in shapes[name]]
             parts.append(_instruction(opcode, rest, given, shapes[result]))
     return _sum(parts)
 
 
 def _called(opcode: str, rest: str) -> list[str]:
-    """The computations that are run as programs of their own, not as part of one kernel."""
+    """Returns the computations that run as separate programs, not as part of one kernel."""
     keys = {
         "while": "body|condition",
         "conditional": "branch_computations|true_computation|false_computation",
@@ -115,7 +120,7 @@ def _instruction(opcode: str, rest: str, given: list[Array], results: list[Array
     if opcode in _FREE or opcode.endswith("-done") or (target and target[1] in _FREE_CALLS):
         return Traffic()
     if opcode.endswith("-start"):
-        # The result of a copy or a slice names both ends; the smaller is what is moved.
+        # The result of a copy or a slice names source and destination; the smaller size is moved.
         size = min(end.bytes for end in results[:2])
         return Traffic(size * sum(end.in_device_memory for end in results[:2]))
     moved = [x.bytes for x in results if x.in_device_memory]

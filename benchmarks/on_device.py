@@ -1,8 +1,8 @@
-"""`python -m benchmarks.on_device`: how long the steps of `benchmarks.compiled` take, here.
+"""Times the steps of `benchmarks.compiled` on this device: `python -m benchmarks.on_device`.
 
-The step of the optimizer alone and a step of training, with each kind of velocity and with what is
-measured on the way, beside those of `optax.sgd`: all in each round, in random order. Then the same
-numbers as bytes a second, by what the compiled program of this device moves.
+Times the optimizer's step alone and a training step, with each velocity dtype and with recorded
+diagnostics, and compares them with the steps of `optax.sgd`. Every round times all steps in random
+order. Also reports bytes per second: the bytes that the compiled program moves divided by its time.
 """
 
 import argparse
@@ -34,10 +34,10 @@ TRAINING = (
 
 
 class Timed:
-    """The donated step of a row with arrays of its own, and what its program moves."""
+    """The donated step of a row with its own arrays, and the bytes that its program moves."""
 
     def __init__(self, row: Row, scale: int) -> None:
-        """Compiles it for arrays whose axes are so many times shorter."""
+        """Compiles the step for arrays whose axes are divided by `scale`."""
         self.row = row
         key = jax.random.key(0)
         shapes = jax.tree.map(
@@ -62,14 +62,14 @@ class Timed:
         self.bytes = hlo.traffic(str(self.step.as_text())).bytes
 
     def run(self, calls: int) -> None:
-        """So many steps, and one wait."""
+        """Runs the step `calls` times, then waits for the result once."""
         for _ in range(calls):
             self.params, self.state = self.step(self.params, self.state, self.given)
         jax.block_until_ready((self.params, self.state))
 
 
 def measure(names: Sequence[str], rounds: int, scale: int) -> dict[str, Any]:
-    """Seconds, ratios to the first row, and bytes a second of each."""
+    """Returns for each row the seconds, the ratio to the first row, and the bytes per second."""
     rows = {row.name: row for row in ROWS}
     timed = {name: Timed(rows[name], scale) for name in names}
     seconds = interleave({name: one.run for name, one in timed.items()}, rounds, 0.05)
@@ -86,7 +86,7 @@ def measure(names: Sequence[str], rounds: int, scale: int) -> dict[str, Any]:
 
 
 def line(name: str, of: dict[str, Any]) -> str:
-    """One line of the table in the terminal."""
+    """Formats one line of the table in the terminal."""
     ratio = of["ratio"]
     return (
         f"{name:<34}{1e3 * of['median']:10.3f} ms{ratio['median']:8.3f} "
@@ -96,17 +96,22 @@ def line(name: str, of: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the benchmark, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.on_device", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30, help="of the timing (30)")
+    parser.add_argument("--rounds", type=int, default=30, help="number of rounds (30)")
     parser.add_argument(
-        "--scale", type=int, default=1, help="divides each axis, for small devices (1)"
+        "--scale", type=int, default=1, help="divide each axis by this, for small devices (1)"
     )
-    parser.add_argument("--out", type=pathlib.Path, help="where the JSON goes")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help=f"JSON file to write (default: benchmarks/results/{RESULT.name}; none with --scale "
+        "above 1 or fewer than 20 rounds)",
+    )
     args = parser.parse_args(arguments)
     device = jax.devices()[0]
     kind = device.device_kind
-    print(f"{kind}, JAX {jax.__version__}: a step, over that of the first row, what it moves")
+    print(f"{kind}, JAX {jax.__version__}: time per step, ratio to the first row, bytes moved")
     results = {
         "date": datetime.date.today().isoformat(),
         "device": kind,
@@ -115,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         "alone": measure(ALONE, args.rounds, args.scale),
         "training": measure(TRAINING, args.rounds, args.scale),
     }
-    # A try is not to replace what was measured.
+    # A trial run must not replace the measured results.
     out = args.out or (RESULT if args.scale == 1 and args.rounds >= 20 else None)
     if out is not None:
         out.write_text(json.dumps(results, indent=2) + "\n")

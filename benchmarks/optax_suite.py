@@ -1,10 +1,14 @@
-"""`python -m benchmarks.optax_suite`: Optax's own tests, with the package's transformations put in.
+"""Runs Optax's own tests with this package's transformations: `python -m benchmarks.optax_suite`.
 
-All tests that are installed with Optax are run with Optax's own `sgd` and `trace`, and it is noted
-in which of them one of these two is used, also within another transformation of Optax's, such as
-`rmsprop` with a momentum. The tests that use one and pass are run once more for each variant, in
-which ours is in its place. A test that does not pass then must be one of `DIFFERENCES`, where the
-reason is given, and each of these must occur. Takes a quarter of an hour on two cores.
+1. Runs all tests that are installed with Optax, with Optax's own `sgd` and `trace`. Notes which
+   tests use one of the two, directly or inside another transformation of Optax, such as `rmsprop`
+   with momentum.
+2. For each variant, replaces `sgd` and `trace` by our transformations, and runs again the tests
+   that use one of them and passed.
+3. Each test that does not pass must match an entry of `DIFFERENCES`, which gives the reason. Each
+   entry must match at least one test.
+
+Takes 15 minutes on two cores.
 """
 
 import argparse
@@ -31,7 +35,7 @@ import pytest
 
 import momentum_jax
 
-mj: Any = momentum_jax  # What is put in is given whatever the tests give.
+mj: Any = momentum_jax  # Optax's tests pass arguments of any type.
 RESULT = pathlib.Path(__file__).parent / "results" / "optax-suite.json"
 VARIANT, REPORT = "MOMENTUM_JAX_OPTAX_SUITE_VARIANT", "MOMENTUM_JAX_OPTAX_SUITE_REPORT"
 
@@ -44,7 +48,7 @@ def trace(decay: Any, nesterov: bool = False, accumulator_dtype: Any = None) -> 
 def outside(
     learning_rate: Any, momentum: Any = None, nesterov: bool = False, accumulator_dtype: Any = None
 ) -> Any:
-    """`mj.trace` and `optax.scale_by_learning_rate`, the learning rate outside the velocity."""
+    """`mj.trace`, `optax.scale_by_learning_rate` (learning rate outside the velocity)."""
     if momentum is None:
         return mj.frameworks.optax_sgd(learning_rate, momentum, nesterov)
     velocity = trace(momentum, nesterov, accumulator_dtype)
@@ -54,7 +58,7 @@ def outside(
 def inside(
     learning_rate: Any, momentum: Any = None, nesterov: bool = False, accumulator_dtype: Any = None
 ) -> Any:
-    """`mj.momentum`, the learning rate inside the velocity."""
+    """`mj.momentum` (learning rate inside the velocity)."""
     mu = 0.0 if momentum is None else momentum
     return mj.momentum(learning_rate, mu, nesterov=nesterov, velocity_dtype=accumulator_dtype)
 
@@ -62,14 +66,14 @@ def inside(
 def aggmo(
     learning_rate: Any, momentum: Any = None, nesterov: bool = False, accumulator_dtype: Any = None
 ) -> Any:
-    """`mj.aggmo` with one velocity, which is plain momentum; for Nesterov momentum the first."""
+    """`mj.aggmo` with one velocity (plain momentum); `mj.trace` for Nesterov momentum."""
     if nesterov:
         return outside(learning_rate, momentum, nesterov, accumulator_dtype)
     mu = 0.0 if momentum is None else momentum
     return mj.aggmo(learning_rate, (mu,), velocity_dtype=accumulator_dtype)
 
 
-# By variant: what takes the place of optax.sgd and of optax.trace.
+# By variant: the replacements of optax.sgd and optax.trace.
 VARIANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "optax": (optax.sgd, optax.trace),
     "outside": (outside, trace),
@@ -79,12 +83,12 @@ VARIANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 class Difference(NamedTuple):
-    """Tests of Optax's that ours does not pass.
+    """A group of Optax's tests that our transformations do not pass, by design.
 
     Attributes:
-      tests: a regular expression for their names, which are matched to the end.
-      message: another one, for a part of what is raised.
-      reason: why.
+      tests: a regular expression that matches the whole name of each test.
+      message: a regular expression that matches a part of the error message.
+      reason: why the tests do not pass.
     """
 
     tests: str
@@ -95,22 +99,24 @@ class Difference(NamedTuple):
 NO_COMPLEX = Difference(
     r"test_explicit_dtype(6|18|30|42)",
     "must be None or one of",
-    "`velocity_dtype` takes no complex dtype: the velocity of a complex param is complex anyway",
+    "`velocity_dtype` does not accept complex dtypes, because the velocity of a complex param is "
+    "always complex",
 )
 NOT_REAL = Difference(
     r"test_explicit_dtype(24|27)",
     "cannot hold",
-    "a real velocity for a complex param is refused, as it would drop the imaginary part",
+    "a real `velocity_dtype` for a complex param is refused, because it would drop the imaginary "
+    "part",
 )
 WIDE = Difference(
     r"test_explicit_dtype9",
     "bfloat16.* != .*float32",
-    "the velocity of a bfloat16 param is float32, unless `velocity_dtype` says otherwise",
+    "the velocity of a bfloat16 param is float32 by default",
 )
 NO_TRACE = Difference(
     r"test_explicit_dtype\d+|test_masked_state_structure",
     "no attribute 'dtype'|different structures",
-    "the state holds no `trace`, but a `velocity`",
+    "the state has a field `velocity` instead of `trace`",
 )
 # By variant.
 DIFFERENCES: dict[str, list[Difference]] = {
@@ -120,17 +126,17 @@ DIFFERENCES: dict[str, list[Difference]] = {
 }
 
 
-# The plugin of pytest. -------------------------------------------------------------------
+# The pytest plugin. -----------------------------------------------------------------------
 
 
 class _Uses:
-    """Whether what was put in is used in the present test."""
+    """Whether the current test uses a replaced function."""
 
     now = False
 
 
 def _noted(original: Callable[..., Any], substitute: Callable[..., Any]) -> Callable[..., Any]:
-    # With the signature of Optax's, by which some tests decide whether they are for it.
+    # Keeps the signature of Optax's function: some tests inspect it to decide whether they apply.
     @functools.wraps(original)
     def make(*args: Any, **kwargs: Any) -> Any:
         _Uses.now = True
@@ -160,7 +166,7 @@ def _replace(original: Callable[..., Any], substitute: Callable[..., Any]) -> No
 
 
 def pytest_configure() -> None:
-    """Puts ours in the place of Optax's, wherever it is."""
+    """Replaces Optax's functions by ours in all modules of Optax."""
     variant = os.environ.get(VARIANT)
     if variant is None:
         return
@@ -173,14 +179,14 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Each test begins without a use."""
+    """Clears the note before each test."""
     _Uses.now = False
     return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """The report says whether there was one."""
+    """Adds to the report whether the test used a replaced function."""
     report = yield
     report.user_properties.append(("uses", _Uses.now))
     return report
@@ -190,7 +196,7 @@ _reports: dict[str, dict[str, Any]] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Notes the outcome; of a test of several parts, which have a report each, the worst one."""
+    """Notes the outcome of a test. If a test has several reports, notes the worst."""
     if report.when != "call" and not report.failed:
         return
     first = {"outcome": "passed", "uses": False, "message": ""}
@@ -202,7 +208,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Writes all reports."""
+    """Writes all reports to a file."""
     if REPORT in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
         pathlib.Path(os.environ[REPORT]).write_text(json.dumps(_reports))
 
@@ -211,14 +217,14 @@ def pytest_sessionfinish() -> None:
 
 
 def run(variant: str, tests: list[str]) -> dict[str, dict[str, Any]]:
-    """The outcome of each test by its name, whether it used sgd or trace, and what it raised."""
+    """Returns the outcome of each test, whether it used sgd or trace, and its error message."""
     folder = pathlib.Path(next(iter(optax.__path__)))
-    # Not as a part of the run of tests, if this is one.
+    # These variables would connect the tests to a surrounding pytest run.
     environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = str(RESULT.parents[2])
     with tempfile.TemporaryDirectory() as out:
         report = pathlib.Path(out) / "report.json"
-        # Names are too many for a command line.
+        # The list of names is too long for a command line.
         names = pathlib.Path(out) / "names.txt"
         names.write_text("\n".join(tests))
         subprocess.run(
@@ -237,10 +243,10 @@ def run(variant: str, tests: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def sorted_out(variant: str, outcomes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """How many pass, and those that do not by their reason.
+    """Returns how many tests pass, and the other tests by reason.
 
     Raises:
-      SystemExit: a test fails without a reason that is known, or a known one does not occur.
+      SystemExit: if a test fails without a known reason, or a known reason does not occur.
     """
     different: dict[str, list[str]] = collections.defaultdict(list)
     unknown = []
@@ -260,7 +266,7 @@ def sorted_out(variant: str, outcomes: dict[str, dict[str, Any]]) -> dict[str, A
     stale = [known.reason for known in DIFFERENCES[variant] if known.reason not in different]
     if unknown or stale:
         lines = [*unknown, *(f"does not occur: {reason}" for reason in stale)]
-        raise SystemExit("\n".join([f"{variant}: not as in DIFFERENCES:", *lines]))
+        raise SystemExit("\n".join([f"{variant}: the failures differ from DIFFERENCES:", *lines]))
     passed = sum(of["outcome"] == "passed" for of in outcomes.values())
     return {
         "passed": passed,
@@ -269,18 +275,21 @@ def sorted_out(variant: str, outcomes: dict[str, dict[str, Any]]) -> dict[str, A
 
 
 def measure() -> dict[str, Any]:
-    """All variants."""
+    """Runs Optax's tests with each variant and returns the results."""
     folder = pathlib.Path(next(iter(optax.__path__)))
     own = run("optax", [str(path) for path in sorted(folder.rglob("*_test.py"))])
     passed = {name: of for name, of in own.items() if of["outcome"] == "passed"}
     selected = [name for name, of in passed.items() if of["uses"]]
-    print(f"{len(own)} tests, {len(passed)} pass with Optax's own, {len(selected)} of these use it")
+    print(
+        f"{len(own)} tests; {len(passed)} pass with Optax's own sgd and trace; {len(selected)} of "
+        "these use sgd or trace"
+    )
     found = {}
     for variant in DIFFERENCES:
         outcomes = run(variant, selected)
         assert outcomes.keys() == set(selected)
         found[variant] = sorted_out(variant, outcomes)
-        print(f"{variant}: {found[variant]['passed']} of {len(selected)}")
+        print(f"{variant}: {found[variant]['passed']} of {len(selected)} pass")
     return {
         "date": str(datetime.date.today()),
         "versions": {
@@ -296,14 +305,14 @@ def measure() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The third table of docs/works_with.md, and what stands around it."""
+    """Returns the third table of docs/works_with.md and the text before it."""
     versions, using = result["versions"], result["using"]
     lines = [
-        f"Of the {result['tests']:,} tests of Optax {versions['optax']}, {result['passed']:,} pass "
-        f"with Optax's own on JAX {versions['jax']} ({result['date']}). {using} of these use `sgd` "
-        "or `trace`:",
+        f"Optax {versions['optax']} has {result['tests']:,} tests. On JAX {versions['jax']} "
+        f"({result['date']}), {result['passed']:,} of them pass with Optax's own `sgd` and "
+        f"`trace`, and {using} of these use one of the two. With our transformations instead:",
         "",
-        "| in the place of `optax.sgd` | pass | do not, with the reason |",
+        "| replacement of `optax.sgd` | pass | do not pass: number and reason |",
         "| --- | --- | --- |",
     ]
     for variant, of in result["variants"].items():
@@ -320,7 +329,13 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=pathlib.Path, default=RESULT, metavar="FILE")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=RESULT,
+        metavar="FILE",
+        help=f"JSON file to write (default: benchmarks/results/{RESULT.name})",
+    )
     args = parser.parse_args(arguments)
     result = measure()
     print(table(result))

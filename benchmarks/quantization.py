@@ -1,9 +1,9 @@
-"""`python -m benchmarks.quantization`: ways to store a velocity in 8 bits, compared by measurement.
+"""Compares ways to store a velocity in 8 bits: `python -m benchmarks.quantization`.
 
-Schemes are compared by the error of storing once, and by whether a velocity reaches its limit and
-decays again. The package's own formats are then compared with float32: how widely noisy params
-spread around the optimum, and the loss of a network. None of it is a timing, and all of it repeats
-to the bit on one machine; `--speed` times the package's steps instead.
+Compares schemes by the error of storing once, and by whether a velocity reaches its limit and
+decays again. Then compares the package's own formats with float32: the variance of noisy params
+around the optimum, and the loss of a network. No times are measured, and the results are
+reproducible bit for bit on the same machine. With `--speed`, times the package's steps instead.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LARGEST = 127
 
 
 def package(values: jax.Array, key: jax.Array, *, block: tuple[int, int]) -> jax.Array:
-    """The package's codec, with a scale for each block of this shape."""
+    """Encodes and decodes with the package's codec, with one scale per block of this shape."""
     scales = [size // length for size, length in zip(values.shape, block, strict=True)]
     zeros = Stored(jnp.zeros(values.shape, jnp.int8), jnp.zeros(scales, jnp.bfloat16))
     return BLOCKS.decode(BLOCKS.encode(values, zeros, seed_of(jax.random.bits(key))))
@@ -48,18 +48,26 @@ def other(
     rounding: str,
     half_precision: bool = False,
 ) -> jax.Array:
-    """Codes from -127 to 127 of a scale, which is a function of the magnitudes.
+    """Encodes values as codes from -127 to 127, and decodes them.
 
-    With a = |code| / 127 a code stands for c a + (1 - c) a^2 of the scale, c being the `curve`;
-    None is FlashOptim's softsign, a / (2 - a). "dithered": the noise that decides is added before
-    rounding and subtracted when reading.
+    A code stands for sign(code) * scale * (c a + (1 - c) a^2), where a = |code| / 127 and c is the
+    `curve`.
+
+    Args:
+      values: what to store, float32 of any shape.
+      key: a random key.
+      scale: computes the scales from the magnitudes.
+      curve: c above; None is FlashOptim's softsign, a / (2 - a) instead of the polynomial.
+      rounding: "nearest", "stochastic", or "dithered": noise is added before rounding to nearest,
+        and subtracted when reading.
+      half_precision: whether the scales are stored in float16.
     """
     size = jnp.abs(values)
     scales = scale(size)
     share = jnp.minimum(size / jnp.where(scales > 0, scales, 1), 1)
     if half_precision:  # FlashOptim divides by the scale before it is rounded.
         scales = scales.astype(jnp.float16).astype(jnp.float32)
-    # Noise must not go beyond the last code.
+    # Leaves room for the noise below the last code.
     largest = LARGEST - 0.5 if rounding == "dithered" else LARGEST
     code = largest * _compressed(share, curve)
     noise = jax.random.uniform(key, values.shape)
@@ -72,7 +80,7 @@ def other(
     else:
         u = noise - 0.5
         a = (jnp.clip(jnp.round(code + u), -LARGEST, LARGEST) - u) / largest
-        # Less what the noise adds to the square on average.
+        # The bias: what the noise adds to the square on average.
         excess = 0 if curve is None else (1 - curve) / (12 * largest**2)
         read = jnp.sign(a) * (_expanded(jnp.abs(a), curve) - excess)
     return jnp.sign(values) * scales * read
@@ -91,24 +99,24 @@ def _compressed(x, curve):
 
 
 def of_blocks(size: jax.Array, *, axis: int) -> jax.Array:
-    """The largest magnitude of each block of 32 along an axis."""
+    """Returns the largest magnitude of each block of 32 along an axis."""
     blocks = jnp.moveaxis(size, axis, -1)
     largest = jnp.repeat(blocks.reshape(*blocks.shape[:-1], -1, 32).max(-1), 32, axis=-1)
     return jnp.moveaxis(largest, -1, axis)
 
 
 def of_rows(size: jax.Array) -> jax.Array:
-    """The largest magnitude of each row."""
+    """Returns the largest magnitude of each row."""
     return size.max(1, keepdims=True)
 
 
 def of_rows_and_columns(size: jax.Array) -> jax.Array:
-    """The lesser of the largest magnitudes of row and column."""
+    """Returns the smaller of the largest magnitudes of the row and of the column."""
     return jnp.minimum(of_rows(size), size.max(0, keepdims=True))
 
 
 def of_quarters(size: jax.Array) -> jax.Array:
-    """Of 64 values in a row one exponent, and 6 bits for the scale of each 16 of them."""
+    """Returns scales with one exponent per 64 values of a row, and 6 bits per 16 values."""
     largest = size.reshape(size.shape[0], -1, 4, 16).max(-1)
     _, exponent = jnp.frexp(largest.max(-1, keepdims=True))
     unit = jnp.ldexp(jnp.float32(1), exponent - 6)
@@ -116,7 +124,7 @@ def of_quarters(size: jax.Array) -> jax.Array:
 
 
 class Scheme(NamedTuple):
-    """Bytes per value, and a function of values and a key: what is read after storing."""
+    """Bytes per value, and a function (values, key) -> the values after storing and reading."""
 
     bytes: float
     store: Callable[[jax.Array, jax.Array], jax.Array]
@@ -127,17 +135,17 @@ def _scheme(scale, curve, rounding, nbytes=1 + 2 / 32, **options):
     return Scheme(nbytes, jax.jit(functools.partial(other, **options)))
 
 
-# Blocks are of 32 rows, and for FlashOptim of 32 values in a row. Bytes of scales for a whole row
-# or column are those of a matrix of 4096 x 4096, in float32.
+# A block is 32 rows, or for FlashOptim 32 values in a row. For scales of a whole row or column, the
+# bytes per value are for float32 scales and a 4096 x 4096 matrix.
 down = functools.partial(of_blocks, axis=0)
 along = functools.partial(of_blocks, axis=1)
 SCHEMES = {
     "momentum_jax": Scheme(1 + 2 / 32, jax.jit(functools.partial(package, block=(32, 1)))),
-    "momentum_jax, 128 of a row": Scheme(
+    "momentum_jax, 128 along a row": Scheme(
         1 + 2 / 128, jax.jit(functools.partial(package, block=(1, 128)))
     ),
-    "the same codes, nearest": _scheme(down, 0.5, "nearest"),
-    "the same codes, exact scales": _scheme(down, 0.5, "stochastic", 1 + 4 / 32),
+    "same codes, nearest": _scheme(down, 0.5, "nearest"),
+    "same codes, exact scales": _scheme(down, 0.5, "stochastic", 1 + 4 / 32),
     "linear, stochastic": _scheme(down, 1.0, "stochastic"),
     "linear, nearest": _scheme(down, 1.0, "nearest"),
     "flashoptim": _scheme(along, None, "nearest", half_precision=True),
@@ -145,37 +153,37 @@ SCHEMES = {
     "row and column, squares, stochastic": _scheme(
         of_rows_and_columns, 0.0, "stochastic", 1 + 8 / 4096
     ),
-    "former format, dithered": _scheme(of_quarters, 0.5, "dithered"),
+    "earlier format, dithered": _scheme(of_quarters, 0.5, "dithered"),
 }
-# What the package does wherever 32 divides an axis before the last.
+# What the package does if 32 divides an axis before the last.
 CHOSEN = "momentum_jax"
 
 
 def velocities() -> dict[str, np.ndarray]:
-    """Velocities to be stored once."""
+    """Returns the velocities to store once, by name."""
     rng = np.random.default_rng(0)
     normal = rng.normal(size=SHAPE)
 
-    def unlike(count):
+    def sizes(count):
         return 10 ** rng.uniform(-4, 0, count)
 
     return {
         "normal": normal,
         "uniform": rng.uniform(-1, 1, SHAPE),
         "heavy-tailed": rng.standard_t(3, SHAPE),
-        "unlike columns": normal * unlike(SHAPE[1]),
-        "unlike rows": normal * unlike((SHAPE[0], 1)),
+        "columns of unequal size": normal * sizes(SHAPE[1]),
+        "rows of unequal size": normal * sizes((SHAPE[0], 1)),
         "normal x 1e-8": 1e-8 * normal,
     }
 
 
-# Of rows or columns of unlike size, the error of the median row or column, each over its own size:
-# over all values it would be that of the largest.
-BY_LINE = {"unlike columns": 0, "unlike rows": 1}
+# For rows or columns of unequal size: the median error of a row or column, each divided by its own
+# size. The error over all values would be dominated by the largest row or column.
+BY_LINE = {"columns of unequal size": 0, "rows of unequal size": 1}
 
 
 def errors(scheme: Scheme, of: dict[str, np.ndarray]) -> dict[str, float]:
-    """The root mean square error of storing once, over the root mean square velocity."""
+    """Returns the RMS error of storing each array once, divided by the RMS velocity."""
 
     def error(name, values):
         given = jnp.asarray(values, jnp.float32)
@@ -188,12 +196,16 @@ def errors(scheme: Scheme, of: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def levels(scheme: Scheme, mu: float) -> dict[str, float]:
-    """What a velocity m <- mu m + g reaches of its limit, all values of (32, 1024) together.
+    """Measures how a stored velocity m <- mu m + g of shape (32, 1024) approaches its limit.
 
-    `risen`: from the limit of other gradients, after 9 times its memory, 1 / (1 - mu) steps.
-    `scatter`: the root mean square distance of single values, over that of the limit. `left`: the
-    norm after as many steps without gradients, over the norm before. Without rounding these are 1,
-    0.0002 and 0.0001.
+    Each phase takes 9 / (1 - mu) steps: first with other gradients, then with the gradients
+    measured, then with zero gradients.
+
+    Returns:
+      `reached`, the projection of the velocity on its limit, divided by the limit;
+      `scatter`, the RMS distance of single values from the limit, divided by the RMS limit;
+      `remaining`, the norm after the third phase, divided by the norm before it.
+      Without rounding these are 1, 0.0002 and 0.0001.
     """
     rng = np.random.default_rng(0)
     first, second = (jnp.asarray(rng.normal(size=(32, 1024)), jnp.float32) for _ in "12")
@@ -213,30 +225,35 @@ def levels(scheme: Scheme, mu: float) -> dict[str, float]:
         left = settle(new, jnp.zeros_like(first), three)
         limit = second / (1 - mu)
         return {
-            "risen": jnp.sum(new * limit) / jnp.sum(limit**2),
+            "reached": jnp.sum(new * limit) / jnp.sum(limit**2),
             "scatter": jnp.linalg.norm(new - limit) / jnp.linalg.norm(limit),
-            "left": jnp.linalg.norm(left) / jnp.linalg.norm(new),
+            "remaining": jnp.linalg.norm(left) / jnp.linalg.norm(new),
         }
 
     return {name: float(value) for name, value in run().items()}
 
 
-# Shapes of 4,096 params, and the sizes of their rows: one over the other of two decades.
+# Shapes of 4,096 params, and the smallest magnitude of the noise of a row; the largest is 1.
 MODELS = {
     "blocks of 32": ((32, 128), 1.0),
     "blocks of 128 in a row of 4096": ((1, 4096), 1.0),
-    "blocks of 32, unlike rows": ((32, 128), 0.01),
+    "blocks of 32, rows of unequal size": ((32, 128), 0.01),
 }
 
 
 def stationary(shape: tuple[int, int], least: float, mu: float, seeds: int) -> dict[str, Any]:
-    """How params w spread around 0, where their gradients are w and heavy-tailed noise, t(3).
+    """Measures the mean and variance of params w around 0, when their gradients are w plus noise.
 
-    The velocities of all dtypes meet the same noise. Rows of noise have sizes from `least` to 1,
-    and all measures are over the size of the row. Steps: 8 times the velocity's memory, of which
-    the first half is not measured. `variance`: that of the params over that with float32, the
-    geometric mean over the seeds. `mean`: how much further from 0 the params are on average on the
-    side from which they came, over the standard deviation with float32. 95% intervals over seeds.
+    The noise has Student's t distribution with 3 degrees of freedom, and all dtypes get the same
+    noise. The magnitude of the noise varies over rows from `least` to 1, and each row is divided by
+    its magnitude. The number of steps is 8 / (1 - mu); the first half is not measured.
+
+    Returns:
+      By dtype, each with a 95% confidence interval over seeds:
+      `variance`, the variance of the params divided by the variance with a float32 velocity
+      (geometric mean over seeds);
+      `mean`, the mean of the params minus the mean with float32, in standard deviations with
+      float32. It is positive on the side where the params started.
     """
     rate, steps = 0.1 * (1 - mu), round(8 / (1 - mu))
     sizes = jnp.asarray(np.geomspace(least, 1, shape[0])[:, None], jnp.float32)
@@ -273,18 +290,18 @@ def stationary(shape: tuple[int, int], least: float, mu: float, seeds: int) -> d
 
 
 def _interval(samples):
-    """The mean, and its 95% interval by Student's t."""
+    """Returns the mean and its 95% confidence interval by Student's t."""
     value = float(np.mean(samples))
     half = float(stats.t.ppf(0.975, len(samples) - 1) * stats.sem(samples))
     return {"value": value, "low": value - half, "high": value + half}
 
 
 def training(seeds: int) -> list[dict[str, Any]]:
-    """The final loss on digits with each of the package's velocities, paired by seed.
+    """Compares the final loss on digits between velocity dtypes, paired by seed.
 
-    The study's problem with so many hidden units that most of its values are in narrow leaves.
-    Each row compares with float32: the difference of interquartile means with its 95% interval,
-    and the share of pairs that end lower.
+    The problem has enough hidden units that most of its values are in quantized leaves. Each row
+    compares a dtype with float32: the difference of interquartile means with its 95% confidence
+    interval, and the fraction of pairs with a lower loss.
     """
     groups = [
         [
@@ -331,12 +348,12 @@ def training(seeds: int) -> list[dict[str, Any]]:
 
 
 def interval(row: dict[str, Any]) -> dict[str, float]:
-    """The value of a row of the study's tables and its 95% interval."""
+    """Returns the value in a row of the study's tables and its 95% confidence interval."""
     return {name: row[name] for name in ("value", "low", "high")}
 
 
 def speed(shape: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Seconds of a jitted, donated step with each velocity, and ratios to float32's."""
+    """Times a jitted, donated step with each velocity dtype, and its ratio to float32."""
 
     def contestant(dtype):
         params = {"w": jnp.ones(shape)}
@@ -366,7 +383,7 @@ def speed(shape: tuple[int, int], rounds: int) -> dict[str, Any]:
 
 
 def measure(noisy: int, seeds: int) -> Iterator[tuple[str, str, Any]]:
-    """Section, name and result of each measurement, as soon as it is known."""
+    """Yields section, name and result of each measurement as soon as it is known."""
     for name, scheme in SCHEMES.items():
         result: dict[str, Any] = {"bytes": scheme.bytes, "errors": errors(scheme, velocities())}
         yield "schemes", name, result | {"levels": {str(mu): levels(scheme, mu) for mu in MUS}}
@@ -377,7 +394,7 @@ def measure(noisy: int, seeds: int) -> Iterator[tuple[str, str, Any]]:
 
 
 def line(section: str, name: str, result: dict[str, Any]) -> str:
-    """What the terminal shows of a result."""
+    """Formats a result for the terminal."""
     if section == "schemes":
         once = "".join(f"{100 * error:9.3f}" for error in result["errors"].values())
         of = result["levels"]
@@ -385,37 +402,53 @@ def line(section: str, name: str, result: dict[str, Any]) -> str:
         return f"{name:36}{result['bytes']:6.3f}{once}{at}"
     if section == "stationary":
         return "\n".join(
-            f"{name}, mu {mu}, {dtype}: variance {shown(one['variance'], '.4f')} of float32's, "
-            f"mean {shown(one['mean'], '+.5f')}"
+            f"{name}, mu {mu}, {dtype}: variance / variance with float32 "
+            f"{shown(one['variance'], '.4f')}, shift of the mean {shown(one['mean'], '+.5f')}"
             for mu, of in result.items()
             for dtype, one in of.items()
         )
     loss, difference = result["loss"]["value"], shown(result["difference"], "+.6f")
-    return f"loss on digits, {name}: {loss:.5f}, minus float32's: {difference}"
+    return f"loss on digits, {name}: {loss:.5f}, difference from float32: {difference}"
 
 
 def shown(interval: dict[str, float], form: str) -> str:
-    """A value with its interval."""
+    """Formats a value with its interval."""
     value, low, high = (format(interval[key], form) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the comparison, prints the results and writes the JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quantization",
-        description="Compares ways to store a velocity in 8 bits: error of storing once, whether "
-        "a velocity reaches its limit and decays, spread of noisy params, loss of a network. "
-        "Writes JSON.",
+        description="Compares ways to store a velocity in 8 bits: the error of storing once, "
+        "whether a velocity reaches its limit and decays, the mean and variance of noisy params, "
+        "and the loss of a network. Prints the results and writes JSON.",
     )
-    parser.add_argument("--noisy", type=int, default=20, help="seeds of noisy params (20); 0: none")
-    parser.add_argument("--seeds", type=int, default=100, help="of the training (100); 0: none")
-    parser.add_argument("--speed", action="store_true", help="time the package's steps instead")
     parser.add_argument(
-        "--shapes", nargs="+", default=["1024x1024", "2048x4096"], help="of the params timed"
+        "--noisy", type=int, default=20, help="number of seeds of noisy params (20); 0 skips them"
     )
-    parser.add_argument("--rounds", type=int, default=30, help="of the timing")
-    parser.add_argument("--out", type=pathlib.Path, help="where the JSON goes")
+    parser.add_argument(
+        "--seeds", type=int, default=100, help="number of seeds of the training (100); 0 skips it"
+    )
+    parser.add_argument(
+        "--speed", action="store_true", help="time the package's steps instead of comparing errors"
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["1024x1024", "2048x4096"],
+        help="with --speed: shapes of the params (1024x1024 2048x4096)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="with --speed: number of rounds (30)"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="JSON file to write (default: quantization.json, with --speed storage-speed.json, in "
+        "benchmarks/results)",
+    )
     args = parser.parse_args(arguments)
     results: dict[str, Any] = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     if args.speed:
@@ -428,7 +461,8 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{name} {dtype:9} {1e3 * of['median']:8.2f} ms, {ratio}", flush=True)
     else:
         results["chosen"] = CHOSEN
-        print("% of the velocity:", ", ".join(velocities()), "| left, risen, scatter at .99, .999")
+        print("scheme | bytes per value | error in % of the velocity:", ", ".join(velocities()))
+        print("       | reached, remaining, scatter at mu 0.99, then at mu 0.999")
         for section, name, result in measure(args.noisy, args.seeds):
             results.setdefault(section, {})[name] = result
             print(line(section, name, result), flush=True)

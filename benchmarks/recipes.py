@@ -1,4 +1,4 @@
-"""The programs of docs/recipes.md, for the tests and for what they cost."""
+"""The programs of docs/recipes.md, for the tests and for the benchmarks."""
 
 import functools
 import pathlib
@@ -9,11 +9,11 @@ from typing import Any
 import momentum_jax as mj
 
 _PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
-# By the title of the section.
+# By section title.
 PROGRAMS: dict[str, str] = dict(
     re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", _PAGE, re.DOTALL | re.MULTILINE)
 )
-# By section: the function that is given to `recurrence`, and with what.
+# By section: the function passed to `recurrence`, and the other arguments.
 RECURRENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "Lion": ("lion", {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.99}),
     "Signum": ("signum", {"learning_rate": 1e-3, "mu": 0.9}),
@@ -29,14 +29,14 @@ RECURRENCES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run(section: str) -> dict[str, Any]:
-    """What the program of a section defines."""
+    """Runs the program of a section and returns the names that it defines."""
     names: dict[str, Any] = {}
     exec(PROGRAMS[section], names)
     return names
 
 
 def makers() -> dict[str, Callable[..., Any]]:
-    """Of each section with a recurrence, what makes it with a `velocity_dtype`."""
+    """Returns, for each section with a recurrence, a factory that takes a `velocity_dtype`."""
     return {
         section: functools.partial(mj.recurrence, run(section)[name], **given)
         for section, (name, given) in RECURRENCES.items()

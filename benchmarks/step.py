@@ -1,4 +1,4 @@
-"""One step of momentum, by us, by Optax and by PyTorch, and the machine's limit for it."""
+"""Measures one step of momentum with this package, Optax and PyTorch, and its minimum time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -25,24 +25,24 @@ OPTAX: Library = (optax.sgd(LEARNING_RATE, MU), optax.apply_updates)
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """So many arrays of so many float32 values each."""
+    """A size: `leaves` arrays of `values` float32 values each."""
 
     name: str
     leaves: int
     values: int
 
     def arrays(self, seed: int) -> PyTree:
-        """Random arrays in two levels of dicts, as the params of a model come."""
+        """Returns random arrays in two levels of dicts, like the params of a model."""
         generator = np.random.default_rng(seed)
         return {
-            # A copy: JAX may else share NumPy's memory, and memory that is shared is not donated.
+            # Copies: JAX may share memory with NumPy, and shared memory is not donated.
             f"layer_{i}": {"kernel": jnp.array(generator.standard_normal(self.values, np.float32))}
             for i in range(self.leaves)
         }
 
 
 def whole_step(library: Library) -> Callable[..., tuple[PyTree, PyTree]]:
-    """The step (params, state, grads) -> (params, state), the same code for both libraries."""
+    """Returns the step (params, state, grads) -> (params, state), with any library."""
     tx, apply_updates = library
 
     def step(params, state, grads, **hyperparameters):
@@ -56,10 +56,10 @@ _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 class Contestant:
-    """A library with params, state and gradients of its own; each step replaces the first two."""
+    """A library with its own params, state and gradients. A step replaces params and state."""
 
     def __init__(self, library: Library, size: Size) -> None:
-        """Every contestant starts from the same values, in other buffers."""
+        """Creates the arrays. All contestants start from equal values in separate buffers."""
         self.tx = library[0]
         self.params, self.grads = size.arrays(seed=0), size.arrays(seed=1)
         self.state = self.tx.init(self.params)
@@ -72,33 +72,33 @@ class Contestant:
             jax.block_until_ready(self.tx.init(self.params))
 
     def eager_step(self, calls: int) -> None:
-        """Calls `update` and `apply_updates` eagerly, and waits for each new params and state."""
+        """Calls `update` and `apply_updates` eagerly, and waits for the result of each call."""
         for _ in range(calls):
             self.params, self.state = self.step(self.params, self.state, self.grads)
             jax.block_until_ready((self.params, self.state))
 
     def jitted_step(self, calls: int) -> None:
-        """Calls the jitted step, params and state donated, as a training loop does: one wait.
+        """Calls the jitted step with donated params and state, then waits once, as training does.
 
-        Donated steps take no new memory, however many are under way.
+        Donated steps need no new memory, even with many steps in flight.
         """
         for _ in range(calls):
             self.params, self.state = self.jitted(self.params, self.state, self.grads)
         jax.block_until_ready((self.params, self.state))
 
     def move(self) -> None:
-        """Copies all buffers to new places.
+        """Copies all buffers to new addresses.
 
-        Donated buffers stay where they are, and a good place in memory (its pages, its
-        alignment) would favour one library for the whole run by more than they differ.
+        Donated buffers keep their address. A favourable address (pages, alignment) would give one
+        library an advantage in the whole run that is larger than the difference between libraries.
         """
         moved = _copy((self.params, self.state, self.grads))
         self.params, self.state, self.grads = jax.block_until_ready(moved)
 
     def memory(self) -> dict[str, int | None]:
-        """Bytes that the state holds, and what the compiled step takes besides."""
+        """Returns the bytes of the state, and the memory that the compiled step uses."""
         compiled = self.jitted.lower(self.params, self.state, self.grads).compile()
-        stats = compiled.memory_analysis()  # Not every backend gives it.
+        stats = compiled.memory_analysis()  # None on some backends.
         return {
             "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)),
             "temp_bytes": getattr(stats, "temp_size_in_bytes", None),
@@ -110,7 +110,7 @@ class Contestant:
 def measure(
     size: Size, rounds: int, sample_seconds: float, torch: Any
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Times and memory of one size, each with its name as soon as it is known."""
+    """Measures times and memory for one size. Yields each result with its name."""
     ours, theirs, again = (Contestant(library, size) for library in (OURS, OPTAX, OPTAX))
 
     def move():
@@ -128,7 +128,7 @@ def measure(
     runs = {"ours": ours.jitted_step, "optax": theirs.jitted_step, "again": again.jitted_step}
     seconds = interleave(runs, rounds, sample_seconds, move)
     yield "jitted_step", compare(seconds, "optax", target=1.02)
-    # Optax beside itself: a difference smaller than this one's interval cannot be seen here.
+    # Control: Optax vs itself. Differences smaller than this interval cannot be detected.
     yield "control", paired_ratio(seconds["again"], seconds["optax"])
 
     yield "memory", {"ours": ours.memory(), "optax": theirs.memory()}
@@ -141,7 +141,7 @@ def measure(
 def measurement(
     size: Size, rounds: int, sample_seconds: float, target: float | None
 ) -> dict[str, Any]:
-    """`diagnostics.measure`, jitted, beside our jitted step on the same arrays."""
+    """Compares jitted `diagnostics.measure` with our jitted step on the same arrays."""
     ours = Contestant(OURS, size)
 
     @jax.jit
@@ -156,7 +156,7 @@ def measurement(
 
 
 def torch_step(torch: Any, size: Size, kind: str) -> Run:
-    """PyTorch's `SGD(foreach=True)` or `SGD(fused=True)`, its gradients set beforehand."""
+    """Returns a run of PyTorch's `SGD(foreach=True)` or `SGD(fused=True)` with fixed gradients."""
     device = torch_device()
     generator = torch.Generator(device).manual_seed(0)
 
@@ -178,17 +178,17 @@ def torch_step(torch: Any, size: Size, kind: str) -> Run:
 
 
 def torch_device() -> str:
-    """What PyTorch calls the kind of device that JAX runs on."""
+    """Returns PyTorch's name for the kind of device that JAX runs on."""
     platform = jax.devices()[0].platform
     return "cuda" if platform in ("gpu", "cuda", "rocm") else platform
 
 
 def bandwidth(values: int, rounds: int, sample_seconds: float) -> float:
-    """Bytes a second to and from memory: the best of many triads x <- x + s * y, in place.
+    """Measures the memory bandwidth in bytes per second: the best of many triads x <- x + s * y.
 
-    A triad reads x and y and writes x: 12 bytes a float32 value. x is donated and so written
-    where it was read, like the params and the velocity of a step; an array written elsewhere
-    would first be read into the cache, bytes that nobody counts.
+    A triad reads x and y and writes x: 12 bytes per float32 value. x is donated, so it is written
+    in place, like the params and the velocity of a step. An array written to another address would
+    first be read into the cache, and these bytes would not be counted.
     """
     triad = jax.jit(lambda x, y: x + 0.5 * y, donate_argnums=0)
     x, y = jnp.zeros(values), jnp.ones(values)
@@ -203,8 +203,9 @@ def bandwidth(values: int, rounds: int, sample_seconds: float) -> float:
 
 
 def limit_seconds(size: Size, bytes_per_second: float) -> float:
-    """The least time of a step: reads p, g and v, writes p and v, 20 bytes a float32 param.
+    """Returns the minimum time of a step, limited by the memory bandwidth.
 
-    Arrays that fit in the cache can be faster than this, which is a limit of the memory.
+    A step reads params, gradients and velocity, and writes params and velocity: 20 bytes per
+    float32 param. If the arrays fit in the cache, a step can be faster than this.
     """
     return 20 * size.leaves * size.values / bytes_per_second

@@ -1,8 +1,8 @@
-"""The method: rounds in which all contestants take part, medians, and ratios within a round.
+"""Times contestants in rounds, and compares them by the median ratio within a round.
 
-A machine's speed drifts (clocks, neighbours, heat), so two libraries timed one after the other
-are not comparable. Timed in the same round they meet the same drift, and it cancels in the
-ratio of that round.
+The speed of a machine drifts (clock rate, other processes, heat), so two libraries that are timed
+one after the other are not comparable. Within one round all contestants have the same drift, and it
+cancels in the ratio.
 """
 
 import math
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-# Performs so many calls, and returns when their results are there.
+# Performs a number of calls, and returns when the results are ready.
 Run = Callable[[int], object]
 Result = TypeVar("Result")
 
@@ -23,10 +23,16 @@ def interleave(
     sample_seconds: float,
     before_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds a call: for each contestant one sample a round, in a random order each round.
+    """Returns seconds per call: one sample per contestant and round, in random order.
 
-    A sample is as many calls as take about `sample_seconds` or more, so that the clock's own
-    cost and grain do not matter.
+    A sample has enough calls to take at least about `sample_seconds`, so that the cost and the
+    resolution of the clock do not matter.
+
+    Args:
+      contestants: the runs to time, by name.
+      rounds: the number of rounds.
+      sample_seconds: the duration of a sample in seconds.
+      before_round: called before each round, not timed.
     """
     calls = {name: _enough_calls(run, sample_seconds) for name, run in contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -36,14 +42,14 @@ def interleave(
         before_round()
         shuffle(order)
         for name in order:
-            # Untimed: the caches fill with this one's data, the other's threads go to sleep.
+            # Not timed: fills the caches with this contestant's data; other threads go to sleep.
             contestants[name](calls[name])
             seconds[name].append(timed(contestants[name], calls[name])[0] / calls[name])
     return seconds
 
 
 def timed(function: Callable[..., Result], *args: Any) -> tuple[float, Result]:
-    """Seconds that `function(*args)` takes, and its result."""
+    """Returns the seconds that `function(*args)` takes, and its result."""
     start = time.perf_counter()
     result = function(*args)
     return time.perf_counter() - start, result
@@ -58,17 +64,18 @@ def _enough_calls(run: Run, sample_seconds: float) -> int:
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
-    """The least, the median and the quartiles."""
+    """Returns the minimum, the median and the quartiles."""
     lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
     return {"min": min(samples), "lower_quartile": lower, "median": median, "upper_quartile": upper}
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """The median of the ratios within each round, with an interval for it.
+    """Returns the median of the ratios within a round, with a confidence interval.
 
-    The interval is made of order statistics: the number of ratios below the true median is
-    binomial, whatever their distribution. It is the narrowest that covers at least 95%, or
-    from the least to the greatest where there are fewer than 6 rounds; `coverage` says which.
+    The interval is between two order statistics of the ratios. The number of ratios below the true
+    median is binomial for any distribution of the ratios. The interval is the narrowest that covers
+    at least 95%. With fewer than 6 rounds it is from the minimum to the maximum, and covers less;
+    `coverage` is the coverage.
     """
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
     n = len(ratios)
@@ -90,7 +97,7 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, fl
 def compare(
     seconds: Mapping[str, Sequence[float]], other: str, target: float | None = None
 ) -> dict[str, Any]:
-    """Ours and another's summaries and their paired ratio, judged by a target if it has one."""
+    """Summarizes ours and another contestant, with the paired ratio and a verdict on the target."""
     ratio = paired_ratio(seconds["ours"], seconds[other])
     result: dict[str, Any] = {
         "ours": summary(seconds["ours"]),

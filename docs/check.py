@@ -1,7 +1,7 @@
 """Checks what Sphinx built: `python docs/check.py build/docs`.
 
-Each link to a page, a place in a page, a picture or a style leads somewhere; nothing is loaded from
-the network; each formula is there as MathML.
+Checks that every link to a page, an anchor, a picture or a stylesheet has a target, that no page
+loads anything from the network, and that every formula is rendered as MathML.
 """
 
 import sys
@@ -13,17 +13,17 @@ LOADS = {("link", "href"), ("script", "src"), ("img", "src"), ("source", "src")}
 
 
 class Page(HTMLParser):
-    """What a page links to, and what can be linked to in it."""
+    """The links of a page, its anchors, and its formulas."""
 
     def __init__(self, text: str) -> None:
-        """Reads it all."""
+        """Parses the text."""
         super().__init__()
         self.targets, self.links, self.loaded, self.formulas = set(), [], [], 0
         self.code, self.raw = 0, []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        """Collects."""
+        """Collects anchors, links, loaded files and formulas."""
         self.code += tag in ("pre", "code", "script", "style")
         self.formulas += tag == "math"
         for name, value in attrs:
@@ -35,17 +35,17 @@ class Page(HTMLParser):
                 self.links.append(value)
 
     def handle_endtag(self, tag):
-        """Leaves code."""
+        """Notes the end of code."""
         self.code -= tag in ("pre", "code", "script", "style")
 
     def handle_data(self, data):
-        """Finds formulas that were left as they are written."""
+        """Collects formulas that were not rendered."""
         if not self.code and ("\\(" in data or "\\[" in data or "$$" in data):
             self.raw.append(data.strip())
 
 
 def faults(folder: Path) -> list[str]:
-    """A line for each."""
+    """Returns one line for each fault in the pages of a folder."""
     pages = {path: Page(path.read_text()) for path in folder.rglob("*.html")}
     found = []
     for path, page in pages.items():
@@ -58,20 +58,20 @@ def faults(folder: Path) -> list[str]:
                 continue
             if parts.scheme or parts.netloc:
                 if link in page.loaded:
-                    found.append(f"{name}: loads {link}")
+                    found.append(f"{name}: loads {link} from the network")
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not target.is_file():
-                found.append(f"{name}: no {link}")
+                found.append(f"{name}: the link {link} has no target")
             elif parts.fragment and target in pages:
                 missing = unquote(parts.fragment) not in pages[target].targets
-                found += [f"{name}: no {link}"] * missing
+                found += [f"{name}: the link {link} has no target"] * missing
     if not any(page.formulas for page in pages.values()):
-        found.append("there is no formula on any page")
+        found.append("no page has a formula")
     return found
 
 
 if __name__ == "__main__":
     lines = faults(Path(sys.argv[1]).resolve())
-    print("\n".join(lines) or "No link is broken.")
+    print("\n".join(lines) or "No broken links.")
     sys.exit(bool(lines))

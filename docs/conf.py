@@ -1,4 +1,4 @@
-"""The documentation's build: `sphinx-build -W --keep-going docs build/docs`, with no network."""
+"""Configures Sphinx: `sphinx-build -W --keep-going docs build/docs`. The build needs no network."""
 
 import ast
 import json
@@ -29,13 +29,13 @@ extensions = [
 ]
 exclude_patterns = ["build"]
 
-# Markdown and notebooks. The tests run the notebooks; what they showed is committed with them.
+# Markdown and notebooks. The tests run the notebooks; the pages show the committed outputs.
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
-nb_ipywidgets_js = {}  # From a CDN: sliders show the picture that they were saved with.
+nb_ipywidgets_js = {}  # Would come from a CDN. Sliders show the picture they were saved with.
 
-# Docstrings: Google's sections, and our own; types are said in words in Args.
+# Docstrings: Google's sections and our own. Args gives types in words.
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Returns is prose, not a type and a colon.
@@ -45,7 +45,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 default_role = "py:obj"
 
-# Furo has a page for phones and a dark one, and loads nothing from elsewhere.
+# Furo has a layout for phones and a dark mode, and loads nothing from the network.
 html_theme = "furo"
 html_title = "momentum_jax"
 html_static_path = ["_static"]
@@ -56,7 +56,7 @@ html_math_renderer = "mathml"
 
 
 def copy_notebooks() -> None:
-    """Sphinx reads only what is in its folder, and the notebooks are next to it."""
+    """Copies the notebooks into Sphinx's folder, as Sphinx reads no other."""
     folder = DOCS / "notebooks"
     folder.mkdir(exist_ok=True)
     notebooks = {path.name: path for path in (ROOT / "notebooks").glob("*.ipynb")}
@@ -70,9 +70,9 @@ def copy_notebooks() -> None:
 
 
 def add_generated(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Adds to a page what is made from files of the repository."""
+    """Appends the generated sections to a page."""
     if docname == "index" and not (DOCS / "study" / "index.md").exists():
-        # A glob without a match is a warning that cannot be suppressed.
+        # Sphinx warns about a glob without a match, and that warning cannot be suppressed.
         block = r"```\{toctree\}\n:caption: Does it help\?.*?```\n"
         source[0] = re.sub(block, "", source[0], flags=re.DOTALL)
     if docname in GENERATED:
@@ -83,7 +83,7 @@ def add_generated(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def contract_tests() -> tuple[str, list[Path]]:
-    """Every test of the contract, by its promise, with its source."""
+    """Returns the source of every test of the contract, by promise, and the files it is in."""
     promises: dict[int, list[str]] = {number: [] for number in range(1, 13)}
     paths = sorted((ROOT / "tests").glob("test_*.py"))
     for path in paths:
@@ -105,7 +105,7 @@ def contract_tests() -> tuple[str, list[Path]]:
 
 
 def benchmark_tables() -> tuple[str, list[Path]]:
-    """A section a machine, of each file that has times of steps, and the compiled programs."""
+    """Returns the sections of the benchmarks page: one per machine, then the accelerators."""
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     results = [(path, json.loads(path.read_text())) for path in paths]
     machines = [machine(path, of) for path, of in results if "sizes" in of]
@@ -113,18 +113,19 @@ def benchmark_tables() -> tuple[str, list[Path]]:
 
 
 def on_device_tables() -> str:
-    """What `python -m benchmarks.on_device` timed."""
+    """Returns the section with the times from `python -m benchmarks.on_device`."""
     results = json.loads(on_device.RESULT.read_text())
     lines = [
-        f"## Times of the same steps on an {results['device']}",
+        f"## Times per step on an {results['device']}",
         "",
-        f"{results['date']}, JAX {results['jax']}, medians of {results['rounds']} rounds in which "
-        "all take part, by `python -m benchmarks.on_device`; over the first row, with an interval "
-        "of at least 95%. Alone, of 33.6e6 params; in training, of two matrices of 67.1e6 each "
-        "with 1,024 examples. What is moved is read from the programs compiled there.",
+        f"Measured by `python -m benchmarks.on_device` on {results['date']} with JAX "
+        f"{results['jax']}: medians of {results['rounds']} rounds in which all steps take part. "
+        "The ratios are to the first row, with a confidence interval of at least 95%. Steps of the "
+        "optimizer alone have 33.6e6 params. Training steps have two matrices of 67.1e6 params "
+        "each and 1,024 examples. The bytes are read from the programs compiled for this device.",
         "",
     ]
-    lines += table("step", "time", "over optax.sgd's", "bytes per parameter", "GB a second")
+    lines += table("step", "time", "ratio to optax.sgd", "bytes per parameter", "GB per second")
     for of in (results["alone"], results["training"]):
         for name, row in of.items():
             ratio = interval(row["ratio"] | {"value": row["ratio"]["median"]}, ".3f")
@@ -134,15 +135,15 @@ def on_device_tables() -> str:
 
 
 def machine(path: Path, results: dict) -> str:
-    """The tables of one file."""
+    """Returns the section with the results in one file."""
     host = results["machine"]
     processor = host["cpu"] if host["platform"] == "cpu" else host["device"]
     lines = [
         f"## {processor}",
         "",
-        f"{results['date']}, {host['cores']} processor cores, Python {host['python']}, JAX "
-        f"{host['jax']}, Optax {host['optax']}, PyTorch {results['torch']}; medians of "
-        f"{results['rounds']} rounds. From `benchmarks/results/{path.name}`.",
+        f"Measured on {results['date']} with {host['cores']} processor cores, Python "
+        f"{host['python']}, JAX {host['jax']}, Optax {host['optax']}, PyTorch {results['torch']}; "
+        f"medians of {results['rounds']} rounds. Source: `benchmarks/results/{path.name}`.",
     ]
     sizes = results["sizes"]
     for what, label in LABELS.items():
@@ -151,9 +152,10 @@ def machine(path: Path, results: dict) -> str:
     kinds = {kind: None for of in sizes.values() for kind in of.get("torch", {})}
     for kind in kinds:
         pairs = [(name, of["torch"][kind], kind) for name, of in sizes.items() if "torch" in of]
-        lines += comparison(f"Jitted step, beside PyTorch's SGD ({kind})", "PyTorch", pairs)
-    lines += ["### Compiles for a new learning rate, and for a new mu", ""]
-    lines += ["| situation | ours | Optax |", "| --- | --- | --- |"]
+        lines += comparison(f"Jitted step, compared with PyTorch's SGD ({kind})", "PyTorch", pairs)
+    lines += ["### Compilations for a new learning rate and for a new mu", ""]
+    lines += ["Each cell: compilations for a new learning rate, for a new mu.", ""]
+    lines += ["| situation | momentum_jax | Optax |", "| --- | --- | --- |"]
     for situation, of in results["compiles"].items():
         counts = [f"{of[who]['learning_rate']}, {of[who]['mu']}" for who in ("ours", "optax")]
         lines.append(f"| {situation} | {' | '.join(counts)} |")
@@ -161,8 +163,8 @@ def machine(path: Path, results: dict) -> str:
 
 
 def comparison(title: str, other: str, pairs: list[tuple[str, dict, str]]) -> list[str]:
-    """A table with a line a size."""
-    lines = [f"### {title}", "", f"| float32 values | ours | {other} | ours / {other} |"]
+    """Returns a table with one line per size."""
+    lines = [f"### {title}", "", f"| float32 values | momentum_jax | {other} | ratio |"]
     lines.append("| --- | --- | --- | --- |")
     for name, numbers, key in pairs:
         ours, theirs = (duration(numbers[of]["median"]) for of in ("ours", key))
@@ -175,24 +177,25 @@ def comparison(title: str, other: str, pairs: list[tuple[str, dict, str]]) -> li
 
 
 def compiled_tables() -> str:
-    """Bytes of the steps that are compiled for a TPU and a GPU, and the model on many TPUs."""
+    """Returns the sections on programs compiled for a TPU, a GPU, and many TPUs."""
     results = json.loads(compiled.RESULT.read_text())
     platforms = compiled.in_order(results)
     versions = {name: v for of in platforms for name, v in of["versions"].items()}
     lines = [
         "## Bytes per step on a TPU and a GPU",
         "",
-        "Read by `python -m benchmarks.compiled` from the programs that are compiled for these "
+        "`python -m benchmarks.compiled` reads these numbers from programs compiled for these "
         "devices ("
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + "). One step is `tx.update` and `optax.apply_updates`, jitted, params and state donated; "
-        "training adds the gradient of a network with two layers. *Least*: params, gradients and "
-        "state read once, params and state written once; `adaptive_restart` reads gradients and "
-        "params again, after the decision that depends on all of them. *Moved*: bytes read and "
-        "written in device memory. *Temporary*: memory beside params, gradients and state. All in "
-        "bytes per parameter; arrays are (8192, 4096) where no shape is given.",
+        + "). One step is `tx.update` and `optax.apply_updates`, jitted, with donated params and "
+        "state. Training steps also compute the gradient of a network with two layers. All columns "
+        "except *kernels* are in bytes per parameter. *Minimum*: read params, gradients and state "
+        "once, write params and state once; `adaptive_restart` must read gradients and params "
+        "twice, because its decision depends on all of them. *Moved*: bytes read from and written "
+        "to device memory. *Temporary*: memory in addition to params, gradients and state. Arrays "
+        "have the shape (8192, 4096) unless the row gives another.",
         "",
-        "| step | least | "
+        "| step | minimum | "
         + " | ".join(f"{of['device']}: moved | temporary | kernels" for of in platforms)
         + " |",
         "| --- | --- |" + " --- | --- | --- |" * len(platforms),
@@ -204,11 +207,11 @@ def compiled_tables() -> str:
             cells += [fixed(row.get(key)) for key in ("bytes_per_param", "temp_bytes_per_param")]
             cells.append(str(row.get("kernels", "-")))
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "Steps that move over 5% more than the least:", ""]
+    lines += ["", "Steps that move more than 5% above the minimum:", ""]
     lines += [f"- {text}" for of in platforms for text in compiled.shortfalls(of)] or ["- none"]
     lines += [
         "",
-        "Seconds to trace, lower and compile a step with 200 arrays, measured once:",
+        "Time to trace, lower and compile a step with 200 arrays, measured once:",
         "",
     ]
     lines += [f"- {text}" for of in platforms for text in compiled.compile_times(of)]
@@ -218,9 +221,9 @@ def compiled_tables() -> str:
         "",
         f"### On {scale['topology']}, {sizes}",
         "",
-        f"A step of training of scanned layers with {scale['params'] / 1e9:.1f}e9 float32 params, "
-        "which are sharded over the model axis. MiB on each device; a collective within a loop "
-        "counts once.",
+        f"One training step of scanned layers with {scale['params'] / 1e9:.1f}e9 float32 params, "
+        "sharded over the model axis. Memory is in MiB per device. A collective inside a loop is "
+        "counted once.",
         "",
         "| | arguments | temporary | collectives |",
         "| --- | --- | --- | --- |",
@@ -233,40 +236,40 @@ def compiled_tables() -> str:
 
 
 def fixed(value: float | None) -> str:
-    """Two decimals, or a dash where there is no number."""
+    """Formats a number with two decimals, and None as a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def precision_tables() -> tuple[str, list[Path]]:
-    """What velocities of low precision cost: bytes moved, times, errors, spread and losses."""
+    """Returns the tables of the page on low precision: errors, losses, bytes moved and times."""
     folder = ROOT / "benchmarks" / "results"
     paths = [compiled.RESULT, folder / "quantization.json"]
     results = json.loads(paths[1].read_text())
     lines = ["### Storing once, and under constant gradients", ""]
     names = next(iter(results["schemes"].values()))["errors"]
-    lines += table("format", "bytes", *names, "risen", "scatter")
+    lines += table("format", "bytes per value", *names, "reached", "scatter")
     for name, of in results["schemes"].items():
         label = f"**{name}**" if name == results["chosen"] else name
         level = of["levels"]["0.999"]
         cells = [f"{100 * error:.2f}%" for error in of["errors"].values()]
-        cells += [f"{level['risen']:.1%}", f"{level['scatter']:.1%}"]
+        cells += [f"{level['reached']:.1%}", f"{level['scatter']:.1%}"]
         lines.append(f"| {label} | {of['bytes']:.3f} | {' | '.join(cells)} |")
     lines += ["", "### Noisy params", ""]
-    lines += table("blocks", "mu", "velocity", "variance / float32's", "mean, less float32's")
+    lines += table("blocks", "mu", "velocity", "variance ratio", "shift of the mean")
     for name, of in results["stationary"].items():
         for mu, dtypes in of.items():
             for dtype, one in dtypes.items():
                 cells = [f"{mu}", dtype, interval(one["variance"], ".4f")]
                 lines.append(f"| {name} | {' | '.join(cells)} | {interval(one['mean'], '+.4f')} |")
     lines += ["", "### Training on digits", ""]
-    lines += table("velocity", "loss", "less float32's, x 1e-4", "runs that end lower")
+    lines += table("velocity", "loss", "loss minus float32's, x 1e-4", "fraction of lower losses")
     for name, of in results["training"].items():
         scaled = {key: 1e4 * value for key, value in of["difference"].items()}
         cells = [f"{of['loss']['value']:.4f}", interval(scaled, "+.2f")]
         lines.append(f"| {name} | {' | '.join(cells)} | {interval(of['ends_lower'], '.2f')} |")
     lines += ["", "### Bytes moved in device memory", "", "In bytes per parameter.", ""]
     platforms = compiled.in_order(json.loads(compiled.RESULT.read_text()))
-    lines += table("step", "least", *(of["device"] for of in platforms))
+    lines += table("step", "minimum", *(of["device"] for of in platforms))
     for name in ("momentum", "velocity bfloat16", "velocity int8", "kahan"):
         rows = [of["rows"].get(name, {}) for of in platforms]
         cells = [fixed(row.get("bytes_per_param")) for row in rows]
@@ -276,8 +279,8 @@ def precision_tables() -> tuple[str, list[Path]]:
     if speed.exists():
         paths.append(speed)
         timed = json.loads(speed.read_text())
-        lines += ["", f"### Time of a step ({timed['device']})", ""]
-        lines += table("params", "velocity", "time", "over float32's")
+        lines += ["", f"### Time per step ({timed['device']})", ""]
+        lines += table("params", "velocity", "time", "ratio to float32")
         for name, dtypes in timed["shapes"].items():
             for dtype, of in dtypes.items():
                 ratio = interval(of["ratio"] | {"value": of["ratio"]["median"]}, ".2f")
@@ -288,31 +291,32 @@ def precision_tables() -> tuple[str, list[Path]]:
 OPTAX_SUITE = """
 ## Optax's own tests
 
-With the package's transformations in the place of Optax's `sgd` and `trace`, in every test that
-uses one of them, also within another transformation (`python -m benchmarks.optax_suite`).
+`python -m benchmarks.optax_suite` runs Optax's own tests with Optax's `sgd` and `trace` replaced by
+transformations of this package. It runs every test that uses one of the two, directly or inside
+another transformation.
 """
 
 
 def clients_tables() -> tuple[str, list[Path]]:
-    """What `python -m benchmarks.clients` and `python -m benchmarks.optax_suite` found."""
+    """Returns the results of `benchmarks.clients` and `benchmarks.optax_suite`."""
     by_hand, suite = (json.loads(each.RESULT.read_text()) for each in (clients, optax_suite))
     parts = [clients.table(by_hand), OPTAX_SUITE, optax_suite.table(suite), ""]
     return "\n".join(parts), [clients.RESULT, optax_suite.RESULT]
 
 
 def recipes_costs() -> tuple[str, list[Path]]:
-    """What the programs of the page move."""
+    """Returns the table of the bytes that each recipe moves."""
     results = json.loads(compiled.RESULT.read_text())
     return compiled.recipes_table(results) + "\n", [compiled.RESULT]
 
 
 def table(*names: str) -> list[str]:
-    """The head of a table."""
+    """Returns the head of a table."""
     return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
 
 
 def interval(of: dict[str, float], form: str) -> str:
-    """A value with its interval."""
+    """Formats a value with its interval."""
     value, low, high = (format(of[key], form) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
@@ -329,7 +333,7 @@ SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example|Source):$")
 
 
 def read_as_written(app, what, name, obj, options, lines):
-    """Before napoleon: an indented equation is literal, an indented table is a table."""
+    """Prepares docstrings for napoleon: makes indented equations literal, dedents tables."""
     del app, what, name, obj, options
     written, at_margin, dedent, section = [], True, 0, False
     for i, line in enumerate(lines):
@@ -342,7 +346,7 @@ def read_as_written(app, what, name, obj, options, lines):
                     written += [".. code-block:: text", ""]
             at_margin = not indented
             line = line[dedent:] if indented else line
-            # |v| is a norm here, and would be a substitution of reStructuredText.
+            # |v| is a norm; reStructuredText would read it as a substitution.
             if not (indented or ">>>" in line or "..." in line):
                 line = line.replace("|", "\\|")
         written.append(line)
@@ -350,20 +354,20 @@ def read_as_written(app, what, name, obj, options, lines):
 
 
 def visit_math(translator, node):
-    """A formula as MathML, which browsers show by themselves: no script, font or network."""
+    """Writes a formula as MathML, which browsers render without a script, a font or the network."""
     block = isinstance(node, nodes.math_block)
     translator.body.append(to_mathml(node.astext(), block))
     raise nodes.SkipNode
 
 
 def to_mathml(tex: str, block: bool) -> str:
-    """Docutils' own conversion."""
+    """Converts TeX to MathML with Docutils."""
     tree = latex2mathml.tex2mathml(tex, as_block=block)
     return f'<div class="math">{tree}</div>' if block else tree
 
 
 def setup(app: Sphinx) -> None:
-    """What Sphinx calls first."""
+    """Registers the extensions of this file. Sphinx calls it first."""
     copy_notebooks()
     app.add_html_math_renderer(
         "mathml", inline_renderers=(visit_math, None), block_renderers=(visit_math, None)

@@ -1,10 +1,10 @@
-"""`python docs/picture.py` draws the README's picture: what momentum does, and to the spread.
+"""Draws the README's picture: `python docs/picture.py`.
 
-On the left the README's example, with and without momentum; in the middle how much the final loss
-on digits varies across initial weights, against the effective learning rate, from the committed
-`study/digits/numbers.json`; on the right the sharpness of a network in training, over the
-stability limit. The picture holds the numbers that it was drawn from, by which a test finds one
-that is out of date.
+Left: the README's example, with and without momentum. Middle: the spread of the final loss on
+digits across initial weights, against the effective learning rate, from the committed
+`study/digits/numbers.json`. Right: the sharpness of a network during training, divided by the
+stability limit. The picture's metadata contains the numbers that it shows, so that a test can
+detect an outdated picture.
 """
 
 import json
@@ -24,17 +24,17 @@ PICTURE = DOCS / "_static" / "momentum.png"
 FAMILIES = ("mu 0", "mu 0.9")
 SCALE = 1.0
 ROWS = 512
-# The sharpness at which each is at its stability limit.
+# For each method, the sharpness at which its learning rate is at the stability limit.
 LIMITS = {"mu 0": 9.0, "mu 0.9": 12.5, "nesterov, mu 0.9": 10.0}
 
 
 def ravine(w):
-    """The loss of the README's example."""
+    """Returns the loss of the README's example."""
     return w[0] ** 2 / 2 + 10 * w[1] ** 2
 
 
 def walk(mu, steps=60):
-    """The params after each step."""
+    """Returns the params before the first step and after each step."""
     tx = mj.momentum(0.02, mu)
 
     def step(carry, _):
@@ -49,7 +49,7 @@ def walk(mu, steps=60):
 
 
 def spreads(found, family):
-    """By effective learning rate, the spread over the initial weights: [low, value, high]."""
+    """Returns the spread across initial weights by effective learning rate: [low, value, high]."""
     table = found["arms"]
     rows = zip(*(table[name] for name in table), strict=True)
     chosen = (dict(zip(table, row, strict=True)) for row in rows)
@@ -61,7 +61,7 @@ def spreads(found, family):
 
 
 def numbers():
-    """All that the picture shows: the paths, the spreads, and the edge for plain descent."""
+    """Returns the paths, the spreads, and the edge of stability without momentum."""
     found = json.loads((DOCS / "study" / "digits" / "numbers.json").read_text())
     return {
         "paths": {f"mu {mu}": walk(mu).tolist() for mu in (0, 0.9)},
@@ -71,7 +71,7 @@ def numbers():
 
 
 def tanh_network():
-    """Of two hidden layers, by squared loss on some of the digits."""
+    """Returns a problem: a network with two hidden layers and squared loss on ROWS digits."""
     digits = load_digits()
     inputs = jnp.asarray(digits.data[:ROWS] / 16, jnp.float32)
     data = inputs - inputs.mean(axis=0), jax.nn.one_hot(digits.target[:ROWS], 10)
@@ -95,7 +95,7 @@ def tanh_network():
 
 
 def shares(steps=3000, points=60):
-    """By method, the sharpness over the stability limit after so many steps: [steps, shares]."""
+    """Returns the sharpness divided by the stability limit, by method: [steps, shares]."""
     found = {}
     for name, limit in LIMITS.items():
         mu, nesterov = 0.9 * ("0.9" in name), "nesterov" in name
@@ -108,7 +108,7 @@ def shares(steps=3000, points=60):
 
 
 def main():
-    """All panels."""
+    """Draws and saves all panels."""
     figure, (left, right, third) = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
     drawn = numbers() | {"shares": shares()}
     plots.path(ravine, {k: jnp.array(v) for k, v in drawn["paths"].items()}, left).legend()
@@ -117,7 +117,7 @@ def main():
     for family, found, marker, color in zip(
         FAMILIES, drawn["spreads"].values(), "os", plots.COLORS, strict=False
     ):
-        # Beyond the edge nearly all runs end at the loss cap.
+        # Beyond the edge of stability, nearly all runs end at the loss cap.
         below = {float(x): y for x, y in found.items() if float(x) < drawn["edge"]}
         low, value, high = zip(*below.values(), strict=True)
         bars = [

@@ -58,7 +58,7 @@ def is_x64_enabled() -> bool:
     return jax.config.read("jax_enable_x64")
 
 
-def default_device() -> jax.Device:
+def default_device() -> Any:
     """The device of arrays that are made without naming one."""
     config: Any = jax.config
     device = config.jax_default_device

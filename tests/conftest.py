@@ -1,10 +1,10 @@
-"""Eight virtual devices and 64-bit mode on request, for every test."""
+"""Gives the tests eight virtual devices, and 64-bit mode on request."""
 
 import contextlib
 import importlib.metadata
 import os
 
-# Read when JAX starts its backend, so set before anything imports it.
+# JAX reads these when it starts its backend, so they are set before anything imports JAX.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -17,7 +17,7 @@ import pytest
 
 @pytest.fixture
 def x64():
-    """64-bit arrays for the length of one test."""
+    """Enables 64-bit arrays for one test."""
     before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     yield
@@ -26,7 +26,7 @@ def x64():
 
 @pytest.fixture
 def as_shipped():
-    """The package as users have it: without the type checker that the tests put around it."""
+    """Disables the run-time type checker that the tests add, so the package is as users have it."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
@@ -35,7 +35,7 @@ def as_shipped():
 
 @pytest.fixture
 def trained(monkeypatch):
-    """How many runs of a study were trained, by call."""
+    """Returns a list with the number of runs that each call of `Program.train` trains."""
     from momentum_jax.study import training
 
     counts = []
@@ -53,7 +53,7 @@ ORACLES = ("torch", "keras")
 
 
 def versions_of_oracles() -> dict[str, str | None]:
-    """The version of each framework that is compared with where it is installed, or None."""
+    """Returns the version of each framework to compare with, or None if not installed."""
     found: dict[str, str | None] = dict.fromkeys(ORACLES)
     for name in ORACLES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -63,22 +63,22 @@ def versions_of_oracles() -> dict[str, str | None]:
 
 @pytest.fixture
 def oracle(request):
-    """Skips the test where the framework that it is parametrized by is not installed."""
+    """Skips the test if the framework that it is parametrized with is not installed."""
     if versions_of_oracles()[request.param] is None:
         pytest.skip(f"{request.param} is not installed")
     return request.param
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Names what was compared with, so that no oracle is missed silently."""
+    """Reports the frameworks compared with, so that a missing one is noticed."""
     for name, version in versions_of_oracles().items():
         terminalreporter.write_line(
             f"oracle {name}: "
             + (
-                f"{version}, run beside ours"
+                f"{version}, compared with ours"
                 if version
-                else "not installed, so that ours was compared with its recorded trajectories "
-                "alone and no job was carried over from it: pip install -e '.[oracles]'"
+                else "not installed: compared only with its recorded trajectories, and no "
+                "checkpoint was converted. To install it: pip install -e '.[oracles]'"
             )
         )
 
@@ -87,12 +87,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--each-once",
         action="store_true",
-        help="of each parametrized test, run few cases, in which each value occurs",
+        help="run only a few cases of each parametrized test, in which each value occurs",
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the cases that `--each-once` does not ask for."""
+    """Deselects the cases that `--each-once` leaves out."""
     if not config.getoption("--each-once"):
         return
     families = {}
@@ -104,10 +104,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def each_once(cases):
-    """Few cases of one test, in which each value of each of its parameters occurs."""
+    """Returns a few cases of one test in which each value of each parameter occurs."""
     if not hasattr(cases[0], "callspec"):
         return cases
-    # A product of parameters shares its values, which are compared by identity.
+    # The cases share the objects of their parameters, so values are compared by identity.
     left = {case: {(k, id(v)) for k, v in case.callspec.params.items()} for case in cases}
     found = []
     while any(left.values()):

@@ -1,8 +1,8 @@
-"""Each recurrence as a plain NumPy loop in float64, to be checked by eye against the paper.
+"""Each recurrence as a plain NumPy loop in float64, easy to compare with the paper.
 
-Every function takes the gradients of one array, a list with one entry a step, and returns two
-lists of the same length: the updates and the velocities. A hyperparameter is a number or a
-function of the step's count, from 0.
+Each function takes the gradients of one array, a list with one entry per step. It returns two lists
+of the same length: the updates and the velocities. A hyperparameter is a number or a function of
+the step count, which starts at 0.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def momentum(grads, learning_rate, mu, nesterov=False):
-    """The learning rate inside: v <- mu v - learning_rate g."""
+    """Momentum with the learning rate inside: v <- mu v - learning_rate g; the update is v."""
     v = 0.0
     updates, velocities = [], []
     for count, g in enumerate(map(_wide, grads)):
@@ -23,13 +23,13 @@ def momentum(grads, learning_rate, mu, nesterov=False):
 
 
 def heavy_ball(velocity, gradient, learning_rate, mu):
-    """One step of it with the learning rate inside, as `momentum_jax.recurrence` takes it."""
+    """One step of `momentum`, as a function for `momentum_jax.recurrence`."""
     velocity = mu * velocity - learning_rate * gradient
     return velocity, velocity
 
 
 def trace(grads, mu, dampening: Any = 0.0, nesterov=False):
-    """No learning rate: m <- mu m + (1 - dampening) g."""
+    """Momentum without a learning rate: m <- mu m + (1 - dampening) g; the update is m."""
     m = 0.0
     updates, velocities = [], []
     for count, g in enumerate(map(_wide, grads)):
@@ -41,14 +41,14 @@ def trace(grads, mu, dampening: Any = 0.0, nesterov=False):
 
 
 def sgd(grads, learning_rate, mu, dampening: Any = 0.0, nesterov=False):
-    """The learning rate outside: trace, then times -learning_rate."""
+    """Momentum with the learning rate outside: the updates of `trace` times -learning_rate."""
     updates, velocities = trace(grads, mu, dampening, nesterov)
     scaled = [-_at(learning_rate, count) * u for count, u in enumerate(updates)]
     return scaled, velocities
 
 
 def qhm(grads, learning_rate, mu, nu):
-    """Quasi-hyperbolic: v <- mu v + (1 - mu) g; update -learning_rate ((1 - nu) g + nu v)."""
+    """QHM: v <- mu v + (1 - mu) g; the update is -learning_rate ((1 - nu) g + nu v)."""
     v = 0.0
     updates, velocities = [], []
     for count, g in enumerate(map(_wide, grads)):
@@ -60,7 +60,7 @@ def qhm(grads, learning_rate, mu, nu):
 
 
 def aggmo(grads, learning_rate, mus):
-    """Aggregated: the mean of a velocity for each mu; the velocities of a step are a tuple."""
+    """AggMo: the update is the mean of one velocity per mu. A step has a tuple of velocities."""
     runs = [momentum(grads, learning_rate, mu) for mu in mus]
     updates = [sum(each) / len(mus) for each in zip(*(u for u, _ in runs), strict=True)]
     return updates, list(zip(*(v for _, v in runs), strict=True))
@@ -69,7 +69,7 @@ def aggmo(grads, learning_rate, mus):
 def caffe(start, gradient, base_lr, momentum, weight_decay, steps):
     """Caffe's solver, with its sign: v <- momentum v + base_lr (g + weight_decay w), w <- w - v.
 
-    `gradient` is a function of w and the step's count; returned are the params after each step.
+    `gradient` is a function of w and the step count. Returns the params after each step.
     """
     w, v = np.asarray(start, np.float64), 0.0
     params = []
@@ -82,7 +82,7 @@ def caffe(start, gradient, base_lr, momentum, weight_decay, steps):
 
 
 def hash_bits(values, count):
-    """32 bits for each value: a hash of count, position and the upper half of its float32."""
+    """Returns 32 bits per value: a hash of count, position and the upper half of its float32."""
     values = np.asarray(values, np.float32)
     position = np.arange(values.size, dtype=np.uint64).reshape(values.shape)
     upper = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint64)
@@ -91,7 +91,7 @@ def hash_bits(values, count):
 
 
 def stochastic_round(values, dtype, bits):
-    """Away from 0 with the probability of how far the value is on its way there."""
+    """Rounds away from 0 with a probability equal to the fraction of the gap, else toward 0."""
     mantissa, least = {"bfloat16": (7, -133), "float16": (10, -24)}[dtype]
     values = np.asarray(values, np.float64)
     gap = 2.0 ** np.maximum(np.frexp(values)[1] - 1 - mantissa, least)
@@ -102,7 +102,7 @@ def stochastic_round(values, dtype, bits):
 
 
 def quantized(values, count, axis, length):
-    """Codes, the scale of each block along an axis, and what these stand for."""
+    """Returns the codes, the scale of each block along an axis, and the decoded values."""
     values = np.asarray(values, np.float64)
     blocks = np.moveaxis(values, axis, -1)
     blocks = blocks.reshape(*blocks.shape[:-1], -1, length)
@@ -117,7 +117,7 @@ def quantized(values, count, axis, length):
     x = np.abs(values) / unit
     below = np.floor(np.sqrt(x + 127**2 / 4) - 127 / 2)
     part = (x - below * (below + 127)) / (2 * below + 128)
-    # The bits as a signed integer, from -2^31.
+    # The bits as a signed integer, plus 2^31, divided by 2^32.
     uniform = ((hash_bits(values, count) + np.uint64(2**31)) % np.uint64(2**32)) / 2.0**32
     codes = np.sign(values) * np.minimum(below + (uniform < part), 127)
     return codes, scales, codes * (np.abs(codes) + 127) * unit
@@ -136,4 +136,4 @@ def _at(value: Any, count):
 
 
 def _wide(g):
-    return np.asarray(g, np.result_type(g, np.float64))  # complex128 if g is complex
+    return np.asarray(g, np.result_type(g, np.float64))  # complex128 if g is complex.

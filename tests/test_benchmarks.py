@@ -144,11 +144,11 @@ def test_the_quick_run_writes_every_number(tmp_path):
             assert f"{number:.3f} [" in done.stdout, path
 
     situations = results["compiles"]
-    for situation in ("eager, a new instance", "jitted, the value an argument"):
+    for situation in ("eager, new instance", "jitted, value as argument"):
         assert situations[situation]["ours"] == {"learning_rate": 0, "mu": 0}
     # Where a compile cannot be avoided, it was counted.
     for library in ("ours", "optax"):
-        again = situations["jitted around a new instance"][library]
+        again = situations["jitted, new instance inside"][library]
         assert again == {"learning_rate": 1, "mu": 1}
 
 
@@ -171,23 +171,23 @@ def test_the_page_about_low_precision_says_what_was_measured():
     ours = results["schemes"][results["chosen"]]
     once = {name: results["schemes"][name]["errors"]["normal"] for name in SCHEMES}
     assert round(once[CHOSEN], 4) == 0.0074
-    assert round(once["the same codes, nearest"], 4) == round(once["flashoptim"], 4) == 0.0050
-    assert round(once["former format, dithered"], 4) == 0.0049
-    assert round(ours["errors"]["unlike rows"], 2) == 0.13
+    assert round(once["same codes, nearest"], 4) == round(once["flashoptim"], 4) == 0.0050
+    assert round(once["earlier format, dithered"], 4) == 0.0049
+    assert round(ours["errors"]["rows of unequal size"], 2) == 0.13
     levels = ours["levels"]
     assert [round(levels[mu]["scatter"], 3) for mu in levels] == [0.011, 0.017, 0.024]
-    exact = results["schemes"]["the same codes, exact scales"]["levels"]["0.999"]
+    exact = results["schemes"]["same codes, exact scales"]["levels"]["0.999"]
     assert round(exact["scatter"], 3) == 0.007
     for level in levels.values():
-        assert abs(level["risen"] - 1) < 0.001
-        assert level["left"] < 0.0002
+        assert abs(level["reached"] - 1) < 0.001
+        assert level["remaining"] < 0.0002
     larger = {}
     for name, of in results["stationary"].items():
         for mu, each in of.items():
             low = each["bfloat16"]["variance"]["value"] - 1
             assert abs(low) < 0.0035
             larger[name, mu] = each["int8"]["variance"]["value"] - 1
-            if "unlike" not in name:
+            if "unequal" not in name:
                 for dtype in ("bfloat16", "int8"):
                     mean = each[dtype]["mean"]
                     assert -0.0003 < mean["low"] <= 0 <= mean["high"] < 0.0003
@@ -392,9 +392,9 @@ def test_a_shortfall_is_said_with_its_number():
         "large": {"error": "no room"},
     }
     assert compiled.shortfalls({"device": "H100", "rows": rows}) == [
-        "H100: *bad* moves 30.0 bytes per parameter, 1.50 times the least (20.0).",
+        "H100: *bad* moves 30.0 bytes per parameter, 1.50 times the minimum (20.0).",
         "H100: *training, bad* moves 36.0 bytes per parameter, "
-        "1.50 times those of `optax.sgd` (24.0).",
+        "1.50 times the bytes of `optax.sgd` (24.0).",
         "H100: *large* does not compile: no room",
     ]
 
@@ -411,7 +411,7 @@ def test_compile_times_are_said_beside_those_of_float32():
         "velocity int8, 200 more": row(1.0),
     }
     assert compiled.compile_times({"device": "H100", "rows": rows}) == [
-        "H100: *velocity int8, 200 shapes*: 11.0 s, 5.5 times the 2.0 s of float32."
+        "H100: *velocity int8, 200 shapes* takes 11.0 s, 5.5 times as long as float32 (2.0 s)."
     ]
 
 

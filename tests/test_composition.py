@@ -1,4 +1,4 @@
-"""Momentum inside the wrappers of Optax and in the training loops of Flax and Equinox."""
+"""Momentum inside Optax's wrappers and in training loops of Flax and Equinox."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,24 +22,24 @@ import momentum_jax as mj
 SHAPES = {"dense": {"bias": (2,), "kernel": (3, 2)}, "scale": ()}
 IS_DENSE = {"dense": {"bias": True, "kernel": True}, "scale": False}
 STEPS = 7
-ROUNDING = 1e-12  # float64, a few operations a step
+ROUNDING = 1e-12  # float64, a few operations per step
 
 both_modes = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 both_read_outs = pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
 
 
 def decay(count):
-    """A learning rate; unlike Optax's own schedules, float64 if count is traced in 64-bit mode."""
+    """A learning rate schedule; unlike Optax's, float64 if count is traced in 64-bit mode."""
     return 0.1 * 0.8**count
 
 
 def warm_up(count):
-    """A mu."""
+    """A schedule of mu."""
     return 1 - 0.5 * 0.9**count
 
 
 def normal_trees(seed, count, shapes=None, dtype=None):
-    """Trees of normally distributed numbers, float64 if the test has 64-bit mode on."""
+    """Returns trees of normally distributed numbers, float64 in 64-bit mode."""
     rng = np.random.default_rng(seed)
     return [
         jax.tree.map(
@@ -52,7 +52,7 @@ def normal_trees(seed, count, shapes=None, dtype=None):
 
 
 def run(tx: Any, params: Any, grads: Any, *, compiled=True, overrides: Any = None) -> Any:
-    """The params after each step, and the last state; a compiled step is traced at most once."""
+    """Returns the params after each step and the last state; traces a compiled step only once."""
     step = compiled_step if compiled else eager_step
     before = len(traces)
     state = tx.init(params)
@@ -76,7 +76,7 @@ compiled_step = jax.jit(eager_step, static_argnums=0)
 
 
 def by_hand(params, grads, learning_rate, mu, nesterov=False):
-    """The params after each step, from the NumPy loop."""
+    """Returns the params after each step, from the NumPy loop."""
     leaves, treedef = jax.tree.flatten(params)
     columns = zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in grads), strict=True)
     paths = [
@@ -110,7 +110,7 @@ def always(step: Any, **extra_args):
     return step >= 0
 
 
-# Each changes the gradients, the params it sees or the steps it takes in its own way.
+# Wrappers that change the gradients, the params or the steps that the inner one gets.
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "chain": lambda tx: optax.chain(
         optax.clip_by_global_norm(1.0), optax.add_decayed_weights(0.1), tx
@@ -130,7 +130,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 
 def in_both_modes(wrappers):
-    """Each wrapper compiled and, unless it branches, eager: an eager branch compiles each time."""
+    """Runs each wrapper compiled, and eager unless it branches: an eager branch always compiles."""
     branching = {"MultiSteps", "apply_if_finite", "conditionally_mask", "conditionally_transform"}
     return pytest.mark.parametrize(
         ("wrapper", "compiled"),
@@ -146,7 +146,7 @@ def in_both_modes(wrappers):
 @in_both_modes(WRAPPERS)
 @pytest.mark.usefixtures("x64")
 def test_a_wrapper_does_with_momentum_what_it_does_with_optax_trace(wrapper, compiled):
-    """The learning rate inside is Optax's own trace behind its own scaling."""
+    """With the learning rate inside, the reference is Optax's trace after Optax's scaling."""
     params, *grads = normal_trees(0, STEPS + 1)
     theirs = optax.chain(optax.scale_by_learning_rate(decay), optax.trace(0.9, nesterov=True))
     wrap = WRAPPERS[wrapper]
@@ -184,7 +184,7 @@ def test_lookahead_does_with_momentum_what_it_does_with_optax_sgd(reset_state):
     assert optax.tree.get(state, "count") == (STEPS % 3 if reset_state else STEPS)
 
 
-# Each hands momentum every gradient as it is.
+# Wrappers that pass every gradient on unchanged.
 TRANSPARENT: dict[str, Callable[[Any], Any]] = {
     "chain": lambda tx: optax.chain(optax.identity(), tx, optax.clip(1e6)),
     "named_chain": lambda tx: optax.named_chain(("first", optax.identity()), ("momentum", tx)),
@@ -201,7 +201,7 @@ TRANSPARENT: dict[str, Callable[[Any], Any]] = {
 @in_both_modes(TRANSPARENT)
 @pytest.mark.usefixtures("x64")
 def test_extra_arguments_reach_momentum_through(wrapper, compiled):
-    """A learning_rate and a mu for one call override what the factory was given."""
+    """A learning_rate and a mu for one call override the factory's values."""
     params, *grads = normal_trees(3, STEPS + 1)
     tx = TRANSPARENT[wrapper](mj.momentum(0.3, 0.3))
     overrides = [{"learning_rate": decay(count), "mu": warm_up(count)} for count in range(STEPS)]
@@ -211,7 +211,7 @@ def test_extra_arguments_reach_momentum_through(wrapper, compiled):
 
 @both_modes
 def test_masked_leaves_no_trace_of_what_it_masks(compiled):
-    """The other leaves move as if the masked one were not there; it costs no memory."""
+    """Other leaves move as if the masked leaf did not exist; it takes no memory."""
     params, *grads = normal_trees(4, STEPS + 1)
     tx = mj.momentum(decay, 0.9)
     wrapped = optax.chain(
@@ -248,7 +248,7 @@ def test_partition_gives_each_group_its_own_hyperparameters(compiled):
         assert_close(step["dense"]["kernel"], kernel["dense"]["kernel"])
         assert_close(step["dense"]["bias"], bias["dense"]["bias"])
         assert_same_bits(step["scale"], params["scale"])
-    # Two counts, a kernel's velocity and a bias's: nothing for the other group's params.
+    # Two counts, the kernel's velocity and the bias's: no array for the other group's params.
     assert sorted(np.shape(leaf) for leaf in jax.tree.leaves(state)) == [(), (), (2,), (3, 2)]
 
 
@@ -256,7 +256,7 @@ def test_partition_gives_each_group_its_own_hyperparameters(compiled):
 def test_multi_steps_is_momentum_on_the_averaged_gradient():
     period, rounds = 2, 4
     params, *grads = normal_trees(6, period * rounds + 1)
-    # Halves of integers: exact in the float32 that Optax averages in.
+    # Halves of integers: exact in float32, in which Optax averages.
     grads = jax.tree.map(jnp.round, grads)
     tx = optax.MultiSteps(mj.momentum(decay, 0.9), every_k_schedule=period)
     actual, state = run(tx, params, grads)
@@ -269,15 +269,15 @@ def test_multi_steps_is_momentum_on_the_averaged_gradient():
     for count, step in enumerate(actual):
         if (count + 1) % period:
             assert_same_bits(step, still[count // period])
-    assert optax.tree.get(state, "count") == rounds  # the schedule counts real steps
+    assert optax.tree.get(state, "count") == rounds  # The schedule counts real steps.
 
 
 @pytest.mark.parametrize(("velocity_dtype", "bad"), [(None, -np.inf), ("bfloat16", np.nan)])
 def test_a_non_finite_gradient_leaves_no_trace_in_apply_if_finite(velocity_dtype, bad):
-    """Velocity and count freeze to the bit, then all goes on as if the step had not been."""
+    """Velocity and count do not change; later steps are as if the bad step had not occurred."""
     params = {
         "half": jnp.ones(3, jnp.bfloat16),
-        "mixed": jnp.ones((2, 2), jnp.bfloat16),  # its gradients come in float32
+        "mixed": jnp.ones((2, 2), jnp.bfloat16),  # Its gradients are float32.
         "single": jnp.ones(4),
     }
     dtypes = {"half": jnp.bfloat16, "mixed": jnp.float32, "single": jnp.float32}
@@ -307,7 +307,7 @@ def test_a_non_finite_gradient_leaves_no_trace_in_apply_if_finite(velocity_dtype
 @pytest.mark.parametrize(("nesterov", "compiled"), [(False, False), (True, True)])
 @pytest.mark.usefixtures("x64")
 def test_injected_hyperparams_can_be_changed_between_steps(nesterov, compiled):
-    """New values in state.hyperparams count from the next step on and compile nothing."""
+    """New values in state.hyperparams apply from the next step and compile nothing."""
     params, *grads = normal_trees(8, STEPS + 1)
     tx: Any = optax.inject_hyperparams(mj.momentum)(learning_rate=0.3, mu=0.3, nesterov=nesterov)
     learning_rates, mus = np.linspace(0.1, 0.02, STEPS), np.linspace(0.5, 0.95, STEPS)
@@ -355,7 +355,7 @@ def test_injection_with_a_static_velocity_dtype_changes_no_bit(compiled):
 def test_injection_refuses_a_velocity_dtype_that_it_would_call_as_a_schedule(
     factory, hyperparam_dtype
 ):
-    """inject_hyperparams calls jnp.bfloat16 with the count, and may cast what comes out."""
+    """inject_hyperparams would call jnp.bfloat16 with the count, and may cast the result."""
     inject = optax.inject_hyperparams(factory, hyperparam_dtype=hyperparam_dtype)
     with pytest.raises(TypeError, match="name it in static_args"):
         inject(0.1, velocity_dtype=jnp.bfloat16).init(jnp.ones(3))
@@ -363,7 +363,7 @@ def test_injection_refuses_a_velocity_dtype_that_it_would_call_as_a_schedule(
 
 @pytest.mark.parametrize(("hyperparam_dtype", "mu"), [(None, 1.0), (jnp.float32, 0.999)])
 def test_injected_mu_is_as_exact_as_hyperparam_dtype(hyperparam_dtype, mu):
-    """Optax rounds mu=0.999 to bfloat16 with the params unless told otherwise; we do not."""
+    """By default Optax rounds mu=0.999 to bfloat16 with bfloat16 params; we do not."""
     params, *grads = normal_trees(11, STEPS + 1, dtype=jnp.bfloat16)
     inject = optax.inject_hyperparams(mj.momentum, hyperparam_dtype=hyperparam_dtype)
     _, state = run(inject(learning_rate=0.125, mu=0.999), params, grads)
@@ -427,14 +427,14 @@ def test_flatten_changes_no_bit(compiled):
     assert optax.tree.get(state, "velocity").shape == (2 + 3 * 2 + 1,)
 
 
-# One small network with a float32 and a bfloat16 layer, written four times.
+# One small network with a float32 and a bfloat16 layer, in four libraries.
 
 
 class NnxNetwork(nnx.Module):
     def __init__(self, rngs):
         self.first = nnx.Linear(4, 8, rngs=rngs)
         self.second = nnx.Linear(8, 1, param_dtype=jnp.bfloat16, rngs=rngs)
-        self.calls = nnx.BatchStat(jnp.zeros(()))  # not a param
+        self.calls = nnx.BatchStat(jnp.zeros(()))  # Not a param.
 
     def __call__(self, x):
         return self.second(jnp.tanh(self.first(x)))
@@ -451,7 +451,7 @@ class LinenNetwork(nn.Module):
 
 class EquinoxNetwork(eqx.Module):
     layers: dict[str, dict[str, jax.Array]]
-    table: jax.Array  # integers: not a param
+    table: jax.Array  # Integers: not a param.
     activation: Callable[[jax.Array], jax.Array]
 
     def __call__(self, x):
@@ -473,7 +473,7 @@ def mean_squares(predict, batch):
 
 
 def plain_loop(params, learning_rate, mu):
-    """Clipping, momentum and the step, written out: float32 inside, rounded once at the end."""
+    """Clipping, momentum and the step in plain JAX: float32 inside, rounded once at the end."""
 
     @jax.jit
     def step(params, velocity, batch, learning_rate):
@@ -534,7 +534,7 @@ def test_nnx_optimizer_trains_as_a_plain_loop(overriding, compiled):
 
 
 def test_nnx_gradients_of_another_filter_are_named():
-    """As when nnx.grad differentiates fewer params than the optimizer holds."""
+    """nnx.grad may differentiate fewer params than the optimizer holds; the error names them."""
     model = NnxNetwork(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, mj.momentum(0.1), wrt=nnx.Param)
     kernels = nnx.DiffState(0, nnx.PathContains("kernel"))
@@ -576,7 +576,7 @@ def test_flax_train_state_trains_as_a_plain_loop(container):
 
 
 def test_flax_partition_metadata_shards_the_velocity_like_the_params():
-    """The boxes of nn.with_partitioning stand in the velocity, so they give its specs too."""
+    """The velocity has the boxes of nn.with_partitioning, so they give its specs too."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", "model"))
     network = LinenNetwork(kernel_init)
@@ -637,7 +637,7 @@ def equinox_step(tx, held, model, state, batch):
     return eqx.apply_updates(model, updates), state
 
 
-# Kept for good: where one of these is collected, JAX 0.7.0 corrupts memory as Python exits.
+# Kept alive: if one is garbage-collected, JAX 0.7.0 corrupts memory when Python exits.
 equinox_gradients = eqx.filter_jit(eqx.filter_grad(mean_squares))
 compiled_equinox_step = eqx.filter_jit(equinox_step)
 
@@ -646,7 +646,7 @@ compiled_equinox_step = eqx.filter_jit(equinox_step)
     ("held", "compiled"), [(eqx.is_inexact_array, True), (eqx.is_array, False)]
 )
 def test_equinox_model_trains_as_a_plain_loop(held, compiled):
-    """What is no param is None in the filtered model; an integer array has None as gradient."""
+    """In the filtered model, leaves that are not params are None, as is an integer's gradient."""
     model = equinox_network()
     start, table = model.layers, model.table
     tx: Any = clipped_momentum()

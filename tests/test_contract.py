@@ -1,7 +1,7 @@
-"""The ten promises of the contract, C1 to C10, over a grid of dtypes, trees and shardings.
+"""Tests promises C1 to C10 of the contract, over a grid of dtypes, trees and shardings.
 
-Most values are sums of a few powers of two, so that float32 arithmetic on them is exact: a
-result can then be compared bit for bit, whether or not the compiler fuses a multiply-add.
+Most values are sums of a few powers of two, so that float32 arithmetic on them is exact. Results
+can then be compared bit for bit, whether or not the compiler fuses multiply-adds.
 """
 
 import collections
@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 import momentum_jax as mj
 
-# Optax types a state as any tree of arrays, in which a type checker finds no field.
+# Optax types a state as a tree of arrays, so a type checker would not find its fields.
 momentum: Any = mj.momentum
 trace: Any = mj.trace
 qhm: Any = mj.qhm
@@ -40,12 +40,12 @@ recurrence: Any = mj.recurrence
 MomentumState: Any = mj.MomentumState
 apply_updates: Any = mj.apply_updates
 
-# An older JAX has it elsewhere.
+# Older JAX versions have it in another module.
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else getattr(jax.sharding, "use_mesh")  # noqa: B009
 
 LEARNING_RATE, MU, DAMPENING, NU = 0.375, 0.75, 0.25, 0.5
 
-# Of each recurrence: how it is made, and the paper's equations in whatever dtype v and g have.
+# By recurrence: its factory, and the paper's equations in the dtype of v and g.
 TRANSFORMS = {
     "momentum": (
         lambda **options: momentum(LEARNING_RATE, MU, **options),
@@ -88,7 +88,7 @@ TRANSFORMS = {
     ),
 }
 
-# The same value as each type that a hyperparameter may have.
+# One value in each type that a hyperparameter may have.
 HYPERPARAMETERS = {
     "python": float,
     "numpy float32": np.float32,
@@ -99,21 +99,21 @@ HYPERPARAMETERS = {
 }
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
-# The learning rate inside and outside, for what has nothing to do with the read-out.
+# Learning rate inside and outside; without Nesterov, for tests that do not depend on it.
 NESTEROV = ["momentum-nesterov", "trace-nesterov"]
 each_place = pytest.mark.parametrize("name", NESTEROV)
 
 
 @pytest.fixture(params=["32-bit", "64-bit"])
 def width(request):
-    """JAX's two modes; in the second one the grid has 64-bit params too."""
+    """Runs a test in JAX's default mode and in 64-bit mode; the latter also has 64-bit params."""
     if request.param == "64-bit":
         request.getfixturevalue("x64")
     return request.param
 
 
 def numbers(shape, kind="float32", seed=0):
-    """Multiples of 1/64 with at most 8 significant bits: exact in every dtype of the grid."""
+    """Returns multiples of 1/64 with up to 8 significant bits: exact in every dtype of the grid."""
     rng = np.random.default_rng(seed)
     draw = rng.integers(-255, 256, shape) / 64
     if kind.startswith("complex"):
@@ -121,7 +121,7 @@ def numbers(shape, kind="float32", seed=0):
     return draw
 
 
-# Kinds of params, and the shape of each; those of 64 bits exist in 64-bit mode alone.
+# Kinds of params and their shapes; 64-bit kinds exist only in 64-bit mode.
 WIDE = ["float64", "complex128"]
 SHAPES = {
     "float32": (3, 2),
@@ -137,7 +137,7 @@ SHAPES = {
 
 
 def make(seed=0, *, only_real=False):
-    """A tree of params (or gradients): every kind, with shapes odd and even."""
+    """Returns a tree of params (or gradients): every kind, with odd and even shapes."""
     wide = jax.config.read("jax_enable_x64")
 
     def leaf(kind, shape):
@@ -157,27 +157,27 @@ def make(seed=0, *, only_real=False):
 
 
 def cast(grads, dtype):
-    """Gradients of another dtype than their params; complex ones have no such choice."""
+    """Casts gradients to a dtype that differs from the params'; complex gradients stay complex."""
     return jax.tree.map(
         lambda g: g if dtype is None or np.iscomplexobj(g) else jnp.asarray(g, dtype), grads
     )
 
 
 def types(tree):
-    """What must never change from step to step, short of the sharding."""
+    """Returns the types that must never change from step to step, without the sharding."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(x.shape, x.dtype, x.weak_type) for x in leaves]
 
 
 def bits(tree):
-    """The very bytes of every leaf, and the structure around them."""
+    """Returns the bytes of every leaf, and the tree structure."""
     leaves, treedef = jax.tree.flatten(tree)
     arrays = [np.asarray(leaf) for leaf in leaves]
     return treedef, [(x.shape, x.dtype, x.tobytes()) for x in arrays]
 
 
 def sharded_otherwise(tree, like):
-    """Which leaves of `tree` are sharded unlike those of `like`."""
+    """Returns the leaves of `tree` whose sharding differs from `like`."""
     pairs = zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True)
     return {
         jax.tree_util.keystr(path): (x.sharding, y.sharding)
@@ -187,12 +187,12 @@ def sharded_otherwise(tree, like):
 
 
 def moving(tx, **options):
-    """A state that is not at rest, after one step."""
+    """Returns a state with a nonzero velocity, after one step."""
     return tx.update(make(1, **options), tx.init(make(**options)))[1]
 
 
 def two_steps(tx):
-    """A program for tests of a transformation of JAX: from rest, two steps, params moved."""
+    """Returns a program for tests of JAX's transformations: init, two steps, updated params."""
 
     def run(params, first, second):
         state = tx.init(params)
@@ -209,7 +209,7 @@ def two_steps(tx):
 
 @pytest.mark.usefixtures("width")
 def test_c1_pure_inputs_stay_and_a_call_repeats():
-    """No call writes into what it was given, and the same call gives the same bits."""
+    """No call changes its inputs, and the same call gives the same bits."""
     tx = momentum(LEARNING_RATE, MU, nesterov=True)
     params, grads = make(), make(1)
     state = moving(tx)
@@ -246,20 +246,20 @@ def check_against_the_paper(name):
 
 @every_transform
 def test_c1_pure_jit_gives_the_bits_of_eager_and_of_the_paper(name):
-    """Eager, inside a caller's jit, and the equations in float64, on exactly held numbers."""
+    """Eager calls, a caller's jit and the float64 equations agree, on exact numbers."""
     check_against_the_paper(name)
 
 
 @each_place
 @pytest.mark.usefixtures("x64")
 def test_c1_pure_jit_gives_the_bits_of_the_paper_in_64_bit_mode(name):
-    """The same with 64-bit params beside the others."""
+    """The same holds in 64-bit mode, with 64-bit params in the tree."""
     check_against_the_paper(name)
 
 
 @each_place
 def test_c1_pure_vmap_over_params_grads_and_state(name):
-    """A batch of models steps like each model alone."""
+    """A batch of models gives the same steps as each model alone."""
     run = two_steps(TRANSFORMS[name][0]())
     models = [[make(3 * i + j) for j in range(3)] for i in range(3)]
     alone = [run(*model) for model in models]
@@ -273,7 +273,7 @@ def test_c1_pure_vmap_over_params_grads_and_state(name):
 
 @pytest.mark.parametrize("how", ["factory", "override"])
 def test_c1_pure_vmap_over_learning_rate_and_mu(how):
-    """One sweep in one program: hyperparameters may be traced, given in either place."""
+    """One program runs a sweep: hyperparameters may be traced, in the factory or in update."""
     old, grad = numbers((5,), seed=1), numbers((5,), seed=2)
     state = MomentumState(jnp.int32(7), jnp.asarray(old, "float32"))
 
@@ -295,7 +295,7 @@ def test_c1_pure_vmap_over_learning_rate_and_mu(how):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.usefixtures("x64")
 def test_c1_pure_grad_through_momentum_hyperparameters(how, nesterov):
-    """d(second update)/d(learning_rate, mu), against the derivative worked by hand."""
+    """d(second update)/d(learning_rate, mu) equals the derivative worked out by hand."""
     g1, g2 = 1.75, -0.625
 
     def second_update(learning_rate, mu):
@@ -320,7 +320,7 @@ def test_c1_pure_grad_through_momentum_hyperparameters(how, nesterov):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.usefixtures("x64")
 def test_c1_pure_grad_through_trace_hyperparameters(how, nesterov):
-    """d(second update)/d(mu, dampening), against the derivative worked by hand."""
+    """d(second update)/d(mu, dampening) equals the derivative worked out by hand."""
     g1, g2 = 1.75, -0.625
 
     def second_update(mu, dampening):
@@ -339,7 +339,7 @@ def test_c1_pure_grad_through_trace_hyperparameters(how, nesterov):
 
 
 def test_c1_pure_grad_through_the_steps_of_a_run():
-    """d(end)/d(start) of a run down a parabola is the run of the homogeneous recurrence."""
+    """On a parabola, d(end)/d(start) of a run equals a run of the homogeneous recurrence."""
     tx = momentum(0.25, 0.5)
 
     def run(w):
@@ -359,7 +359,7 @@ def test_c1_pure_grad_through_the_steps_of_a_run():
 
 @pytest.mark.usefixtures("width")
 def test_c1_pure_scan_gives_the_bits_of_a_loop():
-    """The state is a scan carry as it is: types that changed would be refused."""
+    """The state can be a scan carry, which would refuse changing types."""
     tx = momentum(LEARNING_RATE, MU, nesterov=True)
     params = make()
     steps = [make(i) for i in (1, 2)]
@@ -384,14 +384,14 @@ def test_c1_pure_scan_gives_the_bits_of_a_loop():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("where", ["sharded", "replicated"])
 def test_c1_pure_shard_map(where, axis_type):
-    """On 8 devices, each with its slice or each with the whole: the bits of one device."""
+    """On 8 devices, sharded or replicated, the bits are the same as on one device."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
     run = two_steps(momentum(LEARNING_RATE, MU, nesterov=True))
     params, first, second = (jnp.asarray(numbers((8, 4), seed=i), "float32") for i in (0, 1, 2))
 
     def on_each_device(params, first, second):
         if where == "replicated":
-            # Gradients that vary over the devices are averaged before they move replicas.
+            # Gradients that vary over the devices are averaged before they update replicas.
             first, second = (jax.lax.pmean(g[0], "d") for g in (first, second))
         return run(params, first, second)
 
@@ -415,7 +415,7 @@ def test_c1_pure_shard_map(where, axis_type):
 
 
 def test_c1_pure_shard_map_over_some_axes_of_a_mesh():
-    """The other axes are left to the partitioner; each device has the bits of one device."""
+    """The partitioner handles the other axes; the bits are the same as on one device."""
     mesh, params, grads = on_mesh(AxisType.Auto, "2-D", [(P("d", "m"), P("d", "m"))])
     run = two_steps(momentum(LEARNING_RATE, MU))
     expected = jax.tree.map(np.asarray, run(params, grads, grads))
@@ -431,7 +431,7 @@ def test_c1_pure_shard_map_over_some_axes_of_a_mesh():
 
 
 def test_c1_pure_shard_map_with_a_learning_rate_that_varies():
-    """Each device may have its own learning rate."""
+    """Each device may have a different learning rate."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tx = momentum(1.0)
 
@@ -451,7 +451,7 @@ def test_c1_pure_shard_map_with_a_learning_rate_that_varies():
 @every_transform
 @pytest.mark.usefixtures("width")
 def test_c1_pure_eval_shape_tells_the_truth(name):
-    """Abstract init, update and apply_updates have the types of the real ones."""
+    """Abstract init, update and apply_updates have the same types as the real ones."""
     tx = TRANSFORMS[name][0]()
     params = make()
     state = tx.init(params)
@@ -464,7 +464,7 @@ def test_c1_pure_eval_shape_tells_the_truth(name):
 
 @contextlib.contextmanager
 def strictly():
-    """Leaks are errors, and so is every implicit promotion of a dtype or a rank."""
+    """Makes leaked tracers and implicit promotions of dtype or rank errors."""
     with (
         jax.checking_leaks(),
         jax.numpy_dtype_promotion("strict"),
@@ -487,7 +487,7 @@ def strict_run(hyperparameter):
 )
 @pytest.mark.usefixtures("width")
 def test_c1_pure_under_strict_modes(hyperparameter, grad_dtype):
-    """Every kind of param, gradient and hyperparameter traces, to the types it always has."""
+    """Every kind of param, gradient and hyperparameter traces, to its usual types."""
     args = make(), cast(make(1), grad_dtype), cast(make(2), grad_dtype)
     expected = types(jax.eval_shape(strict_run(hyperparameter), *args))
     with strictly():
@@ -495,7 +495,7 @@ def test_c1_pure_under_strict_modes(hyperparameter, grad_dtype):
 
 
 def test_c1_pure_under_strict_modes_eager():
-    """What runs, runs to the same bits."""
+    """Eager calls give the same bits in strict modes."""
     args = make(), make(1), make(2)
     expected = bits(strict_run("float32 array")(*args))
     with strictly():
@@ -503,7 +503,7 @@ def test_c1_pure_under_strict_modes_eager():
 
 
 def test_c1_pure_transformed_under_strict_modes():
-    """No tracer outlives the transformation that made it, whatever is traced."""
+    """No tracer leaks from a transformation, whichever argument is traced."""
     tx = momentum(optax.linear_schedule(1.0, 0.0, 4), lambda count: 0.5 * jnp.ones(()))
 
     def loss_after(params, learning_rate, mu):
@@ -516,14 +516,14 @@ def test_c1_pure_transformed_under_strict_modes():
     with strictly():
         slope = jax.jit(jax.vmap(jax.grad(loss_after, argnums=1)))
         slopes = slope(params, jnp.ones(4), jnp.zeros(4))
-    # At mu=0 two learning rates multiply each of 3 gradients of 1: d(learning_rate**2) is 2.
+    # At mu=0, each of 3 gradients of 1 gives d(learning_rate**2)/d(learning_rate) = 2 at 1.
     np.testing.assert_array_equal(slopes, 3 * 2.0)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 @each_place
 def test_c1_pure_lowers_for_every_platform(name, platform):
-    """Nothing is bound to the machine that it was written on."""
+    """The step lowers for CPU, CUDA, ROCm and TPU on any machine."""
     tx = TRANSFORMS[name][0]()
     params = make()
     state = tx.init(params)
@@ -541,7 +541,7 @@ def test_c1_pure_lowers_for_every_platform(name, platform):
 
 @each_place
 def test_c1_pure_exported_program_gives_the_same_bits(name):
-    """What was exported for all platforms at once and read back runs here."""
+    """A program exported for all platforms, saved and loaded, runs here with the same bits."""
     tx = TRANSFORMS[name][0]()
     params, grads = make(), make(1)
     state = moving(tx)
@@ -552,7 +552,7 @@ def test_c1_pure_exported_program_gives_the_same_bits(name):
     ):
         leaves, treedef = jax.tree.flatten(args)
 
-        # Only plain containers are serialized without registering each type.
+        # Other containers would need a registration of each type before serialization.
         def flat(*leaves, f=f, treedef=treedef):
             return jax.tree.leaves(f(*treedef.unflatten(leaves)))
 
@@ -569,9 +569,9 @@ def test_c1_pure_exported_program_gives_the_same_bits(name):
 @each_place
 @pytest.mark.usefixtures("width")
 def test_c2_stable_types(name, grad_dtype, velocity_dtype):
-    """Shapes, dtypes, weak types and structure are those of init for ever.
+    """Shapes, dtypes, weak types and structure never change after init.
 
-    A compiled program gives the types that it was traced with, so tracing it is enough.
+    A compiled program returns the types that it was traced with, so tracing it is enough.
     """
     tx = TRANSFORMS[name][0](velocity_dtype=velocity_dtype)
     params = make(only_real=velocity_dtype is not None)
@@ -579,7 +579,7 @@ def test_c2_stable_types(name, grad_dtype, velocity_dtype):
     state = tx.init(params)
     expected = types(state)
     assert types(jax.eval_shape(tx.init, params)) == expected
-    # Twice: what changes once, as a weak type does, would be stable from then on.
+    # Two steps: a type that changes only once, as a weak type does, would then be stable.
     once = jax.eval_shape(tx.update, grads, state)[1]
     assert types(once) == expected
     assert types(jax.eval_shape(tx.update, grads, once)[1]) == expected
@@ -592,7 +592,7 @@ def test_c2_stable_types(name, grad_dtype, velocity_dtype):
 
 @pytest.mark.usefixtures("width")
 def test_c2_stable_types_of_real_arrays():
-    """Eager, jitted and scanned steps in turn, on one state that they hand to each other."""
+    """Eager, jitted and scanned steps can alternate on one state."""
     tx = momentum(LEARNING_RATE, MU, nesterov=True)
     params, grads = make(), make(1)
     state = tx.init(params)
@@ -610,7 +610,7 @@ def test_c2_stable_types_of_real_arrays():
 
 @pytest.mark.usefixtures("width")
 def test_c2_stable_hyperparameters_never_reach_the_state():
-    """No type of hyperparameter, given in any place, changes a type of the state."""
+    """The type of a hyperparameter, given anywhere, never changes a type of the state."""
     params = make()
     tx = momentum(LEARNING_RATE, MU)
     state = tx.init(params)
@@ -634,7 +634,7 @@ MESHES = {"1-D": ((8,), ("d",), ONE_AXIS), "2-D": ((4, 2), ("d", "m"), TWO_AXES)
 
 
 def on_mesh(axis_type, mesh_kind, pairs):
-    """Params and gradients on 8 devices, a leaf for each pair of shardings."""
+    """Returns params and gradients on 8 devices, with one leaf per pair of shardings."""
     shape, names, _ = MESHES[mesh_kind]
     mesh = jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
 
@@ -663,7 +663,7 @@ def check_steps_keep_sharding(params, grads, how):
 
     if how == "jit, donated":
         step = jax.jit(step, donate_argnums=(0, 1))
-    # Donated params are gone after the step: compare with what they were.
+    # Donated params are deleted by the step, so copy their types and values before it.
     like = jax.tree.map(lambda w: jax.device_put(np.zeros(w.shape, w.dtype), w.sharding), params)
     state = tx.init(params)
     assert sharded_otherwise(state.velocity, like) == {}
@@ -682,7 +682,7 @@ def check_steps_keep_sharding(params, grads, how):
 @pytest.mark.parametrize("mesh_kind", MESHES)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_c2_stable_sharding(axis_type, mesh_kind, how):
-    """Velocity and params stay where they were, gradients sharded alike."""
+    """Velocity and params keep their sharding when gradients have the same sharding."""
     pairs = [(spec, spec) for spec in MESHES[mesh_kind][2]]
     check_steps_keep_sharding(*on_mesh(axis_type, mesh_kind, pairs)[1:], how)
 
@@ -700,33 +700,33 @@ EVERY_WAY = [pair for pairs in OTHERWISE.values() for pair in pairs]
 
 @pytest.mark.parametrize("how", ["eager", "jit, donated"])
 def test_c2_stable_sharding_when_gradients_are_sharded_otherwise(how):
-    """Velocity and params keep their sharding and do not follow the gradient."""
+    """Velocity and params keep their sharding and do not take the gradient's."""
     check_steps_keep_sharding(*on_mesh(AxisType.Auto, "2-D", EVERY_WAY)[1:], how)
 
 
 @pytest.mark.parametrize("pairs", OTHERWISE)
 def test_c2_stable_sharding_when_gradients_are_sharded_otherwise_in_types(pairs):
-    """The same on a mesh with explicit axes, where JAX may refuse to mix what differs."""
+    """The same holds on a mesh with explicit axes, where JAX may refuse mixed shardings."""
     check_steps_keep_sharding(
         *on_mesh(AxisType.Explicit, "2-D", OTHERWISE[pairs])[1:], "jit, donated"
     )
 
 
 def test_c2_stable_sharding_when_gradients_are_sharded_otherwise_in_types_eager():
-    """And outside a caller's jit."""
+    """The same holds outside a caller's jit."""
     check_steps_keep_sharding(*on_mesh(AxisType.Explicit, "2-D", EVERY_WAY)[1:], "eager")
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_c2_stable_sharding_when_gradients_come_from_the_host(axis_type):
-    """NumPy gradients, as a test or a server of parameters hands them."""
+    """Gradients may be NumPy arrays, as from a test or a parameter server."""
     _, params, grads = on_mesh(axis_type, "2-D", [(spec, spec) for spec in TWO_AXES])
     check_steps_keep_sharding(params, jax.tree.map(np.asarray, grads), "eager")
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_c2_stable_sharding_through_scan(axis_type):
-    """A whole run in one program leaves every array where it found it."""
+    """A whole run in one program keeps the sharding of every array."""
     pairs = [(spec, spec) for spec in TWO_AXES]
     _, params, grads = on_mesh(axis_type, "2-D", pairs)
     tx = momentum(LEARNING_RATE, MU)
@@ -747,14 +747,14 @@ def test_c2_stable_sharding_through_scan(axis_type):
 
 @pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_c2_stable_sharding_when_updates_are_sharded_otherwise(how):
-    """Whatever lies between update and apply_updates: the params stay where they are."""
+    """The params keep their sharding, even if updates change theirs before apply_updates."""
     _, params, updates = on_mesh(AxisType.Auto, "2-D", EVERY_WAY)
     assert sharded_otherwise(how(apply_updates)(params, updates), params) == {}
 
 
 @pytest.mark.parametrize("spec", [P(), P("d"), P("d", "m")], ids=str)
 def test_c2_stable_sharding_under_vmap_along_unlike_axes(spec):
-    """Gradients are batched along another axis, and sharded along it."""
+    """Gradients may be batched and sharded along a different axis than the params."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
     velocity = jax.device_put(np.ones((8, 16), np.float32), NamedSharding(mesh, spec))
     grads = jax.device_put(np.ones((16, 8), np.float32), NamedSharding(mesh, P("d", "m")))
@@ -766,7 +766,7 @@ def test_c2_stable_sharding_under_vmap_along_unlike_axes(spec):
 
 
 def test_c2_stable_sharding_beside_leaves_that_are_on_no_mesh():
-    """On a mesh with explicit axes a number and a NumPy array train along."""
+    """On a mesh with explicit axes, a number and a NumPy array can be params too."""
     mesh, params, _ = on_mesh(AxisType.Explicit, "2-D", [(P("d", "m"), P())])
     (on_the_mesh,) = params
     params |= {"number": 2.0, "host": np.ones(3, np.float32)}
@@ -787,7 +787,7 @@ def test_c2_stable_sharding_beside_leaves_that_are_on_no_mesh():
 
 
 def test_c8_the_program_is_the_same_at_each_lowering():
-    """Its text is the key of a compilation cache on disk."""
+    """Its text, the key of a compilation cache on disk, is the same each time."""
     _, params, grads = on_mesh(AxisType.Auto, "2-D", EVERY_WAY)
     tx = momentum(0.5, 0.5)
     texts = [jax.jit(tx.update).lower(grads, tx.init(params)).as_text() for _ in range(2)]
@@ -795,7 +795,7 @@ def test_c8_the_program_is_the_same_at_each_lowering():
 
 
 def test_c1_pure_exported_programs_meet_in_one():
-    """Two steps exported apart, of arrays of other shapes, run within one program."""
+    """Two steps that were exported separately, with different shapes, run in one program."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
     tx = momentum(0.5, 0.5)
 
@@ -812,7 +812,7 @@ def test_c1_pure_exported_programs_meet_in_one():
 @pytest.mark.parametrize("device", [0, 3])
 @pytest.mark.parametrize("committed", [False, True])
 def test_c2_stable_device(device, committed):
-    """State and params stay on the device of the params, committed or not as these were."""
+    """State and params stay on the device of the params, and committed only if these were."""
     place = jax.devices()[device]
     with contextlib.nullcontext() if committed else jax.default_device(place):
         params = {"w": jnp.ones((2, 3)), "b": jnp.asarray(1.0)}
@@ -854,7 +854,7 @@ def count_traces(params, tx, init):
 @pytest.mark.parametrize(("velocity_dtype", "jitted"), [(None, True), ("bfloat16", False)])
 @pytest.mark.usefixtures("width")
 def test_c2_stable_training_loop_traces_once(velocity_dtype, jitted):
-    """The step is traced once: nothing that goes round the loop changes its type."""
+    """The step is traced once, because no type in the loop changes."""
     tx = momentum(0.125, 0.5, velocity_dtype=velocity_dtype)
     params = make(only_real=velocity_dtype is not None)
     traces, _ = count_traces(params, tx, jax.jit(tx.init) if jitted else tx.init)
@@ -864,7 +864,7 @@ def test_c2_stable_training_loop_traces_once(velocity_dtype, jitted):
 @pytest.mark.parametrize("how", ["init", "jit(init)", "ShapeDtypeStruct"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_c2_stable_training_loop_on_a_mesh_traces_and_compiles_once(axis_type, how):
-    """Neither types nor shardings change, whichever way the state was made."""
+    """Neither types nor shardings change, for each way to create the state."""
     _, params, _ = on_mesh(axis_type, "2-D", [(P(), P()), (P("d"), P("d")), (P("d", "m"), P())])
     tx = momentum(0.125, 0.5)
     init = {
@@ -876,7 +876,7 @@ def test_c2_stable_training_loop_on_a_mesh_traces_and_compiles_once(axis_type, h
 
 
 def test_c2_stable_round_trip_through_the_host():
-    """A state that was NumPy in between goes on with the same types and bits."""
+    """A state converted to NumPy and back continues with the same types and bits."""
     tx = momentum(LEARNING_RATE, MU)
     state = moving(tx)
     stored = jax.tree.map(np.asarray, state)
@@ -890,7 +890,7 @@ def test_c2_stable_round_trip_through_the_host():
 
 
 def given_as(how, name, value):
-    """A momentum that gets one hyperparameter as a value, a schedule or an override."""
+    """Returns a momentum that gets one hyperparameter as a value, a schedule or an override."""
     others = {"learning_rate": 0.5, "mu": 0.25} | {name: value}
     if how == "factory":
         return momentum(**others), {}
@@ -909,7 +909,7 @@ def check_mu(hyperparameter, how):
     _, after = tx.update(coasting, state, **override)
     assert types(after) == types(at_rest)
     for velocity in jax.tree.leaves(after.velocity):
-        # The one rounding is to the width of the arithmetic, not to that of the params.
+        # The value is rounded once, to the dtype of the arithmetic, not to the params' dtype.
         real = np.float64 if velocity.dtype in (np.float64, np.complex128) else np.float32
         np.testing.assert_array_equal(np.asarray(velocity), real(np.float64(mu)))
 
@@ -931,7 +931,7 @@ def check_learning_rate(hyperparameter, how):
 @pytest.mark.parametrize("how", ["factory", "schedule", "override"])
 @pytest.mark.parametrize("hyperparameter", HYPERPARAMETERS)
 def test_c3_mu_is_applied_as_given(hyperparameter, how):
-    """mu=0.999 stays 0.999 with bfloat16 params: a velocity of 1 coasts to exactly that."""
+    """mu=0.999 stays 0.999 with bfloat16 params: a velocity of 1 becomes exactly 0.999."""
     check_mu(hyperparameter, how)
 
 
@@ -945,7 +945,7 @@ def test_c3_learning_rate_is_applied_as_given(hyperparameter, how):
 @pytest.mark.parametrize("hyperparameter", HYPERPARAMETERS)
 @pytest.mark.usefixtures("x64")
 def test_c3_applied_as_given_in_64_bit_mode(hyperparameter):
-    """For 64-bit params with all 53 bits, for the others as ever."""
+    """With 64-bit params all 53 bits count; with others the result is as in 32-bit mode."""
     check_mu(hyperparameter, "factory")
     check_learning_rate(hyperparameter, "factory")
 
@@ -966,13 +966,13 @@ def test_c3_dampening_is_applied_as_given(hyperparameter):
 @pytest.mark.parametrize("hyperparameter", ["python", "numpy float64", "float32 array"])
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "float16", "float32"])
 def test_c3_long_memory_with_narrow_params(param_dtype, hyperparameter):
-    """1000 steps at mu=0.999, where a mu rounded to bfloat16 would be 1, reach the closed form."""
+    """1000 steps at mu=0.999 reach the closed form; mu rounded to bfloat16 would be 1."""
     steps, mu = 1000, 0.999
     tx = momentum(1.0, HYPERPARAMETERS[hyperparameter](mu))
     grads = jnp.ones(2, param_dtype)
     state = tx.init(grads)
     state = jax.lax.scan(lambda s, _: (tx.update(grads, s)[1], None), state, None, length=steps)[0]
-    # Each step rounds mu, a product and a sum to float32, half a unit in the last place each.
+    # Each step rounds mu, a product and a sum to float32: an error of half an ulp each.
     np.testing.assert_allclose(
         np.asarray(state.velocity, np.float64),
         -(1 - mu**steps) / (1 - mu),
@@ -980,15 +980,15 @@ def test_c3_long_memory_with_narrow_params(param_dtype, hyperparameter):
     )
 
 
-# C4: widen, compute, narrow once. --------------------------------------------------------
+# C4: compute in high precision, round once. ----------------------------------------------
 
 
 @pytest.mark.parametrize("velocity_dtype", [None, "bfloat16", "float16"])
 @every_transform
 def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
-    """Bit for bit the wide result, rounded once to each dtype that it is stored in.
+    """Results equal the exact result, rounded once to each dtype in which it is stored.
 
-    Velocities of 16 bits are rounded stochastically; the reference knows the random bits.
+    16-bit velocities use stochastic rounding; the reference computes the same random bits.
     """
     make_tx, equations = TRANSFORMS[name]
     tx = make_tx(velocity_dtype=velocity_dtype)
@@ -1001,7 +1001,7 @@ def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
         grads = {dtype: numbers((512,), seed=seed).astype(np.dtype(dtype)) for dtype in dtypes}
         updates, state = tx.update(grads, state)
         for dtype in dtypes:
-            # Exact in float32, by the choice of numbers, so float64 rounds at the end alone.
+            # These numbers are exact in float32, so the float64 reference rounds only at the end.
             wide_velocity, wide_update = equations(
                 velocity[dtype].astype(np.float64), grads[dtype].astype(np.float64)
             )
@@ -1022,10 +1022,10 @@ def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
 @pytest.mark.parametrize("update_dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.usefixtures("x64")
 def test_c4_apply_updates_adds_wide(update_dtype):
-    """The sum is rounded once: an update is not first rounded to the param's dtype."""
+    """The sum is rounded once: the update is not first rounded to the param's dtype."""
     dtypes = ["bfloat16", "float16", "float32", "float64", "complex64"]
     params = {dtype: numbers((512,), dtype).astype(np.dtype(dtype)) for dtype in dtypes}
-    # Seven bits below the last one of a bfloat16 param: lost if rounded too early.
+    # Seven bits below the last bit of a bfloat16 param: lost if rounded too early.
     update = (numbers((512,), seed=1) / 128 + 1).astype(np.dtype(update_dtype))
     params, updates = jax.tree.map(jnp.asarray, (params, dict.fromkeys(dtypes, update)))
     moved = apply_updates(params, updates)
@@ -1037,7 +1037,7 @@ def test_c4_apply_updates_adds_wide(update_dtype):
 
 @pytest.mark.usefixtures("width")
 def test_c4_default_velocity_dtype():
-    """The param's own dtype, widened to at least float32; zeros, and always strong."""
+    """The default is the param's dtype, at least float32: zeros, never weakly typed."""
     for param, velocity in zip(
         *map(jax.tree.leaves, (make(), momentum(0.1).init(make()).velocity)), strict=True
     ):
@@ -1053,7 +1053,7 @@ def test_c4_default_velocity_dtype():
     [(1.0, "float64"), (1j, "complex128"), (np.float32(1), "float32"), (np.ones(2), "float64")],
 )
 def test_c4_default_velocity_dtype_in_64_bit_mode(param, dtype):
-    """A Python number is 64 bits wide there, and so is its velocity."""
+    """In 64-bit mode the velocity of a Python number has 64 bits."""
     assert momentum(0.1).init(param).velocity.dtype == dtype
 
 
@@ -1061,7 +1061,7 @@ def test_c4_default_velocity_dtype_in_64_bit_mode(param, dtype):
 @pytest.mark.parametrize("velocity_dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.usefixtures("x64")
 def test_c4_chosen_velocity_dtype(velocity_dtype, spelling):
-    """However it is spelt, for params of any width."""
+    """A velocity_dtype may be written in any way, for params of any dtype."""
     tx = momentum(0.5, velocity_dtype=spelling(velocity_dtype))
     state = tx.init(make(only_real=True))
     assert {v.dtype for v in jax.tree.leaves(state.velocity)} == {np.dtype(velocity_dtype)}
@@ -1072,7 +1072,7 @@ def test_c4_chosen_velocity_dtype(velocity_dtype, spelling):
 @each_place
 @pytest.mark.usefixtures("x64")
 def test_c4_updates_have_the_gradients_dtype(name, grad_dtype, velocity_dtype):
-    """Each leaf its own, whatever its param and its velocity are."""
+    """Each update has its gradient's dtype, for any dtype of param and velocity."""
     tx = TRANSFORMS[name][0](velocity_dtype=velocity_dtype)
     params = make(only_real=True)
     updates, _ = jax.eval_shape(tx.update, cast(params, grad_dtype), tx.init(params))
@@ -1086,18 +1086,18 @@ ABSENT = {"None": None, "MaskedNode": optax.MaskedNode(), "float0": FLOAT0}
 
 
 def is_nothing(x):
-    """What stands for no gradient; a test of structure must not look into it."""
+    """Whether this stands for no gradient; used as `is_leaf` in tests of the structure."""
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-# JAX takes no float0 as an argument of jit; it arises inside, tested below.
+# JAX does not accept float0 as an argument of jit. Inside jit, see the test below.
 @pytest.mark.parametrize(
     ("absent", "jitted"),
     [(a, j) for a in ABSENT for j in (False, True) if (a, j) != ("float0", True)],
 )
 @each_place
 def test_c5_no_gradient_leaves_the_velocity(name, absent, jitted):
-    """It is handed back as it came, the velocity keeps its bits, the other leaves move."""
+    """The update is the missing gradient, the velocity keeps its bits, other leaves move."""
     nothing = ABSENT[absent]
     tx = TRANSFORMS[name][0]()
     params = {"still": jnp.arange(3.0), "moved": jnp.ones(3)}
@@ -1125,7 +1125,7 @@ def test_c5_no_gradient_leaves_the_velocity(name, absent, jitted):
 @pytest.mark.parametrize("absent", ["None", "MaskedNode"])
 @pytest.mark.parametrize("where", ["subtree", "root"])
 def test_c5_no_gradient_covers_a_subtree(where, absent):
-    """A whole layer, or a whole model, can have no gradient."""
+    """A whole layer or a whole model can have no gradient."""
     nothing = ABSENT[absent]
     params = {
         "frozen": {"w": jnp.arange(3.0), "b": [jnp.ones(2), jnp.ones(())]},
@@ -1148,7 +1148,7 @@ def test_c5_no_gradient_covers_a_subtree(where, absent):
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 def test_c5_float0_from_jax_grad(jitted):
-    """An integer param next to real ones, as jax.grad(allow_int=True) treats it."""
+    """jax.grad(allow_int=True) works with an integer param in the tree."""
     tx = momentum(0.5)
 
     def step(params, state):
@@ -1169,7 +1169,7 @@ def test_c5_float0_from_jax_grad(jitted):
 
 
 def test_c5_count_advances_without_any_gradient():
-    """A schedule goes on while nothing moves, also in an empty model."""
+    """A schedule advances even if no param has a gradient, or there are no params."""
     tx = momentum(optax.linear_schedule(1.0, 0.0, 2))
     state = tx.init({"w": jnp.ones(2)})
     for _ in range(3):
@@ -1183,7 +1183,7 @@ def test_c5_count_advances_without_any_gradient():
 
 
 def test_c5_no_gradient_inside_scan():
-    """None is part of the structure there, and the carry keeps its types."""
+    """None is part of the structure in scan, and the carry keeps its types."""
     tx = trace(0.5)
     params = {"still": jnp.ones(2), "moved": jnp.ones(2)}
     state = tx.update(params, tx.init(params))[1]
@@ -1199,7 +1199,7 @@ def test_c5_no_gradient_inside_scan():
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("param", [jnp.arange(3), jnp.array([True, False]), 3, False])
 def test_c5_integer_param_with_a_gradient_is_refused(param, jitted):
-    """By its path, and with the way out."""
+    """The error names the path and a remedy."""
     tx = momentum(0.1)
     state = tx.init({"table": {"ids": param}})
     grads = {"table": {"ids": jnp.ones(np.shape(param))}}
@@ -1211,7 +1211,7 @@ def test_c5_integer_param_with_a_gradient_is_refused(param, jitted):
 
 
 class Layer(NamedTuple):
-    """A container with names."""
+    """A named tuple as a container."""
 
     kernel: Any
     bias: Any
@@ -1220,7 +1220,7 @@ class Layer(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Block:
-    """A container with a field that is no leaf."""
+    """A container with a field that is not a leaf."""
 
     layer: Layer
     scale: Any
@@ -1258,7 +1258,7 @@ TREES = {
 
 
 def mirrors(params, init, update, add):
-    """What has to mirror the params, in all that is made of them."""
+    """Asserts that state and updates have the structure of the params."""
     state = init(params)
     updates, after = update(params, state)
     return state[1], updates, after[1], add(params, updates)
@@ -1266,7 +1266,7 @@ def mirrors(params, init, update, add):
 
 @pytest.mark.parametrize("tree", TREES)
 def test_c6_velocity_mirrors_the_params(tree):
-    """The same tree and shapes, in the state and in the updates, inside a caller's program."""
+    """State and updates have the params' structure and shapes, inside a caller's jit."""
     tx = momentum(0.5)
     params = TREES[tree]
     structure, shapes = jax.tree.structure(params), list(map(np.shape, jax.tree.leaves(params)))
@@ -1276,7 +1276,7 @@ def test_c6_velocity_mirrors_the_params(tree):
 
 
 def test_c6_velocity_mirrors_the_params_eager():
-    """All those trees at once, outside one."""
+    """The same holds for all those trees at once, outside jit."""
     tx = trace(nesterov=True)
     for mirror in mirrors(TREES, tx.init, tx.update, apply_updates):
         assert jax.tree.structure(mirror) == jax.tree.structure(TREES)
@@ -1284,7 +1284,7 @@ def test_c6_velocity_mirrors_the_params_eager():
 
 
 def test_c6_optax_maps_over_the_params_in_the_state():
-    """What tells Optax which leaves are like params also finds our velocity, and only that."""
+    """Optax's search for params-like leaves finds our velocity and nothing else."""
     map_params: Any = optax.tree_utils.tree_map_params
     params = {"w": W, "layer": Layer(W, None)}
     labels = {"w": "rows", "layer": Layer("columns", None)}
@@ -1307,7 +1307,7 @@ def test_c6_optax_maps_over_the_params_in_the_state():
 
 
 def abstract(params):
-    """The params as shapes, dtypes and shardings alone."""
+    """Returns the params as shapes, dtypes and shardings."""
     return jax.tree.map(
         lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), params
     )
@@ -1315,20 +1315,20 @@ def abstract(params):
 
 @pytest.fixture(params=["set_mesh", "no mesh set"])
 def mesh_context(request):
-    """Enters a mesh as a user of Explicit axes does, or does not."""
+    """Sets the mesh, as a user of Explicit axes does, or does not set it."""
     return contextlib.nullcontext if request.param == "no mesh set" else set_mesh
 
 
 @pytest.mark.parametrize("mesh_kind", MESHES)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_c7_init_takes_the_params_sharding(axis_type, mesh_kind, mesh_context):
-    """Eager and jitted, sharded and replicated in one tree; also with a weak type."""
+    """Holds eager and jitted, for sharded, replicated and weakly typed leaves in one tree."""
     pairs = [(spec, spec) for spec in MESHES[mesh_kind][2]]
     mesh, params, _ = on_mesh(axis_type, mesh_kind, pairs)
     params["weak"] = jax.device_put(jnp.full((8, 2), 1.0), NamedSharding(mesh, P("d")))
     params["scalar"] = jax.device_put(jnp.ones(()), NamedSharding(mesh, P()))
     params["empty"] = jax.device_put(jnp.ones((0, 3)), NamedSharding(mesh, P()))
-    for dtype in ("int32", "bool"):  # Never moved, and yet as large as any other.
+    for dtype in ("int32", "bool"):  # Never updated, but as large as others.
         params[dtype] = jax.device_put(jnp.ones((8, 2), dtype), NamedSharding(mesh, P("d")))
     tx = momentum(0.1)
     with mesh_context(mesh):
@@ -1357,7 +1357,7 @@ def test_c7_init_from_abstract_params(axis_type, mesh_kind, mesh_context):
 @pytest.mark.parametrize("mesh_kind", MESHES)
 @pytest.mark.parametrize(
     ("axis_type", "mesh_context"),
-    # JAX itself compiles nothing for an explicit mesh that is not set.
+    # JAX itself cannot compile for an explicit mesh that is not set.
     [
         (AxisType.Auto, "no mesh set"),
         (AxisType.Auto, "set_mesh"),
@@ -1366,7 +1366,7 @@ def test_c7_init_from_abstract_params(axis_type, mesh_kind, mesh_context):
     indirect=["mesh_context"],
 )
 def test_c7_init_from_abstract_params_inside_jit(axis_type, mesh_kind, mesh_context):
-    """Closed over by a jitted function with no argument to take a sharding from."""
+    """The jitted function closes over the params and has no argument with a sharding."""
     pairs = [(spec, spec) for spec in MESHES[mesh_kind][2]]
     mesh, params, _ = on_mesh(axis_type, mesh_kind, pairs)
     tx = momentum(0.1)
@@ -1378,7 +1378,7 @@ def test_c7_init_from_abstract_params_inside_jit(axis_type, mesh_kind, mesh_cont
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_c7_init_from_abstract_params_of_which_some_are_bound_to_no_device(wrap):
-    """A fresh scalar beside arrays on a mesh: its sharding names the device it happens to be on."""
+    """A new scalar among arrays on a mesh: its sharding names the default device."""
     _, params, _ = on_mesh(AxisType.Auto, "2-D", [(P("d", "m"), P())])
     params["fresh"] = jnp.float32(1)
     tx = momentum(0.1)
@@ -1389,13 +1389,13 @@ def test_c7_init_from_abstract_params_of_which_some_are_bound_to_no_device(wrap)
 
 
 def whereabouts(tree):
-    """The devices of each array, whether it is bound to them, and in which memory it is."""
+    """Returns each array's devices, whether it is committed to them, and its memory kind."""
     return [(x.devices(), x.committed, x.sharding.memory_kind) for x in jax.tree.leaves(tree)]
 
 
 @contextlib.contextmanager
 def configured(device):
-    """The default device as an option of the whole program."""
+    """Sets the default device as an option of the whole program."""
     jax.config.update("jax_default_device", device)
     try:
         yield
@@ -1415,7 +1415,7 @@ def configured(device):
     ids=["none", "device", "platform", "option"],
 )
 def test_c7_init_from_abstract_params_knows_the_default_device(context, wrap):
-    """An array bound to no device stays so; one on another device than the default stays there."""
+    """Uncommitted arrays stay so; an array on another device than the default stays there."""
     tx = momentum(0.1)
     with context():
         free = jnp.ones(4)
@@ -1424,7 +1424,7 @@ def test_c7_init_from_abstract_params_knows_the_default_device(context, wrap):
             state = wrap(lambda params=params: tx.init(abstract(params)))()
             assert whereabouts(state) == whereabouts(tx.init(params))
         state = tx.init(abstract(free))
-        # It follows a gradient, as the param would.
+        # It moves to the gradient's device, as the param would.
         moved = tx.update(jax.device_put(free, jax.devices()[5]), state)[1]
         assert moved.velocity.devices() == {jax.devices()[5]}
 
@@ -1452,7 +1452,7 @@ def test_c7_init_from_abstract_params_knows_the_memory(axis_type, wrap):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_c7_init_from_what_eval_shape_returns(wrap):
-    """On Explicit axes it has shardings, over a mesh without devices."""
+    """On Explicit axes it has shardings over a mesh without devices."""
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Explicit,))
     tx = momentum(0.1)
     with set_mesh(mesh):
@@ -1479,7 +1479,7 @@ def test_c7_init_from_abstract_params_without_sharding():
 @pytest.mark.parametrize("velocity_dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_c7_jitted_init_never_holds_a_whole_velocity(axis_type, velocity_dtype):
-    """Read from the compiled program: no array in it is larger than one device's slice."""
+    """In the compiled program, no array is larger than one device's shard."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
     params = {
         "both": jax.device_put(jnp.ones((64, 24)), NamedSharding(mesh, P("d", "m"))),
@@ -1501,7 +1501,7 @@ def test_c7_jitted_init_never_holds_a_whole_velocity(axis_type, velocity_dtype):
 
 
 def of_all_shapes():
-    """Leaves of different shapes, from NumPy: each operation on each would be one compile."""
+    """Returns NumPy leaves of different shapes, so that each eager operation would compile."""
     shapes = [(), (1,), (2, 3), (4,), (0, 5), (6, 1), (7,)]
     shapes.append((new_size(),))
     return {f"w{i}": np.ones(shape, np.float32) for i, shape in enumerate(shapes)}
@@ -1509,7 +1509,7 @@ def of_all_shapes():
 
 @each_place
 def test_c8_each_eager_call_is_one_program(name):
-    """From a fresh cache init, update and apply_updates compile one program each, once."""
+    """With a cold cache, init, update and apply_updates each compile one program, once."""
     params = of_all_shapes()
     clear_caches()
     tx = TRANSFORMS[name][0]()
@@ -1531,7 +1531,7 @@ def test_c8_each_eager_call_is_one_program(name):
 
 
 def test_c8_instances_share_their_programs():
-    """A new value of a hyperparameter, however many and however given, compiles nothing."""
+    """New values of hyperparameters, in any number and given anywhere, compile nothing."""
     params = of_all_shapes()
     first = momentum(0.1, 0.9)
     state = first.update(params, first.init(params))[1]
@@ -1553,7 +1553,7 @@ def test_c8_instances_share_their_programs():
 
 @pytest.mark.parametrize("hyperparameter", ["weak array", "float32 array", "bfloat16 array"])
 def test_c8_new_values_in_arrays_never_recompile(hyperparameter):
-    """Arrays pass as they are: a type may cost one program, a value none."""
+    """A new type of array may compile one program; a new value compiles nothing."""
     given = HYPERPARAMETERS[hyperparameter]
     params = of_all_shapes()
     tx = momentum(given(0.5), given(0.25))
@@ -1567,7 +1567,7 @@ def test_c8_new_values_in_arrays_never_recompile(hyperparameter):
 
 
 def test_c8_a_jitted_schedule_is_one_program_more():
-    """The schedule's own work comes on top, once; later counts compile nothing."""
+    """The schedule's own program is compiled once; later counts compile nothing."""
     params = of_all_shapes()
     tx = momentum(jax.jit(lambda count: 1.0 / (count + 1)))
     state = tx.init(params)
@@ -1584,7 +1584,7 @@ def test_c8_a_jitted_schedule_is_one_program_more():
 
 @pytest.mark.parametrize("name", ["learning_rate", "mu"])
 def test_c8_new_values_never_recompile_a_callers_jit(name):
-    """A hyperparameter that is an argument of the user's step, in either place."""
+    """The hyperparameter is an argument of the user's step, in the factory or in update."""
     params = of_all_shapes()
     tx = momentum(0.5, 0.5)
 
@@ -1602,14 +1602,14 @@ def test_c8_new_values_never_recompile_a_callers_jit(name):
 
 
 def calls(f, *args):
-    """The names of the functions that the program of f calls, rather than contains."""
+    """Returns the names of the functions that the program of f calls instead of inlining."""
     equations = jax.make_jaxpr(f)(*args).jaxpr.eqns
     return [eqn.params["name"] for eqn in equations if eqn.primitive.name in ("jit", "pjit")]
 
 
 @every_transform
 def test_c8_inlined_into_a_callers_jit(name):
-    """A caller's program contains our operations: it calls no function but JAX's own `where`."""
+    """A caller's program inlines our operations: it calls no function but JAX's own `where`."""
     tx = TRANSFORMS[name][0]()
     params = jax.tree.map(jnp.asarray, of_all_shapes())
     state = tx.init(params)
@@ -1618,7 +1618,7 @@ def test_c8_inlined_into_a_callers_jit(name):
     assert calls(apply_updates, params, params) == []
 
 
-# C9: refused at once, or not at all. -----------------------------------------------------
+# C9: errors are raised at once. ----------------------------------------------------------
 
 BAD_STEPS = {
     "missing leaf": {"a": np.ones(2)},
@@ -1634,7 +1634,7 @@ BAD_STEPS = {
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @each_place
 def test_c9_nothing_is_half_updated(name, wrap):
-    """After each refused step the old state is the old state, and steps on."""
+    """After each refused step, the old state is unchanged and can continue."""
     tx = TRANSFORMS[name][0]()
     update, add = wrap(tx.update), wrap(apply_updates)
     good = {"a": jnp.ones(2), "b": jnp.ones(3)}
@@ -1651,7 +1651,7 @@ def test_c9_nothing_is_half_updated(name, wrap):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_c9_traced_values_are_never_branched_on(nesterov):
-    """What would be refused as a number passes as a tracer: its value is not known."""
+    """Values that are refused as numbers are accepted as tracers, whose value is unknown."""
     params = jnp.ones(2)
 
     def step(learning_rate, mu, dampening):
@@ -1667,7 +1667,7 @@ def test_c9_traced_values_are_never_branched_on(nesterov):
     values = jnp.array([-1.0, 0.0, 2.0])
     nans = jnp.full(3, jnp.nan)
     swept = jax.jit(jax.vmap(step))(values, values, values)
-    look = values * nesterov + 1  # From rest the new velocity counts once, or 1 + mu times.
+    look = values * nesterov + 1  # From v = 0, the new velocity counts once, or 1 + mu times.
     np.testing.assert_array_equal(swept[0], jnp.stack([-values * look] * 2, 1))
     np.testing.assert_array_equal(swept[2], jnp.stack([-values] * 2, 1))
     assert np.all(np.isnan(jax.vmap(step)(nans, nans, nans)[0]))
@@ -1678,7 +1678,7 @@ def test_c9_traced_values_are_never_branched_on(nesterov):
 
 
 def buffers(tree):
-    """Where each device's part of each leaf lies; an empty array lies nowhere."""
+    """Returns the address of each device's part of each leaf; an empty array has none."""
     return [
         shard.data.unsafe_buffer_pointer()
         for leaf in jax.tree.leaves(tree)
@@ -1688,7 +1688,7 @@ def buffers(tree):
 
 
 def mixed_tree():
-    """Leaves for which an update and a velocity have, and have not, the same type."""
+    """Returns leaves whose update and velocity have the same type, and leaves where they differ."""
     return {
         "scalar": jnp.ones(()),
         "large": jnp.ones((256, 130)),
@@ -1704,12 +1704,12 @@ COMPILED = {
 }
 
 
-# Two donated inputs can become one output only: JAX warns of the other.
+# Two donated inputs cannot become the same output; JAX would warn about one of them.
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 @pytest.mark.parametrize("how", COMPILED)
 @each_place
 def test_c10_updates_and_state_share_no_buffer(name, how):
-    """By their addresses, on every device."""
+    """Compares addresses on every device."""
     tx = TRANSFORMS[name][0]()
     update = COMPILED[how](tx.update)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -1723,7 +1723,7 @@ def test_c10_updates_and_state_share_no_buffer(name, how):
 
 
 def test_c10_shares_no_buffer_at_the_edges():
-    """Where the update is the velocity: no friction, no velocity, no learning rate outside."""
+    """Covers the cases where the update equals the velocity: mu 1, mu 0, no outer learning rate."""
     for tx in (momentum(1.0, 0.0), momentum(1.0, 1.0), trace(0.0), trace(1.0)):
         params = mixed_tree()
         addresses = buffers(tx.update(params, tx.init(params)))
@@ -1731,7 +1731,7 @@ def test_c10_shares_no_buffer_at_the_edges():
 
 
 def use(updates, state):
-    """A later program, which writes over what is donated to it."""
+    """A later program, which overwrites the buffers donated to it."""
     return jax.tree.map(lambda x: x + 1, updates), jax.tree.map(lambda x: x * 2, state)
 
 
@@ -1742,7 +1742,7 @@ USES = {donated: jax.jit(use, donate_argnums=donated) for donated in ((0,), (1,)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @each_place
 def test_c10_donating_either_or_both_is_safe(name, wrap, donated):
-    """The next program may write over what it was given; what it was not given stays."""
+    """The next program may overwrite donated buffers; all other buffers keep their values."""
     tx = TRANSFORMS[name][0]()
     params = mixed_tree()
     updates, state = wrap(tx.update)(params, tx.init(params))
@@ -1762,7 +1762,7 @@ def test_c10_donating_either_or_both_is_safe(name, wrap, donated):
 
 @each_place
 def test_c10_donating_the_state_inside_a_step(name):
-    """The usual training step: all of params and state is reused, with the right numbers."""
+    """The usual training step reuses all buffers of params and state, with the right numbers."""
     tx = TRANSFORMS[name][0]()
 
     def step(params, state, grads):
@@ -1783,14 +1783,14 @@ def test_c10_donating_the_state_inside_a_step(name):
 
 
 def test_c10_apply_updates_donates_nothing():
-    """The old params and the updates live on."""
+    """The old params and the updates stay valid."""
     params, updates = mixed_tree(), mixed_tree()
     apply_updates(params, updates)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, updates)))
 
 
 def test_c2_c8_c10_hold_in_a_process_with_one_device():
-    """The case of most users; nothing has to be kept on its device, so less is compiled."""
+    """The case of most users. Shardings need no constraints there, so less is compiled."""
     program = """
         import jax, jax.numpy as jnp, numpy as np, optax
         import momentum_jax as mj

@@ -1,7 +1,7 @@
-"""Faults that momentum has had elsewhere, one regression test each.
+"""Regression tests for faults that other implementations of momentum had, one test per fault.
 
-Where the fault can still be seen in an Optax of today, a comment shows how. It stays a comment:
-no test of ours should fail on the day that it is mended.
+If a current Optax still has the fault, a comment shows it. It is only a comment, so that our tests
+do not fail when Optax fixes the fault.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 import momentum_jax as mj
 
-# Optax types a state as any tree of arrays, in which a type checker finds no field.
+# Optax types a state as a tree of arrays, so a type checker would not find its fields.
 momentum: Any = mj.momentum
 trace: Any = mj.trace
 apply_updates: Any = mj.apply_updates
 
-# Learning rate inside and outside, with and without a look ahead; all values exact in binary.
+# Learning rate inside and outside, with and without Nesterov; all values are exact in binary.
 TRANSFORMS = {
     "momentum": lambda **options: momentum(0.5, 0.75, **options),
     "momentum-nesterov": lambda **options: momentum(0.5, 0.75, nesterov=True, **options),
@@ -29,12 +29,12 @@ TRANSFORMS = {
     "trace-nesterov": lambda **options: trace(0.75, nesterov=True, **options),
 }
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
-# For what costs time and has nothing to do with the look ahead.
+# For slow tests that do not depend on Nesterov.
 each_place = pytest.mark.parametrize("name", ["momentum", "trace"])
 
 
 def run(tx, gradients, params=None):
-    """From rest: the updates of each step, and the last state."""
+    """Returns the updates of each step from v = 0, and the last state."""
     state = tx.init(gradients[0] if params is None else params)
     updates = []
     for grads in gradients:
@@ -46,7 +46,7 @@ def run(tx, gradients, params=None):
 @every_transform
 @pytest.mark.parametrize("velocity_dtype", [None, "bfloat16"])
 def test_float32_gradients_turn_a_bfloat16_state_into_float32(name, velocity_dtype):
-    """Loss scaling and mixed precision hand wide gradients to narrow params."""
+    """Loss scaling and mixed precision give float32 gradients to low-precision params."""
     # state = optax.trace(0.9).init(jnp.ones(2, jnp.bfloat16))              bfloat16
     # optax.trace(0.9).update(jnp.ones(2), state)[1].trace.dtype            float32
     tx = TRANSFORMS[name](velocity_dtype=velocity_dtype)
@@ -77,7 +77,7 @@ def test_mu_as_an_array_promotes_a_bfloat16_state(make_mu):
 @every_transform
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mu_is_rounded_to_the_dtype_of_the_params(name, dtype):
-    """In bfloat16 the nearest number to 0.999 is 1: no friction, and a run that never settles."""
+    """0.999 rounds to 1 in bfloat16: the velocity would never decay."""
     # optax.trace(0.999).update(zero, optax.TraceState(one))[1].trace, with both in bfloat16: 1.0
     tx = TRANSFORMS[name]()
     state = tx.init(jnp.zeros(2, dtype))
@@ -98,7 +98,7 @@ MIXED = {
 def test_apply_if_finite_raises_over_mixed_dtypes(name):
     """Its two branches must agree in every dtype of the state."""
     # optax.apply_if_finite(optax.trace(0.9), 2), with MIXED as params and float32 gradients for
-    # the narrow ones: its lax.cond finds a bfloat16 trace in one branch and a float32 in the other.
+    # the bfloat16 params: its lax.cond has a bfloat16 trace in one branch, float32 in the other.
     tx: Any = optax.apply_if_finite(TRANSFORMS[name](), 2)
     grads = {**MIXED, "narrow": jnp.ones(3), "half": jnp.ones(())}
     state = tx.init(MIXED)
@@ -109,7 +109,7 @@ def test_apply_if_finite_raises_over_mixed_dtypes(name):
 
 @each_place
 def test_momentum_advances_on_a_skipped_step(name):
-    """A step that overflowed counts for nothing: neither velocity nor count move."""
+    """A step that overflowed must change neither the velocity nor the count."""
     tx: Any = optax.apply_if_finite(TRANSFORMS[name](), 2)
     update = jax.jit(tx.update)
     _, state = update(MIXED, tx.init(MIXED))
@@ -123,7 +123,7 @@ def test_momentum_advances_on_a_skipped_step(name):
 
 @every_transform
 def test_a_missing_gradient_deletes_the_momentum_of_its_leaf(name):
-    """A layer that is frozen for a step is still moving when it thaws."""
+    """A layer that is frozen for a step keeps its velocity."""
     # optax.trace(0.9).update({"a": None, "b": one}, state)[1].trace["a"] is None: the momentum of
     # "a" is gone, and with it the structure of the state.
     tx = TRANSFORMS[name]()
@@ -138,7 +138,7 @@ def test_a_missing_gradient_deletes_the_momentum_of_its_leaf(name):
 
 @every_transform
 def test_python_float_params_give_a_weak_state_then_a_strong_one(name):
-    """A weak type that comes and goes traces the whole step again."""
+    """If a weak type appears or disappears, the whole step is traced again."""
     # optax.trace(0.9).init(1.0).trace.weak_type is True; one update with a strong gradient and it
     # is False.
     tx = TRANSFORMS[name]()
@@ -150,7 +150,7 @@ def test_python_float_params_give_a_weak_state_then_a_strong_one(name):
 
 @each_place
 def test_flattening_upcasts_mixed_dtypes(name):
-    """Whatever its neighbours are, a leaf has the dtypes and the bits that it has alone."""
+    """A leaf has the same dtypes and bits alone and among leaves of other dtypes."""
     # optax.flatten(optax.trace(0.9)) holds one float32 trace for a float32 and a bfloat16 param.
     tx = TRANSFORMS[name]()
     together, state = run(tx, [MIXED, MIXED])
@@ -164,7 +164,7 @@ def test_flattening_upcasts_mixed_dtypes(name):
 
 @pytest.mark.parametrize("param", [jnp.arange(3), np.arange(3, dtype=np.int8), 2])
 def test_integer_params_truncate_silently(param):
-    """A step of 0.4 on an integer is no step at all, or a wrong one: it is refused."""
+    """An update of 0.4 of an integer would be lost or wrong, so it is refused."""
     # optax.apply_updates(jnp.arange(3), jnp.full(3, -0.5)) is [0 0 1], an int32 array.
     tx = momentum(0.5)
     with pytest.raises(TypeError, match=r"int.*optax\.masked"):
@@ -175,7 +175,7 @@ def test_integer_params_truncate_silently(param):
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 def test_a_schedule_starts_at_1(jitted):
-    """The first step has the value for 0, and no value is used twice or left out."""
+    """The first step uses the value for count 0, and each value is used exactly once."""
     rates = jnp.array([1.0, 2.0, 4.0, 8.0])
     tx = momentum(lambda count: rates[count], 0.0)
     state = tx.init(1.0)
@@ -188,7 +188,7 @@ def test_a_schedule_starts_at_1(jitted):
 
 @each_place
 def test_one_buffer_is_donated_twice(name):
-    """Where the update is the velocity, donating both would free one buffer twice."""
+    """If the update shared the velocity's buffer, donating both would free one buffer twice."""
     # updates, state = optax.trace(0.9).update(one, state), outside jit: updates is state.trace.
     tx = TRANSFORMS[name]()
     donate = jax.jit(lambda u, s: jax.tree.map(lambda x: x + 1, (u, s)), donate_argnums=(0, 1))
@@ -205,7 +205,7 @@ def test_one_buffer_is_donated_twice(name):
     ("factory", "scale"), [(lambda **o: momentum(0.5, 0.75, **o), -0.5), (trace, 1.0)]
 )
 def test_nesterov_mutates_or_ignores_the_buffer(factory, scale):
-    """It reads the velocity that it would have had anyway, once more."""
+    """Nesterov reads the usual velocity once more, without changing it."""
     mu = 0.75
     options = {"mu": mu} if factory is trace else {}
     gradients = [jnp.array(g) for g in (1.0, -2.0, 0.5)]
@@ -220,7 +220,7 @@ def test_nesterov_mutates_or_ignores_the_buffer(factory, scale):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("factory", [trace, lambda **o: momentum(1.0, **o)])
 def test_momentum_acts_only_when_nesterov_is_on(factory, nesterov):
-    """A body in motion stays in motion: a step without a gradient still moves."""
+    """A step with a zero gradient still moves the params by the velocity."""
     tx = factory(mu=0.5, nesterov=nesterov)
     updates, _ = run(tx, [jnp.ones(()), jnp.zeros(()), jnp.zeros(())])
     coasting = np.array([0.5, 0.25]) * (0.5 if nesterov else 1.0)
@@ -237,14 +237,14 @@ def test_the_buffer_is_zeroed_at_each_step(name):
 
 @every_transform
 def test_a_fast_path_differs_from_the_reference(name):
-    """Eager, jitted, one leaf at a time, on one device and on eight: the same bits.
+    """Eager, jitted, one leaf at a time, on one device and on eight: the bits are the same.
 
-    Before JAX 0.8 the compiler fuses the products of trace with its sum in one way in a single step
-    and in another in a loop: there, the last bits of a sum of numbers near 1 may differ.
+    Before JAX 0.8, the compiler fuses the products of trace with its sum differently in a single
+    step and in a loop. There, the last bits of a sum of numbers near 1 may differ.
     """
     tx = TRANSFORMS[name]()
     rng = np.random.default_rng(0)
-    # Numbers of full precision: a path of its own would round in its own way.
+    # Numbers of full precision: a separate code path would round differently.
     gradients = [jnp.asarray(rng.normal(size=(8, 3)), jnp.float32) for _ in range(3)]
     updates, state = run(tx, gradients)
 
@@ -264,7 +264,7 @@ def test_a_fast_path_differs_from_the_reference(name):
 
 
 def test_apply_updates_of_a_python_float_differs_from_that_of_an_array():
-    """The path that keeps a weak type adds as the other one does."""
+    """The code path that keeps a weak type adds like the other one."""
     w, u = 0.1, jnp.float32(1 / 3)
     moved = apply_updates({"weak": w, "strong": jnp.float32(w)}, {"weak": u, "strong": u})
     assert float(moved["weak"]) == float(moved["strong"]) == np.float32(w) + np.float32(1 / 3)
@@ -285,7 +285,7 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 def test_arguments_are_accepted_and_ignored(argument):
-    """Each one makes a difference to a run of three steps."""
+    """Each argument changes the result of a run of three steps."""
     factory, options, others = ARGUMENTS[argument]
     gradients = [jnp.array([1.0, 0.3]), jnp.array([-2.0, 0.7]), jnp.array([0.5, 0.1])]
     updates, _ = run(factory(**options), gradients)
@@ -298,13 +298,13 @@ def test_arguments_are_accepted_and_ignored(argument):
     [(momentum, "momentum"), (momentum, "dampening"), (trace, "decay"), (trace, "lr")],
 )
 def test_a_misspelt_argument_is_accepted_and_ignored(factory, name):
-    """Python itself refuses it: there is no catch-all to swallow it."""
+    """Python refuses it, because no function has **kwargs that would accept it."""
     with pytest.raises(TypeError, match=name):
         factory(0.5, **{name: 0.9})
 
 
 def torch_sgd(gradients, mu, dampening):
-    """The velocities of torch.optim.SGD, by its documentation: the first step is not dampened."""
+    """Returns torch.optim.SGD's velocities by its documentation: no dampening in the first step."""
     velocity = None
     for g in gradients:
         velocity = g if velocity is None else mu * velocity + (1 - dampening) * g
@@ -312,7 +312,7 @@ def torch_sgd(gradients, mu, dampening):
 
 
 def test_the_first_step_of_torch_is_exempt_from_dampening():
-    """Ours is dampened from the start, and says so; its recipe for PyTorch's is followed."""
+    """Ours applies dampening in the first step, as documented; its recipe for PyTorch works."""
     gradients = [1.0, -2.0, 0.5, 4.0]
     mu, dampening = 0.75, 0.25
     always, _ = run(trace(mu, dampening=dampening), [jnp.array(g) for g in gradients])
@@ -326,7 +326,7 @@ def test_the_first_step_of_torch_is_exempt_from_dampening():
 @every_transform
 @pytest.mark.parametrize("velocity_dtype", [None, "bfloat16"])
 def test_a_dtype_changes_on_resume(name, velocity_dtype):
-    """A state that was stored as NumPy arrays goes on as if it had never been away."""
+    """A state that was stored as NumPy arrays continues with the same dtypes and results."""
     tx = TRANSFORMS[name](velocity_dtype=velocity_dtype)
     params = {"w": jnp.ones(3, jnp.bfloat16), "b": 1.0}
     _, state = tx.update(params, tx.init(params))
@@ -340,7 +340,7 @@ def test_a_dtype_changes_on_resume(name, velocity_dtype):
 
 @pytest.mark.parametrize("factory", [lambda: momentum(0.5), trace])
 def test_jitted_init_puts_a_sharded_models_momentum_on_one_device(factory):
-    """A model that needs all devices has a momentum that needs them too."""
+    """If a model needs all devices, its velocity needs them too."""
     # jax.jit(optax.trace(0.9).init)(params).trace.sharding, for params sharded over 8 devices, is
     # a SingleDeviceSharding.
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))

@@ -1,4 +1,4 @@
-"""How learning_rate, mu and dampening arrive, which values are refused, and what compiles anew."""
+"""Tests how hyperparameters are given, which values are refused, and what causes compilations."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from compiles import count_compiles
 
 import momentum_jax as mj
 
-package: Any = mj  # Given what is no number, on purpose.
+package: Any = mj  # Gets arguments of wrong types on purpose.
 frameworks, schedules, theory = package.frameworks, package.schedules, package.theory
 
 # All numbers here are sums of a few powers of two: float32 holds them exactly.
@@ -33,13 +33,13 @@ each_hyperparameter = pytest.mark.parametrize(
 
 
 def make(factory, name=None, value=None):
-    """A transform with one hyperparameter of our choice."""
+    """Returns a transformation with one hyperparameter, chosen by name."""
     given = DEFAULTS[factory] if name is None else {**DEFAULTS[factory], name: value}
     return factory(**given)
 
 
 def run(tx, overrides=None):
-    """The updates for GRADS from rest; `overrides` has keywords for some of the steps."""
+    """Returns the updates for GRADS from v = 0; `overrides` has keywords for some of the steps."""
     state = tx.init(GRADS[0])
     updates = []
     for step, g in enumerate(GRADS):
@@ -49,22 +49,22 @@ def run(tx, overrides=None):
 
 
 def given_to_the_factory(factory, name, value):
-    """The updates with the value given when the transform is made."""
+    """Returns the updates with the value passed to the factory."""
     return run(make(factory, name, value))
 
 
 def given_by_a_schedule(factory, name, value):
-    """The updates with the value returned by a schedule."""
+    """Returns the updates with the value returned by a schedule."""
     return run(make(factory, name, lambda count: value))
 
 
 def given_to_update(factory, name, value):
-    """The updates with the value given at each step."""
+    """Returns the updates with the value passed to each step."""
     return run(make(factory), always({name: value}))
 
 
 def always(override):
-    """The same override at each step."""
+    """Returns the same override for each step."""
     return dict.fromkeys(range(len(GRADS)), override)
 
 
@@ -73,7 +73,7 @@ each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def expected(factory, name, value):
-    """What the NumPy loop says."""
+    """Returns the updates of the NumPy loop."""
     return LOOPS[factory](GRADS, **{**DEFAULTS[factory], name: value})[0]
 
 
@@ -108,7 +108,7 @@ TRACED_KINDS = ["float", "bfloat16", "np.int8"]
 @each_way
 @pytest.mark.parametrize("kind", KINDS)
 def test_c3_every_kind_of_number_means_its_value(factory, name, way, kind):
-    """The updates are exactly those for the Python float of the same value, and float32."""
+    """The updates equal those for the Python float of the same value, and are float32."""
     updates = way(factory, name, KINDS[kind])
     assert {update.dtype for update in updates} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(updates, expected(factory, name, KINDS[kind]))
@@ -118,7 +118,7 @@ def test_c3_every_kind_of_number_means_its_value(factory, name, way, kind):
 @each_way
 @pytest.mark.parametrize("kind", TRACED_KINDS)
 def test_c3_a_traced_value_means_its_value(factory, name, way, kind):
-    """The same inside jit, where the value is an argument."""
+    """The same holds inside jit, where the value is an argument."""
     updates = jax.jit(lambda value: way(factory, name, value))(KINDS[kind])
     np.testing.assert_array_equal(updates, expected(factory, name, KINDS[kind]))
 
@@ -127,7 +127,7 @@ def test_c3_a_traced_value_means_its_value(factory, name, way, kind):
 @each_way
 @pytest.mark.parametrize("kind", [float, jnp.float64, np.array])
 def test_c3_a_64_bit_value_keeps_its_digits_for_64_bit_params(x64, factory, name, way, kind):
-    """0.1 stays 0.1, not 0.1 rounded to float32."""
+    """0.1 stays 0.1 and is not rounded to float32."""
     grads = [g.astype(np.float64) for g in GRADS]
     transforms = {
         given_to_the_factory: lambda: (make(factory, name, kind(0.1)), {}),
@@ -156,7 +156,7 @@ SCHEDULES = {
 @each_hyperparameter
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_schedules_are_followed(factory, name, kind):
-    """Step by step, as the NumPy loop does."""
+    """Each step equals the NumPy loop."""
     updates = given_to_the_factory(factory, name, SCHEDULES[kind])
     np.testing.assert_array_equal(updates, expected(factory, name, SCHEDULES[kind]))
 
@@ -164,7 +164,7 @@ def test_schedules_are_followed(factory, name, kind):
 @each_hyperparameter
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_schedules_are_followed_inside_scan(factory, name, kind):
-    """The same where the count is traced."""
+    """The same holds if the count is traced."""
     tx = make(factory, name, SCHEDULES[kind])
 
     def step(state, g):
@@ -177,7 +177,7 @@ def test_schedules_are_followed_inside_scan(factory, name, kind):
 
 @each_hyperparameter
 def test_a_schedule_is_called_once_a_step_with_the_count_from_0(factory, name):
-    """0 at the first step, 1 at the second: the number of steps taken before."""
+    """The count is the number of steps taken before: 0 in the first step, 1 in the second."""
     counts = []
 
     def schedule(count):
@@ -195,7 +195,7 @@ def test_a_schedule_is_called_once_a_step_with_the_count_from_0(factory, name):
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "schedule"])
 @pytest.mark.parametrize("value", [0, 0.125, np.float32(0.75), jnp.asarray(1.0)], ids=str)
 def test_an_override_holds_for_its_call_only(factory, name, scheduled, value):
-    """The next call takes what the factory was given again, at its own count."""
+    """The next call uses the factory's value again, at its own count."""
     ordinarily = (lambda count: 0.25 * count) if scheduled else (lambda count: 0.5)
     tx = make(factory, name, ordinarily if scheduled else 0.5)
     np.testing.assert_array_equal(
@@ -214,12 +214,12 @@ def test_all_hyperparameters_can_be_overridden_at_once(factory):
 
 @each_hyperparameter
 def test_an_override_of_none_is_no_override(factory, name):
-    """So that a caller can hand on what it may not have been given."""
+    """So a caller can pass on an optional argument."""
     np.testing.assert_array_equal(given_to_update(factory, name, None), run(make(factory)))
 
 
 def test_overrides_reach_a_transform_inside_a_chain():
-    """Optax hands its extra arguments on."""
+    """Optax passes extra arguments on."""
     tx = optax.chain(optax.identity(), make(mj.momentum))
     correct = expected(mj.momentum, "learning_rate", 0.125)
     np.testing.assert_array_equal(run(tx, always({"learning_rate": 0.125})), correct)
@@ -249,7 +249,7 @@ each_bad_number = pytest.mark.parametrize(
 
 
 def assert_says(error, *words):
-    """The message has all these words."""
+    """Asserts that the message has all these words."""
     for word in words:
         assert word in str(error.value)
 
@@ -258,7 +258,7 @@ def assert_says(error, *words):
 @each_way
 @pytest.mark.parametrize("kind", [float, np.float32, np.array])
 def test_c9_a_number_out_of_range_is_refused(as_shipped, factory, name, value, way, kind):
-    """With the value, the rule and the remedy, wherever it comes from."""
+    """The error gives value, rule and remedy, however the number was given."""
     with pytest.raises(ValueError, match=f"{name}=") as error:
         way(factory, name, kind(value))
     assert_says(error, f"{name}={value}", *RULES[name])
@@ -283,7 +283,7 @@ def test_a_number_beyond_float32_in_64_bit_mode(x64):
 @pytest.mark.parametrize("way", [given_to_the_factory, given_to_update])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_c9_an_array_out_of_range_is_refused(as_shipped, factory, name, value, way, dtype):
-    """An array that is there, and no tracer, is read."""
+    """The value of a concrete array is checked."""
     with pytest.raises(ValueError, match=f"{name}=") as error:
         way(factory, name, dtype(value))
     assert_says(error, f"{name}={value}", *RULES[name])
@@ -300,7 +300,7 @@ def test_c9_an_array_out_of_range_is_refused(as_shipped, factory, name, value, w
 )
 @each_way
 def test_c9_a_traced_value_is_used_as_it_is(factory, name, value, way):
-    """Nothing is branched on: the updates are those of the recurrence."""
+    """There is no branch on its value: the updates follow the recurrence."""
     updates = jax.jit(lambda value: way(factory, name, value))(value)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(updates, expected(factory, name, value))
@@ -322,7 +322,7 @@ def test_c9_a_traced_value_is_used_as_it_is(factory, name, value, way):
 )
 @each_way
 def test_c9_the_ends_of_the_range_are_accepted(factory, name, value, way):
-    """No learning rate and a fast one, no friction, no memory, negative momentum."""
+    """Accepts learning rate 0 and large ones, mu 1, mu 0, and negative mu."""
     np.testing.assert_array_equal(way(factory, name, value), expected(factory, name, value))
 
 
@@ -344,7 +344,7 @@ def test_c9_the_ends_of_the_range_are_accepted(factory, name, value, way):
     ids=lambda value: f"{type(value).__name__} {value}",
 )
 def test_c9_what_is_no_real_number_is_refused(as_shipped, factory, name, way, value):
-    """With the value and the rule, wherever it comes from."""
+    """The error gives value and rule, however it was given."""
     with pytest.raises(TypeError, match=f"{name}=") as error:
         way(factory, name, value)
     assert_says(error, str(value), "must be a real number")
@@ -353,7 +353,7 @@ def test_c9_what_is_no_real_number_is_refused(as_shipped, factory, name, way, va
 @each_hyperparameter
 @pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["1e400", "-1e400"])
 def test_c9_an_integer_beyond_the_floats_is_refused(as_shipped, factory, name, value):
-    """It is as infinite as its float would be."""
+    """Its float would be infinite."""
     with pytest.raises(ValueError, match=f"{name}=-?inf") as error:
         factory(**{**DEFAULTS[factory], name: value})
     assert_says(error, *RULES[name])
@@ -362,7 +362,7 @@ def test_c9_an_integer_beyond_the_floats_is_refused(as_shipped, factory, name, v
 @each_hyperparameter
 @pytest.mark.parametrize("way", [given_to_the_factory, given_by_a_schedule])
 def test_c9_none_is_refused(as_shipped, factory, name, way):
-    """Given in place of a value, or by a schedule that forgot its return."""
+    """As a value, and from a schedule that does not return a value."""
     with pytest.raises(TypeError, match=f"{name}=None") as error:
         way(factory, name, None)
     assert_says(error, "must be a real number, a scalar array or", "a schedule")
@@ -370,7 +370,7 @@ def test_c9_none_is_refused(as_shipped, factory, name, way):
 
 @each_hyperparameter
 def test_c9_a_schedule_is_refused_as_an_override(as_shipped, factory, name):
-    """The message says where schedules belong."""
+    """The error says where to pass a schedule."""
     with pytest.raises(TypeError, match=f"{name}=<function") as error:
         given_to_update(factory, name, lambda count: 0.5)
     assert_says(
@@ -385,7 +385,7 @@ def test_c9_a_schedule_is_refused_as_an_override(as_shipped, factory, name):
 @pytest.mark.parametrize("kind", ["NumPy", "JAX", "traced"])
 @pytest.mark.parametrize("shape", [(3,), (1,)], ids=str)
 def test_c9_an_array_that_is_no_scalar_is_refused(as_shipped, factory, name, way, kind, shape):
-    """It would broadcast silently. The message says what to use for many values."""
+    """It would broadcast silently. The error says what to use for several values."""
 
     def use(value):
         return way(factory, name, value)
@@ -401,7 +401,7 @@ def test_c9_an_array_that_is_no_scalar_is_refused(as_shipped, factory, name, way
 @each_way
 @pytest.mark.parametrize("dtype", ["bool", "complex64"])
 def test_c9_a_traced_value_that_is_no_real_number_is_refused(as_shipped, factory, name, way, dtype):
-    """A dtype is known without the value."""
+    """Its dtype is known, though its value is not."""
     with pytest.raises(TypeError, match=f"{name}=") as error:
         jax.jit(lambda value: way(factory, name, value))(np.ones((), dtype))
     assert_says(error, f"is {dtype}, but must be a real number", "Give a float", RULES[name][1])
@@ -410,7 +410,7 @@ def test_c9_a_traced_value_that_is_no_real_number_is_refused(as_shipped, factory
 @pytest.mark.parametrize("factory", DEFAULTS)
 @pytest.mark.parametrize("value", [0, 1, 0.9, "yes", None, np.array(True), jnp.asarray(True)])
 def test_c9_nesterov_must_be_true_or_false(as_shipped, factory, value):
-    """So that nobody gives mu there."""
+    """This detects a mu that is passed as nesterov."""
     with pytest.raises(TypeError, match="nesterov=") as error:
         factory(**DEFAULTS[factory], nesterov=value)
     assert_says(error, f"nesterov={value!r}", "must be True or False")
@@ -418,7 +418,7 @@ def test_c9_nesterov_must_be_true_or_false(as_shipped, factory, value):
 
 @pytest.mark.parametrize("factory", DEFAULTS)
 def test_nesterov_may_be_a_numpy_boolean(as_shipped, factory):
-    """As a comparison of NumPy numbers gives it."""
+    """Comparisons of NumPy numbers return these."""
     np.testing.assert_array_equal(
         run(factory(**DEFAULTS[factory], nesterov=np.True_)),
         run(factory(**DEFAULTS[factory], nesterov=True)),
@@ -432,14 +432,14 @@ def test_nesterov_may_be_a_numpy_boolean(as_shipped, factory):
     ids=lambda zero: f"{type(zero).__name__} {zero}",
 )
 def test_c9_nesterov_without_momentum_is_refused(as_shipped, factory, zero):
-    """It would have no effect, whatever type of zero mu is."""
+    """It would have no effect; holds for every type of zero mu."""
     with pytest.raises(ValueError, match="nesterov=True") as error:
         factory(**{**DEFAULTS[factory], "mu": zero}, nesterov=True)
     assert_says(error, "mu=0", "no effect", "Give a mu above 0, or leave nesterov out")
 
 
 def test_nesterov_allows_a_mu_that_passes_through_zero():
-    """By a schedule or an override, where it is a value among others."""
+    """From a schedule or an override, 0 is one value among others."""
     for tx, override in (
         (mj.momentum(0.5, lambda count: 0.0, nesterov=True), {}),
         (mj.momentum(0.5, 0.25, nesterov=True), {"mu": 0.0}),
@@ -457,7 +457,7 @@ def test_nesterov_allows_a_mu_that_passes_through_zero():
     ],
 )
 def test_c9_a_bad_velocity_dtype_is_refused(as_shipped, factory, value):
-    """When the transform is made, with the list of the good ones."""
+    """It is refused by the factory, with the list of valid ones."""
     with pytest.raises(TypeError, match="velocity_dtype=") as error:
         factory(**DEFAULTS[factory], velocity_dtype=value)
     assert_says(
@@ -497,12 +497,12 @@ def test_c9_a_float64_velocity_without_64_bit_mode_is_refused(factory):
 
 @pytest.mark.parametrize("factory", DEFAULTS)
 def test_a_float64_velocity_is_held_in_64_bit_mode(x64, factory):
-    """What the refusal advises works."""
+    """The remedy in the error message works."""
     tx = factory(**DEFAULTS[factory], velocity_dtype="float64")
     assert tx.init(GRADS[0])[1].dtype == np.float64
 
 
-# Nothing compiles anew.
+# New values compile nothing.
 
 NUMBERS = [value for value in KINDS.values() if not isinstance(value, jax.Array)]
 NUMBERS += [0.125, 0.0, 0.3, np.float32(0.7), np.float64(0.9), np.array(0.2)]
@@ -511,7 +511,7 @@ NUMBERS += [0.125, 0.0, 0.3, np.float32(0.7), np.float64(0.9), np.array(0.2)]
 @each_hyperparameter
 @each_way
 def test_c8_no_value_and_no_type_of_number_compiles_anew(factory, name, way):
-    """Neither in a new transform nor as an override, outside jit."""
+    """Neither in a new transformation nor as an override, outside jit."""
     way(factory, name, 0.5)
     with count_compiles() as compiles:
         for value in NUMBERS:
@@ -536,7 +536,7 @@ def test_c8_no_value_of_an_array_compiles_anew(factory, name, way, kind):
 @each_way
 @pytest.mark.parametrize("kind", [float, jnp.bfloat16])
 def test_c8_no_value_compiles_anew_inside_jit(factory, name, way, kind):
-    """Given to a jitted function as an argument, it is an argument inside as well."""
+    """An argument of a jitted function stays an argument of our programs."""
     use = jax.jit(lambda value: way(factory, name, value))
     values = [kind(value) for value in (0.5, 1, 0)]
     with count_compiles() as compiles:
@@ -551,7 +551,7 @@ ONES = np.ones(2, np.float32)
 
 
 def updated(tx, **overrides):
-    """One update of ones."""
+    """Returns one update of ones."""
     return jax.tree.leaves(tx.update(ONES, tx.init(ONES), ONES, **overrides)[0])
 
 
@@ -572,7 +572,7 @@ def loaded(learning_rate):
     return jax.tree.leaves((inside, outside))
 
 
-# name: (what a user calls with a number, one that is right, those that are not)
+# name: (a function of a number, a valid number, invalid numbers)
 CALLS = {
     "momentum, learning_rate": (lambda x: updated(mj.momentum(x)), 0.5, [-0.5, np.inf]),
     "momentum, mu": (lambda x: updated(mj.momentum(0.5, x)), 0.5, [-1.0, 1.5, np.nan]),
@@ -673,7 +673,7 @@ WHOLE_TYPES["JAX int32"] = jnp.int32
 
 
 def said(call, value):
-    """The type of the error and its words."""
+    """Returns the type of the error and its message."""
     with pytest.raises((ValueError, TypeError)) as error:
         call(value)
     return error.type, str(error.value)
@@ -681,7 +681,7 @@ def said(call, value):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_c3_checked_alike_in_any_type(as_shipped, name):
-    """What a float gives, every type of the same known value gives: the result and the error."""
+    """Each type of a known value gives the same result or the same error as a float."""
     call, good, bad = CALLS[name]
     for make_number in TYPES.values():
         for found, correct in zip(call(make_number(good)), call(good), strict=True):
@@ -702,21 +702,21 @@ NOT_NUMBERS = [True, np.True_, np.array(True), 0.5j, "0.5", None, np.ones(1), jn
 @pytest.mark.parametrize("name", [name for name in CALLS if "override" not in name])
 @pytest.mark.parametrize("value", NOT_NUMBERS, ids=lambda value: f"{type(value).__name__} {value}")
 def test_c3_what_is_no_real_scalar_is_refused_everywhere(as_shipped, name, value):
-    """Not by what Python, NumPy or JAX make of it further on."""
+    """We refuse it, before Python, NumPy or JAX fail on it later."""
     if value is None and name in ("optax_sgd", "keras_sgd, weight_decay"):
-        return  # No momentum, and no decay.
+        return  # These mean no momentum and no decay.
     said(CALLS[name][0], value)
 
 
 @pytest.mark.parametrize("name", ["sutskever", "demon", "stability_limit", "heavy_ball"])
 def test_c3_what_is_computed_on_the_host_refuses_a_traced_value(as_shipped, name):
-    """By name, and with the remedy."""
+    """The error gives the name and the remedy."""
     with pytest.raises(TypeError, match="is traced, but must be known"):
         jax.jit(CALLS[name][0])(0.5)
 
 
 def test_under_inject_hyperparams_what_is_no_number_is_static():
-    """As the docstring says; a type for velocity_dtype would be called, and is refused."""
+    """As documented. A type as velocity_dtype would be called, so it is refused."""
     given: dict[str, Any] = dict(learning_rate=0.5, mu=0.25, nesterov=True)
     given["velocity_dtype"] = jnp.bfloat16
     inject = optax.inject_hyperparams

@@ -1,4 +1,4 @@
-"""kahan: params of 16 bits that learn from updates too small for them."""
+"""kahan: 16-bit params that learn from updates too small for their dtype."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ from tables import rows
 
 import momentum_jax
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Avoids casts: Optax types its trees too widely.
 
 APPLY = {"optax": optax.apply_updates, "ours": mj.apply_updates}
 each_apply = pytest.mark.parametrize("apply", APPLY.values(), ids=APPLY)
@@ -47,7 +47,7 @@ def run(tx, params, grads, steps, apply=mj.apply_updates, jitted=True):
 @each_apply
 @pytest.mark.parametrize("jitted", [True, False], ids=["scan", "eager"])
 def test_a_thousand_thousandths_make_one(jitted, apply):
-    """1.0 + 1000 x 0.001 = 2.0, and 1.0 without it."""
+    """1.0 + 1000 * 0.001 = 2.0 with kahan, and 1.0 without it."""
     params, grads = jnp.ones(2, "bfloat16"), -jnp.ones(2)
     (plain, _), (kept, _) = (
         run(tx, params, grads, 1000, apply, jitted)
@@ -60,7 +60,7 @@ def test_a_thousand_thousandths_make_one(jitted, apply):
 
 @each_dtype
 def test_float32_is_followed_to_16_bits(dtype):
-    """A random walk of 2,000 steps, each of them far below the last bit of the param."""
+    """A random walk of 2,000 steps, each far below the last bit of the param."""
     tx = mj.kahan(optax.identity())
     start = jnp.asarray(np.random.default_rng(0).uniform(1, 2, 256), dtype)
     steps = 2e-4 * np.random.default_rng(1).normal(size=(2000, 256)) + 1e-4
@@ -82,7 +82,7 @@ def test_float32_is_followed_to_16_bits(dtype):
 @each_apply
 @each_dtype
 def test_the_sum_is_a_number_of_16_bits(dtype, apply):
-    """Of 100,000 random pairs of all sizes: nothing is left to round, and nothing is lost."""
+    """100,000 random pairs of all magnitudes: the sum needs no rounding, and nothing is lost."""
     rng = np.random.default_rng(0)
     n = 100_000
     low, high = (-60, 60) if dtype == "bfloat16" else (-12, 12)
@@ -95,13 +95,13 @@ def test_the_sum_is_a_number_of_16_bits(dtype, apply):
     updates, state = jax.jit(tx.update)(update, tx.init(params), params)
     assert updates.dtype == jnp.float32
     moved = apply(params, updates)
-    # What apply_updates would have made of the update itself, without and within a compiler.
+    # What apply_updates makes of the update itself, eager and jitted.
     wanted = (params.astype("float32") + update).astype(dtype)
     np.testing.assert_array_equal(moved, wanted)
     total = np.asarray(params, np.float32) + np.asarray(updates)
     finite = np.isfinite(np.asarray(wanted, np.float32))
     exact = total == np.asarray(wanted, np.float32)
-    # Where the param is nothing beside the update, its last bits are beyond a float32.
+    # If the update is much larger than the param, a float32 cannot hold the param's last bits.
     gone = np.abs(wide) < np.abs(total) * 2.0 ** (-15 if dtype == "bfloat16" else -12)
     assert exact[finite & ~gone].all()
     short = np.asarray(update, np.float64) + wide - np.asarray(wanted, np.float64)
@@ -112,7 +112,7 @@ def test_the_sum_is_a_number_of_16_bits(dtype, apply):
 
 
 def in_numpy(param, compensation, update):
-    """The recurrence in float32, rounded by ml_dtypes: the new param and the new compensation."""
+    """Returns new param and compensation: the recurrence in float32, rounded by ml_dtypes."""
     wide, wanted = np.float32(param), update + np.float32(compensation)
     with np.errstate(over="ignore", invalid="ignore"):
         moved = (wide + wanted).astype(param.dtype)
@@ -121,7 +121,7 @@ def in_numpy(param, compensation, update):
 
 
 def last_bit(params):
-    """The distance to the next number of 16 bits away from zero, as float32."""
+    """Returns the distance to the next 16-bit number away from zero, as float32."""
     info = jnp.finfo(params.dtype)
     _, exponent = np.frexp(np.float32(params))
     bit = np.ldexp(np.float32(1), exponent - 1 - info.nmant)
@@ -129,11 +129,11 @@ def last_bit(params):
 
 
 def hard_to_round(dtype):
-    """Params and updates: the sums are ties, next to ties, subnormal, too large, or the update."""
+    """Returns params and updates: sums are ties, near ties, subnormal, too large, or the update."""
     info = jnp.finfo(dtype)
     mantissas = np.concatenate([1 + np.arange(64) * float(info.eps), np.arange(64) / 64])
     params = np.outer(2.0 ** np.array([-3, 0, 4, 9]), mantissas).ravel()
-    if dtype == "float16":  # A subnormal bfloat16 is one in float32 too: 0 on most hardware.
+    if dtype == "float16":  # Float32 subnormals, as in bfloat16, become 0 on most hardware.
         params = np.concatenate([params, np.arange(2100) * 2.0**-24])
     params = np.asarray(np.concatenate([params, -params]), dtype)
     wide, half = np.float32(params), last_bit(params) / 2
@@ -143,12 +143,12 @@ def hard_to_round(dtype):
         *(sign * np.nextafter(half, np.float32(to)) for sign in (-1, 1) for to in (0, 1)),
         *(wide * np.float32(k) for k in (-1 - 2.0**-9, -1, -0.5, 2.0**-13)),
         *(wide * np.float32(2.0**k) for k in range(3, 30)),
-        # Powers of two to which the param is almost nothing: update + param is inexact in float32.
+        # Powers of two much larger than the param: update + param is inexact in float32.
         *(np.exp2(np.floor(np.log2(half)) + np.float32(k)) for k in range(18, 36)),
         np.float32(around * float(info.tiny)),
     ]
     params = np.tile(params, len(updates))
-    # Half of the last bit beyond the largest number is infinite, and less than that is not.
+    # Half of the last bit above the largest number rounds to infinity, less does not.
     most = np.full(6, info.max, dtype)
     bit = last_bit(most)[0]
     beyond = [bit / 4, bit / 2, np.nextafter(bit / 2, np.float32(0)), bit, -bit, 0]
@@ -159,9 +159,9 @@ def hard_to_round(dtype):
 
 
 def with_pairs_of_casts_dropped(f, *args):
-    """f(*args) without casts to 16 bits and back, and how many it had.
+    """Returns f(*args) without casts to 16 bits and back, and the number of these casts.
 
-    XLA may compile f so (`xla_allow_excess_precision`); it does for GPUs, and not for CPUs.
+    XLA may compile f this way (`xla_allow_excess_precision`). It does so for GPUs, not for CPUs.
     """
 
     def run(jaxpr, consts, args):
@@ -200,14 +200,14 @@ def with_pairs_of_casts_dropped(f, *args):
 def assert_same(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # 0 may be -0.
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # Treats 0 and -0 as equal.
 
 
 @each_apply
 @each_dtype
 @pytest.mark.parametrize("way", ["jit", "eager", "casts dropped"])
 def test_every_rounding_is_that_of_numpy(way, dtype, apply):
-    """Params and compensations are equal bit for bit, also if the compiler drops pairs of casts."""
+    """Params and compensations are equal bit for bit, even if the compiler drops pairs of casts."""
     params, updates = hard_to_round(dtype)
     rng = np.random.default_rng(1)
     tx = mj.kahan(optax.identity())
@@ -241,7 +241,7 @@ def test_every_step_of_a_scan_is_that_of_numpy(dtype):
         updates, state = tx.update(scale * grads.astype("float32"), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    scales = np.full(100, -(2.0**-10), "float32")  # A power of two: the product is exact.
+    scales = np.full(100, -(2.0**-10), "float32")  # A power of two, so the product is exact.
     carry = jnp.asarray(params), tx.init(jnp.asarray(params))
     (moved, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, scales))(carry)
     expected = params, np.zeros_like(params, dtype="bfloat16")
@@ -251,7 +251,7 @@ def test_every_step_of_a_scan_is_that_of_numpy(dtype):
     assert np.mean(np.asarray(moved) != params) > 0.9
 
 
-# How XLA describes this GPU, as the target of a compilation.
+# XLA's description of this GPU, as a compilation target.
 H100 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -315,7 +315,7 @@ def test_a_step_is_one_kernel_that_rounds(compiler, apply, dtype, monkeypatch):
 
 
 def test_wide_params_and_absent_updates_pass():
-    """And the structure stays: what is held of a float32 param is nothing."""
+    """float32 params and missing updates pass unchanged; a float32 param has no compensation."""
     params = {
         "half": jnp.ones(3, "bfloat16"),
         "still": jnp.ones(2, "float16"),
@@ -343,7 +343,7 @@ def test_wide_params_and_absent_updates_pass():
 
 
 def test_a_whole_equinox_model_as_params():
-    """Its static leaves have no update, and are left alone."""
+    """Its static leaves have no update and stay unchanged."""
     model = eqx.nn.MLP(2, 2, 8, 1, dtype="bfloat16", key=jax.random.key(0))
     arrays = eqx.filter(model, eqx.is_array)
     grads = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(2, "bfloat16")) ** 2))(model)
@@ -361,7 +361,7 @@ def test_a_whole_equinox_model_as_params():
 
 @pytest.mark.parametrize("absent", [None, optax.MaskedNode(), np.zeros((), jax.dtypes.float0)])
 def test_what_is_not_an_array_and_has_no_update_is_left_alone(absent):
-    """With an update it is an error that names it."""
+    """With an update, the error names the leaf."""
     tx = mj.kahan(optax.identity())
     params: Any = {"w": jnp.ones(2, "bfloat16"), "f": jnp.tanh}
     state = tx.init({**params, "f": None})
@@ -392,7 +392,7 @@ WHERE: dict[str, Any] = {
 @pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", WHERE)
 def test_reset_velocity_clears_the_compensation(name, jitted):
-    """Or a pruned weight would come back from it: of the same params, and of no others."""
+    """Otherwise a pruned weight would grow again. Only the selected params are cleared."""
     inner, where = WHERE[name]
     tx = mj.kahan(inner)
     params = {"w": jnp.ones(3, "bfloat16"), "v": jnp.ones(2, "float16"), "wide": jnp.ones(2)}
@@ -427,7 +427,7 @@ AROUND: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", AROUND)
 def test_reset_velocity_clears_compensations_of_params_that_are_not_like_the_velocity(name):
-    """Two trees of params, one array of all, none or several velocities of a param."""
+    """Covers two trees of params, one array of all, and no or several velocities per param."""
     tx = AROUND[name]()
     dtype = "complex64" if name == "split_real_and_imaginary" else "bfloat16"
     params: Any = {"w": jnp.ones(3, "bfloat16"), "c": jnp.ones(2, dtype)}
@@ -435,7 +435,7 @@ def test_reset_velocity_clears_compensations_of_params_that_are_not_like_the_vel
     if name == "lookahead":
         params = optax.LookaheadParams.init_synced(params)
     _, state = tx.update(grads, tx.init(params), params)
-    if name == "lookahead":  # The slow params did not move yet.
+    if name == "lookahead":  # The slow params have not moved yet.
         state = state._replace(compensation=optax.LookaheadParams(*2 * [state.compensation.fast]))
     assert all(map(np.any, jax.tree.leaves(state.compensation)))
     assert not any(map(np.any, jax.tree.leaves(mj.reset_velocity(state).compensation)))
@@ -450,7 +450,7 @@ def test_reset_velocity_clears_compensations_of_params_that_are_not_like_the_vel
 
 
 def test_a_pruned_weight_stays_pruned():
-    """Without the reset, the compensation and the velocity move it."""
+    """Without the reset, the compensation and the velocity would move it."""
     tx = mj.kahan(mj.momentum(1e-3))
     params, zero = jnp.ones(2, "bfloat16"), jnp.zeros(2)
     _, state = tx.update(jnp.ones(2), tx.init(params), params)
@@ -463,7 +463,7 @@ def test_a_pruned_weight_stays_pruned():
 
 
 def test_a_scale_or_a_restart_leaves_the_compensation():
-    """It is a part of the params, which no one set."""
+    """The compensation is a part of the params, which are not reset."""
     tx = mj.adaptive_restart(mj.kahan(mj.momentum(1e-3, 0.9)))
     params = jnp.ones(2, "bfloat16")
     _, state = tx.update(jnp.ones(2), tx.init(params), params)
@@ -471,16 +471,16 @@ def test_a_scale_or_a_restart_leaves_the_compensation():
     half = mj.reset_velocity(state, scale=0.5)
     np.testing.assert_array_equal(half.inner_state.compensation, kept)
     np.testing.assert_array_equal(mj.reset_velocity(state).inner_state.compensation, 0)
-    # The step went up: the velocity goes, and the compensation does not.
+    # The step went uphill: the velocity becomes 0, the compensation stays.
     _, state = tx.update(jnp.full(2, 1e-9), state, params + 0.5)
     np.testing.assert_allclose(mj.read_velocity(state), -1e-12, rtol=1e-5)
     np.testing.assert_array_equal(state.inner_state.compensation, kept)
 
 
 def test_any_transformation_inside():
-    """Adam in a chain, extra arguments, a bad step that is left out, velocities of 8 bits."""
+    """Covers Adam in a chain, extra arguments, a skipped bad step, and 8-bit velocities."""
     params = jnp.ones((64, 128), "bfloat16")
-    grads = jnp.ones((64, 128), "bfloat16")  # Optax's Adam takes up their dtype.
+    grads = jnp.ones((64, 128), "bfloat16")  # Optax's Adam uses their dtype.
     adam = mj.kahan(optax.chain(optax.clip(0.5), optax.adam(1e-4)))
     assert float(run(adam, params, grads, 1000)[0][0, 0]) == pytest.approx(0.9, abs=0.01)
     tx = mj.kahan(optax.apply_if_finite(mj.momentum(1.0, 0.0, velocity_dtype="int8"), 3))
@@ -532,9 +532,9 @@ WRAPPERS: dict[str, Any] = {
     "sharding.zero1": lambda make: mj.sharding.zero1(make(), make_mesh()),
 }
 MULTI_STEPS_KEEPS_ITS_DTYPE = "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
-# Inside, JAX refuses gradients of any other dtype.
+# With kahan inside these, JAX refuses gradients of any other dtype.
 NEED_FLOAT32 = ["apply_if_finite", "conditionally_mask", "conditionally_transform"]
-# The params of which the table says that they are wrong inside.
+# The params that the table marks as wrong with kahan inside.
 WRONG = {
     "chain": "ab",
     "conditionally_transform": "ab",
@@ -543,7 +543,7 @@ WRONG = {
     "schedule_free": "ab",
 }
 STEPS = 400
-RIGHT = 5e-4  # What 400 roundings of the compensation, each of at most 2^-18, add up to, and more.
+RIGHT = 5e-4  # Above 400 roundings of the compensation, each at most 2^-18.
 LAST_BIT = 2.0**-7  # Of a param between 1 and 2.
 
 
@@ -560,12 +560,12 @@ def gradients(name, dtype):
 
 
 def trained(name, tx, dtype, grads):
-    """Param + compensation after these steps, in float64, by the path of the param."""
+    """Returns param + compensation after these steps, in float64, by the path of the param."""
     start = jnp.asarray(np.random.default_rng(0).uniform(1, 1.25, 64), "bfloat16")
     params: Any = dict.fromkeys(LABELS, start.astype(dtype))
     if name == "lookahead":
         params = optax.LookaheadParams.init_synced(params)
-    if name == "MultiSteps":  # Before Optax 0.2.8 its sums have the dtype of the params.
+    if name == "MultiSteps":  # Before Optax 0.2.8, its sums have the params' dtype.
         grads = {k: v.astype(dtype) for k, v in grads.items()}
     if name == "sharding.zero1":
         params = jax.device_put(params, NamedSharding(make_mesh(), P()))
@@ -581,7 +581,7 @@ def trained(name, tx, dtype, grads):
     for node in jax.tree.leaves(state, is_leaf=has_compensation):
         if has_compensation(node):
             for path, compensation in leaves_with_path(node.compensation):
-                # Within lookahead, it is that of the fast params, which are wrong anyway.
+                # Inside lookahead, it belongs to the fast params, which are wrong anyway.
                 if path in found:
                     found[path] += np.asarray(compensation, np.float64)
     return found
@@ -596,7 +596,7 @@ def has_compensation(node):
 
 @functools.cache
 def reference(name, of_gradients, dtype="float32"):
-    """What the wrapper does without a compensation."""
+    """Returns what the wrapper does without compensation."""
     return trained(name, WRAPPERS[name](momentum), dtype, gradients(name, of_gradients))
 
 
@@ -613,7 +613,7 @@ def test_each_row_of_the_table_is_tested():
 @pytest.mark.parametrize("place", ["inside", "around"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_kahan_and_wrappers(name, place):
-    """The table of the docstring, row by row: right is what float32 params do."""
+    """Each row of the docstring's table: right means equal to float32 params."""
     inside = place == "inside"
     if inside and name == "MultiSteps" and not MULTI_STEPS_KEEPS_ITS_DTYPE:
         pytest.skip("before 0.2.8, the dtype of its sums becomes that of the updates")
@@ -623,7 +623,7 @@ def test_kahan_and_wrappers(name, place):
     tx = wrap(kept) if inside else mj.kahan(wrap(momentum))
     expected = reference(name, of_gradients)
     found = largest(trained(name, tx, "bfloat16", grads), expected)
-    # Without a compensation every param is wrong.
+    # Without compensation, every param is wrong.
     without = largest(reference(name, of_gradients, "bfloat16"), expected)
     assert min(without.values()) > 5 * LAST_BIT
     tolerance = LAST_BIT if name in ("lookahead", "adaptive_restart") else RIGHT
@@ -636,7 +636,7 @@ def test_kahan_and_wrappers(name, place):
 
 @pytest.mark.parametrize("name", NEED_FLOAT32)
 def test_inside_wrappers_that_branch_the_gradients_must_be_float32(name):
-    """Around, those of bfloat16 pass: the row of the table above."""
+    """With kahan around the wrapper, bfloat16 gradients work: see the table above."""
     params = dict.fromkeys(LABELS, jnp.ones(64, "bfloat16"))
     tx = WRAPPERS[name](kept)
     with pytest.raises(TypeError, match="branches must have equal output types"):
@@ -648,7 +648,7 @@ def both_with_restarts(inner):
 
 
 def test_no_restart_follows_a_step_in_which_no_param_changed():
-    """Steps of 0.0001 do not change a bfloat16 of 1, and a float32 turns with its gradient."""
+    """Updates of 0.0001 do not change a bfloat16 1; a float32 restarts when the gradient turns."""
     expected = {
         "bfloat16": 1e-4 * (0.9**3 + 0.9**2 - 0.9 - 1),
         "float32": 1e-4 * (-0.9 - 1),
@@ -664,7 +664,7 @@ def test_no_restart_follows_a_step_in_which_no_param_changed():
 
 
 def test_the_compensation_is_right_between_restarts():
-    """Inside and around are equal. What is added up is what the rounded params restart."""
+    """Inside and around give equal results. The restarts follow the rounded params."""
     grads = gradients("adaptive_restart", "bfloat16")
     alone = mj.adaptive_restart(momentum())
     start: Any = dict.fromkeys(LABELS, jnp.asarray(np.linspace(1, 1.25, 64), "bfloat16"))
@@ -694,7 +694,7 @@ def test_the_compensation_is_right_between_restarts():
 
 
 def test_inject_hyperparams_rounds_the_learning_rate():
-    """To the dtype of the params, unless it is told otherwise."""
+    """It rounds to the dtype of the params, unless told otherwise."""
     grads = gradients("", "bfloat16")
     expected = trained("", momentum(float(jnp.bfloat16(RATE))), "float32", grads)
     for tx in (
@@ -708,7 +708,7 @@ def test_inject_hyperparams_rounds_the_learning_rate():
 
 
 def test_around_schedule_free_its_averages_are_float32():
-    """And stay so; those of float32 params are as they were."""
+    """They stay float32; averages of float32 params are unchanged."""
     tx = mj.kahan(WRAPPERS["schedule_free"](momentum))
     params = {"w": jnp.ones(2, "bfloat16"), "wide": jnp.ones(2)}
     start = tx.init(params)
@@ -722,7 +722,7 @@ def test_around_schedule_free_its_averages_are_float32():
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_the_compensation_is_sharded_like_its_param(axis_type):
-    """Also when init is jitted; the numbers are those of one device, and of each run of a vmap."""
+    """Also if init is jitted. The numbers equal those on one device, and of each run of a vmap."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
     sharding = NamedSharding(mesh, P("d", "m"))
     whole = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), "bfloat16")
@@ -802,7 +802,7 @@ OTHER_PARAMS: dict[str, Any] = {
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", OTHER_PARAMS)
 def test_a_state_of_other_params_is_refused(name, jitted):
-    """Nothing is broadcast, left without a compensation, or rounded as another dtype."""
+    """Nothing is broadcast, left uncompensated, or rounded to another dtype."""
     of, params, message = OTHER_PARAMS[name]
     tx = mj.kahan(optax.scale(-1.0))
     update = jax.jit(tx.update) if jitted else tx.update

@@ -1,4 +1,4 @@
-"""momentum, trace and apply_updates against NumPy, against Optax, and on problems to solve."""
+"""Tests momentum, trace and apply_updates against NumPy and Optax, and on optimization problems."""
 
 import contextlib
 import hashlib
@@ -41,7 +41,7 @@ both_read_outs = pytest.mark.parametrize("nesterov", [False, True], ids=["plain"
 
 @contextlib.contextmanager
 def double_precision():
-    """64-bit arrays: the fixture x64, for a part of a test (Hypothesis takes no fixture)."""
+    """Enables 64-bit arrays in a part of a test, because Hypothesis does not support fixtures."""
     before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     try:
@@ -51,7 +51,7 @@ def double_precision():
 
 
 def normal_trees(seed, steps, dtype: Any = np.float32, shapes=SHAPES):
-    """One tree of normally distributed numbers a step."""
+    """Returns one tree of normally distributed numbers per step."""
     rng = np.random.default_rng(seed)
 
     def draw(shape):
@@ -64,7 +64,7 @@ def normal_trees(seed, steps, dtype: Any = np.float32, shapes=SHAPES):
 
 
 def run(tx, grads):
-    """The updates and the velocities of every step from rest, compiled as a user would."""
+    """Returns the updates and velocities of every step from v = 0, compiled as a user would."""
     state = tx.init(grads[0])
     update = jax.jit(tx.update)
     updates, states = [], []
@@ -76,32 +76,32 @@ def run(tx, grads):
 
 
 def largest(tree):
-    """The largest modulus of all numbers in a tree."""
+    """Returns the largest modulus of all numbers in a tree."""
     return max(np.abs(wide(leaf)).max(initial=0) for leaf in jax.tree.leaves(tree))
 
 
 def largest_difference(tree, other):
-    """The largest modulus of the difference of two trees, taken in float64 or complex128."""
+    """Returns the largest modulus of the difference of two trees, in float64 or complex128."""
     return largest(jax.tree.map(lambda x, y: wide(x) - wide(y), tree, other))
 
 
 def wide(x):
-    """A NumPy array in float64 or complex128."""
+    """Returns a NumPy array in float64 or complex128."""
     x = np.asarray(x)
     return x.astype(np.result_type(x, np.float64))
 
 
 def rounding(velocity, mu, unit_roundoff=UNIT_ROUNDOFF):
-    """How far a computed velocity of at most this size is from the exact one.
+    """Returns a bound on the rounding error of a computed velocity of at most this size.
 
-    A step rounds two products, whose sizes add up to `velocity` at most, and their sum: an
-    error of 2 u velocity. The next steps keep mu, mu^2, ... of it: 1 / (1 - mu) times as much.
+    A step rounds two products, whose sizes add up to at most `velocity`, and their sum: an error of
+    2 u velocity. The next steps keep mu, mu^2, ... of it: 1 / (1 - mu) times as much in total.
     """
     return 2 * unit_roundoff * velocity / (1 - mu)
 
 
 def assert_same_bits(actual, expected):
-    """Trees of one structure, each leaf with the same dtype, shape and bytes."""
+    """Asserts equal structures, and equal dtype, shape and bytes of each leaf."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, leaf), other in pairs:
@@ -127,18 +127,18 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def constant_or_scheduled(least, most, *, exclude_min=False):
-    """A number, or one number a step."""
+    """Draws a number, or one number per step."""
     numbers = st.floats(least, most, exclude_min=exclude_min)
     return numbers | st.lists(numbers, min_size=MOST_STEPS, max_size=MOST_STEPS)
 
 
 def as_schedule(value, array=jnp.asarray):
-    """A number as it is; one number a step as a function of the count."""
+    """Returns a number unchanged, and one number per step as a function of the count."""
     return (lambda count: array(value)[count]) if isinstance(value, list) else value
 
 
 def assert_equals_reference(tx, recurrence, tree, seed, steps):
-    """Steps `tx` through random gradients shaped like `tree`; compares every leaf of each."""
+    """Compares every leaf with the reference after each step with random gradients like `tree`."""
     rng = np.random.default_rng(seed)
     grads = [jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape), tree) for _ in range(steps)]
     expected = [recurrence(leaf) for leaf in zip(*map(jax.tree.leaves, grads), strict=True)]
@@ -151,7 +151,7 @@ def assert_equals_reference(tx, recurrence, tree, seed, steps):
             jax.tree.leaves(updates), jax.tree.leaves(state[1]), expected, strict=True
         ):
             assert u.dtype == v.dtype == np.float64
-            # All numbers are below 20, so 8 steps round by less than 1e-13.
+            # All numbers are below 20, so the rounding error of 8 steps is below 1e-13.
             np.testing.assert_allclose(u, all_updates[step], rtol=0, atol=1e-12)
             np.testing.assert_allclose(v, all_velocities[step], rtol=0, atol=1e-12)
 
@@ -166,7 +166,7 @@ def assert_equals_reference(tx, recurrence, tree, seed, steps):
     mu=constant_or_scheduled(-1, 1, exclude_min=True),
 )
 def test_momentum_equals_the_numpy_loop(nesterov, tree, seed, steps, learning_rate, mu):
-    """The learning rate inside, to 1e-12 in float64, over random trees and schedules."""
+    """Learning rate inside: to 1e-12 in float64, over random trees and schedules."""
     assume(not (nesterov and mu == 0))  # refused
     with double_precision():
         assert_equals_reference(
@@ -190,7 +190,7 @@ def test_momentum_equals_the_numpy_loop(nesterov, tree, seed, steps, learning_ra
     dampening=constant_or_scheduled(-1, 1),
 )
 def test_trace_equals_the_numpy_loop(nesterov, tree, seed, steps, mu, dampening):
-    """No learning rate, with dampening, to 1e-12 in float64, over random trees and schedules."""
+    """No learning rate, with dampening: to 1e-12 in float64, over random trees and schedules."""
     assume(not (nesterov and mu == 0))  # refused
     with double_precision():
         assert_equals_reference(
@@ -207,8 +207,8 @@ def test_trace_equals_the_numpy_loop(nesterov, tree, seed, steps, mu, dampening)
 @both_read_outs
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
 def test_complex_leaves_equal_the_numpy_loop(dtype, nesterov):
-    """The same recurrence, with complex gradients and real hyperparameters."""
-    learning_rate, mu, dampening = 0.125, 0.875, 0.25  # exact in float32
+    """The same recurrence holds with complex gradients and real hyperparameters."""
+    learning_rate, mu, dampening = 0.125, 0.875, 0.25  # Exact in float32.
     grads = normal_trees(0, 20, dtype, {"scalar": (), "matrix": (3, 4), "empty": (0,)})
     trajectories = []
     with double_precision() if dtype == np.complex128 else contextlib.nullcontext():
@@ -221,7 +221,7 @@ def test_complex_leaves_equal_the_numpy_loop(dtype, nesterov):
             (
                 mj.trace(mu, nesterov=nesterov, dampening=dampening),
                 lambda g: reference.trace(g, mu, dampening, nesterov),
-                1.0,  # The Nesterov read-out takes the whole gradient.
+                1.0,  # Nesterov's update uses the whole gradient.
             ),
         ):
             updates, states = run(tx, grads)
@@ -267,12 +267,12 @@ RATES = {
 
 @jax.jit
 def gradient(params, noise):
-    """Of |params + noise|^2 / 2."""
+    """Returns the gradient of |params + noise|^2 / 2."""
     return jax.tree.map(jnp.add, params, noise)
 
 
 def descend(tx, apply_updates, noise, *, whole_step):
-    """The updates and params of each step; the gradients depend on the params."""
+    """Returns the updates and params of each step; the gradients depend on the params."""
     update, apply = jax.jit(tx.update), jax.jit(apply_updates)
 
     @jax.jit
@@ -298,7 +298,7 @@ def descend(tx, apply_updates, noise, *, whole_step):
 @both_read_outs
 @pytest.mark.parametrize("whole_step", [False, True], ids=["jit(update)", "jit(step)"])
 def test_trace_then_learning_rate_is_optax_sgd_to_the_bit(whole_step, nesterov, rate):
-    """In float32 under jit, over 50 steps, updates and params."""
+    """In float32 under jit, for updates and params of 50 steps."""
     learning_rate, noise = RATES[rate], normal_trees(1, 51)
     ours = optax.chain(
         mj.trace(0.9, nesterov=nesterov), optax.scale_by_learning_rate(learning_rate)
@@ -311,8 +311,8 @@ def test_trace_then_learning_rate_is_optax_sgd_to_the_bit(whole_step, nesterov, 
 
 
 NUMBERS = np.random.default_rng(13).normal(size=(32, 12)).astype(np.float32)
-# name: (a loss, the shapes of its params). In most the gradient ends in a product, which a compiler
-# fuses with what comes after it in the same step.
+# name: (a loss, the shapes of its params). In most, the gradient ends in a product, which a
+# compiler fuses with the operations after it in the same step.
 LOSSES = {
     "square": (lambda w: jnp.sum((w - 2) ** 2), (500,)),
     "scaled": (lambda w: 0.37 * jnp.sum(NUMBERS[0, 0] * w * (w - 1)), (500,)),
@@ -327,7 +327,7 @@ LOSSES = {
 
 
 def train(tx, apply_updates, name, dtype, in_scan):
-    """Params and losses of 20 steps, each with its gradient compiled into it."""
+    """Returns params and losses of 20 steps, with the gradient compiled into the step."""
     loss, shapes = LOSSES[name]
     rng = np.random.default_rng(14)
     params = jax.tree.map(
@@ -361,7 +361,7 @@ def train(tx, apply_updates, name, dtype, in_scan):
 def test_trace_is_optax_sgd_to_the_bit_with_the_gradient_in_the_step(
     name, in_scan, nesterov, weight_decay, rate, dtype, request
 ):
-    """Whatever a compiler makes of gradient and step together."""
+    """The bits are equal even if the compiler fuses gradient and step."""
     if dtype == "float64":
         request.getfixturevalue("x64")
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
@@ -386,21 +386,21 @@ def test_trace_is_optax_sgd_to_the_bit_with_the_gradient_in_the_step(
 @both_read_outs
 @pytest.mark.parametrize("mu", [0.5, 0.9, 0.99])
 def test_momentum_at_a_constant_learning_rate_is_optax_sgd_to_rounding(mu, nesterov):
-    """They round in different places, and each by no more than can be proved."""
+    """They round in different places; the difference stays within a proven bound."""
     learning_rate, grads = 0.1, normal_trees(2, 50, shapes={"w": (500,)})
     ours, _ = run(mj.momentum(learning_rate, mu, nesterov=nesterov), grads)
     theirs, _ = run(optax.sgd(learning_rate, mu, nesterov=nesterov), grads)
-    velocity = learning_rate * largest(grads) / (1 - mu)  # No v, and no -learning_rate m, is more.
-    # Both see the same rounded learning_rate and mu. Optax's scaling rounds once more.
+    velocity = learning_rate * largest(grads) / (1 - mu)  # Bounds v and -learning_rate m.
+    # Both use the same rounded learning_rate and mu. Optax's scaling rounds once more.
     bound = 2 * rounding(velocity, mu) + UNIT_ROUNDOFF * velocity
-    assert largest_difference(ours, theirs) <= bound * (1 + 1e-4)  # u^2 and smaller left out
+    assert largest_difference(ours, theirs) <= bound * (1 + 1e-4)  # Allows for terms of u^2.
 
 
 @pytest.mark.parametrize("rate", ["drop and rise", "up and down"])
 @both_read_outs
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_momentum_under_a_schedule_scales_before_it_accumulates(dtype, nesterov, rate):
-    """It is Optax's trace of scaled gradients, and far from optax.sgd, which scales last."""
+    """It equals Optax's trace of scaled gradients and differs from optax.sgd, which scales last."""
     mu, learning_rate, grads = 0.9, RATES[rate], normal_trees(3, 50, dtype, {"w": (500,)})
     with double_precision() if dtype == np.float64 else contextlib.nullcontext():
         ours, states = run(mj.momentum(learning_rate, mu, nesterov=nesterov), grads)
@@ -419,7 +419,7 @@ def test_momentum_under_a_schedule_scales_before_it_accumulates(dtype, nesterov,
 
 
 def drop_after_400_steps(count):
-    """A learning rate of 0.1, then of 0.01."""
+    """A learning rate of 0.1, then 0.01."""
     return jnp.where(count < 400, 0.1, 0.01)
 
 
@@ -436,7 +436,7 @@ def drop_after_400_steps(count):
     ],
 )
 def test_after_a_drop_of_the_learning_rate_the_velocity_stays_inside(x64, tx, next_update):
-    """After many gradients of 1 the update is -1; the first one after the drop tells which."""
+    """After many gradients of 1 the update is -1; the update after the drop shows the form."""
 
     def step(state, _):
         update, state = tx.update(jnp.ones(()), state)
@@ -448,7 +448,7 @@ def test_after_a_drop_of_the_learning_rate_the_velocity_stays_inside(x64, tx, ne
 
 @both_read_outs
 def test_scaling_the_velocity_with_the_learning_rate_turns_inside_into_outside(x64, nesterov):
-    """Multiplied by new / old learning rate at each change, momentum goes on as optax.sgd."""
+    """If it is multiplied by new / old learning rate at each change, momentum equals optax.sgd."""
     learning_rate = RATES["drop and rise"]
     grads = normal_trees(4, 40, np.float64, {"w": (5,)})
     theirs, _ = run(optax.sgd(learning_rate, 0.9, nesterov=nesterov), grads)
@@ -467,11 +467,11 @@ def test_scaling_the_velocity_with_the_learning_rate_turns_inside_into_outside(x
 
 
 def minimize(tx, loss, start, steps):
-    """The point reached after so many steps, all in one compiled program."""
+    """Returns the params after these steps, all in one compiled program."""
 
     def step(carry, _):
         w, state = carry
-        # For a complex w, the conjugate of JAX's gradient is the direction of ascent.
+        # For complex w, the conjugate of JAX's gradient is the direction of steepest ascent.
         grads = jax.tree.map(jnp.conj, jax.grad(loss)(w))
         updates, state = tx.update(grads, state, w)
         return (mj.apply_updates(w, updates), state), None
@@ -480,12 +480,12 @@ def minimize(tx, loss, start, steps):
 
 
 def inside(learning_rate, mu, nesterov):
-    """The learning rate inside."""
+    """Momentum with the learning rate inside."""
     return mj.momentum(learning_rate, mu, nesterov=nesterov)
 
 
 def outside(learning_rate, mu, nesterov):
-    """The learning rate outside."""
+    """Momentum with the learning rate outside."""
     return optax.chain(mj.trace(mu, nesterov=nesterov), optax.scale_by_learning_rate(learning_rate))
 
 
@@ -496,7 +496,7 @@ each_form = pytest.mark.parametrize("form", [inside, outside])
 @both_read_outs
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64])
 def test_momentum_finds_the_bottom_of_a_long_valley(dtype, form, nesterov):
-    """A parabola 100 times steeper in one direction: out of reach without momentum."""
+    """A parabola 100 times steeper in one direction; without momentum it is not reached."""
     bottom = np.array([1.5, -0.25, 3.0], dtype) * (1 if dtype == np.float32 else 1 - 2j)
     steepness = np.array([1.0, 10.0, 100.0], np.float32)
 
@@ -505,10 +505,10 @@ def test_momentum_finds_the_bottom_of_a_long_valley(dtype, form, nesterov):
 
     start = jnp.full(3, 10, dtype)
     found = minimize(form(0.01, 0.9, nesterov), loss, start, 400)
-    # The slowest direction shrinks by sqrt(0.9) a step: by 7e-10 in all.
+    # The slowest direction shrinks by sqrt(0.9) per step: to 7e-10 in total.
     np.testing.assert_allclose(found, bottom, rtol=0, atol=1e-4)
     without = minimize(form(0.01, 0.0, False), loss, start, 400)
-    np.testing.assert_allclose(  # 1 - 0.01 a step
+    np.testing.assert_allclose(  # A factor 1 - 0.01 per step.
         abs(without[0] - bottom[0]), abs(10 - bottom[0]) * 0.99**400, rtol=1e-2
     )
 
@@ -516,7 +516,7 @@ def test_momentum_finds_the_bottom_of_a_long_valley(dtype, form, nesterov):
 @each_form
 @both_read_outs
 def test_momentum_finds_the_minimum_of_the_rosenbrock_function(form, nesterov):
-    """Along the curved valley to (1, 1)."""
+    """It follows the curved valley to (1, 1)."""
 
     def loss(w):
         return (1 - w["x"]) ** 2 + 100 * (w["y"] - w["x"] ** 2) ** 2
@@ -530,7 +530,7 @@ def test_momentum_finds_the_minimum_of_the_rosenbrock_function(form, nesterov):
 
 @each_form
 def test_a_training_loop_compiles_its_step_once(form):
-    """Fifty steps under jit, each with other numbers."""
+    """Fifty steps under jit, each with different numbers."""
     tx, grads = (
         form(RATES["up and down"], 0.9, True),
         normal_trees(5, 50, shapes={"w": (11,), "b": ()}),
@@ -551,7 +551,7 @@ def test_a_training_loop_compiles_its_step_once(form):
 
 @pytest.mark.parametrize("tx", [mj.momentum(0.1, 0.9), mj.trace(0.9, nesterov=True)])
 def test_steps_outside_jit_compile_nothing_after_the_first(tx):
-    """The first call of init, update and apply_updates compiles each, for all that follow."""
+    """The first call of init, update and apply_updates compiles each, later calls nothing."""
     grads = normal_trees(6, 50, shapes={"w": (13,), "b": ()})
     params = jax.device_put(grads[0])
 
@@ -571,7 +571,7 @@ def test_steps_outside_jit_compile_nothing_after_the_first(tx):
 @both_read_outs
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 def test_params_and_state_keep_their_avals_on_eight_devices(jitted, nesterov, axis_type):
-    """Shape, dtype, weak type and sharding, over three steps with momentum on."""
+    """Shape, dtype, weak type and sharding do not change over three steps with momentum."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     specs = {"kernel": P("data", "model"), "bias": P("model"), "table": P(None, "data"), "one": P()}
     shapes = {"kernel": (8, 4), "bias": (4,), "table": (3, 8), "one": ()}
@@ -602,7 +602,7 @@ def test_params_and_state_keep_their_avals_on_eight_devices(jitted, nesterov, ax
 @each_form
 @both_read_outs
 def test_complex_params_want_the_conjugate_of_the_gradient(form, nesterov):
-    """As jax.grad returns it, the imaginary part climbs."""
+    """With jax.grad's own result, the imaginary part moves uphill."""
 
     def loss(w):
         return jnp.abs(w - (3 - 2j)) ** 2 / 2
@@ -620,7 +620,7 @@ def test_complex_params_want_the_conjugate_of_the_gradient(form, nesterov):
 
 
 def test_the_conjugate_is_what_pytorch_gives():
-    """So that a buffer of PyTorch's goes on with it."""
+    """So a momentum buffer from PyTorch continues with it."""
     torch = pytest.importorskip("torch")
     w = torch.tensor(1 + 1j, requires_grad=True)
     (((w - (3 - 2j)).abs() ** 2) / 2).backward()
@@ -629,7 +629,7 @@ def test_the_conjugate_is_what_pytorch_gives():
 
 
 def test_a_learning_rate_of_0_lets_the_velocity_coast_and_none_freezes():
-    """It goes mu / (1 - mu) of its last step further; a param without a gradient stays."""
+    """With learning rate 0, a param moves mu / (1 - mu) of its last step further; None stops it."""
     tx: Any = mj.momentum(0.5, 0.75)
     g = jnp.ones(2)
     updates, state = tx.update(g, tx.init(g))
@@ -647,7 +647,7 @@ def test_a_learning_rate_of_0_lets_the_velocity_coast_and_none_freezes():
 
 
 def test_c4_what_bfloat16_gradients_cost_float32_params():
-    """Up to 1 / 256 of each update, nothing of the velocity; converted first, nothing."""
+    """Updates are off by up to 1 / 256, velocities are exact; converted first, both are exact."""
     grads = normal_trees(15, 100, shapes={"w": (500,)})
     narrow = [jax.tree.map(lambda g: jnp.asarray(g, jnp.bfloat16), g) for g in grads]
     wide_grads = [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in narrow]
@@ -667,9 +667,9 @@ def test_c4_what_bfloat16_gradients_cost_float32_params():
 
 
 def awkward(dtype, seed):
-    """Numbers of very different sizes, and the extreme ones."""
+    """Returns numbers of very different magnitudes, and the extreme ones."""
     rng = np.random.default_rng(seed)
-    info = jnp.finfo(dtype)  # of the real part, if complex
+    info = jnp.finfo(dtype)  # For complex dtypes, of the real part.
     numbers = rng.choice([-1, 1], 500) * 2.0 ** rng.uniform(-12, 12, 500)
     special = [0.0, -0.0, np.inf, -np.inf, info.max, info.tiny, info.smallest_subnormal, 1.0]
     numbers = np.concatenate([numbers.astype(info.dtype), np.array(special, info.dtype)])
@@ -679,11 +679,11 @@ def awkward(dtype, seed):
 
 
 def mixed_trees(pairs):
-    """Params and updates, a leaf for each pair of dtypes."""
+    """Returns params and updates with one leaf per pair of dtypes."""
     params = {f"{p} + {u}": awkward(p, 10) for p, u in pairs}
-    # In reverse, so that nothing infinite meets its opposite: a NaN has many bit patterns.
+    # Reversed, so that no inf meets -inf: a NaN has many bit patterns.
     updates = {f"{p} + {u}": awkward(u, 11)[::-1].copy() for p, u in pairs}
-    return jax.device_put((params, updates))  # Given NumPy arrays, Optax would add with NumPy.
+    return jax.device_put((params, updates))  # With NumPy arrays, Optax would add in NumPy.
 
 
 REALS = ["float32", "bfloat16", "float16"]
@@ -724,7 +724,7 @@ DTYPES = ["bool", *INTEGERS, *FLOATS, *COMPLEX]
 @pytest.mark.parametrize("update", DTYPES)
 @pytest.mark.parametrize("param", DTYPES)
 def test_c4_apply_updates_of_every_pair_of_dtypes(x64, param, update):
-    """What the sum can hold is added as in exact numbers; all else is refused, never wrapped."""
+    """If the param's dtype can hold the sum, it is exact; else it is refused, never wrapped."""
     added = (
         (param in COMPLEX and update != "bool")
         or (param in FLOATS and update in INTEGERS + FLOATS)
@@ -745,7 +745,7 @@ def test_c4_apply_updates_of_every_pair_of_dtypes(x64, param, update):
 
 @pytest.mark.parametrize(("param", "update"), [("int32", "uint32"), ("uint32", "int32")])
 def test_c4_a_sign_is_not_lost_outside_64_bit_mode(param, update):
-    """Where JAX has no type that holds both."""
+    """Covers pairs for which JAX has no common dtype."""
     with pytest.raises(TypeError, match="would wrap around"):
         mj.apply_updates(jnp.ones(2, param), jnp.ones(2, update))
 
@@ -753,7 +753,7 @@ def test_c4_a_sign_is_not_lost_outside_64_bit_mode(param, update):
 @pytest.mark.parametrize("param", [1.5, 1.5 + 2j, 3, jnp.float32(1.5), jnp.bfloat16(1.5)], ids=repr)
 @pytest.mark.parametrize("update", [1, jnp.int32(1)], ids=["weak", "strong"])
 def test_c2_apply_updates_keeps_dtype_and_weak_type(param, update):
-    """A Python number stays what a Python number is to jit, so that no step is traced twice."""
+    """A Python number stays weakly typed in jit, so no step is traced twice."""
     moved, before = mj.apply_updates(param, update), jnp.asarray(param)
     assert isinstance(moved, jax.Array)
     assert (moved.dtype, moved.weak_type) == (before.dtype, before.weak_type)
@@ -776,7 +776,7 @@ def test_c2_apply_updates_keeps_dtype_and_weak_type(param, update):
     ],
 )
 def test_c5_no_update_leaves_the_param_untouched(param, no_update):
-    """Bit for bit, beside a param that moves."""
+    """It keeps its bits, in a tree with a param that moves."""
     params = {"still": param, "moving": np.ones(2, np.float32)}
     updates = {"still": no_update, "moving": np.ones(2, np.float32)}
     expected = {"still": param, "moving": np.full(2, 2, np.float32)}
@@ -787,7 +787,7 @@ def test_c5_no_update_leaves_the_param_untouched(param, no_update):
 
 
 def in_a_fresh_process(code, **environment):
-    """What the code prints as JSON, run beside the tests but without their configuration."""
+    """Returns the JSON that the code prints, in a process without the tests' configuration."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=pathlib.Path(__file__).parent,
@@ -802,7 +802,7 @@ def in_a_fresh_process(code, **environment):
 
 @pytest.fixture(scope="module")
 def after_import():
-    """The public names and the loaded modules after `import momentum_jax` alone."""
+    """Returns the public names and the loaded modules after only `import momentum_jax`."""
     return in_a_fresh_process(
         "import json, sys, momentum_jax as mj\n"
         "names = [name for name in dir(mj) if not name.startswith('_')]\n"
@@ -811,7 +811,7 @@ def after_import():
 
 
 def test_the_public_names_are_these(after_import):
-    """A new one is added on purpose, here too."""
+    """A new name must be added here too, on purpose."""
     assert after_import["names"] == PUBLIC_NAMES
 
 
@@ -819,13 +819,13 @@ def test_the_public_names_are_these(after_import):
     "module", ["flax", "sklearn", "matplotlib", "scipy", "momentum_jax.study", "jaxtyping"]
 )
 def test_importing_the_package_does_not_import_what_only_the_study_needs(after_import, module):
-    """So that it imports fast, and where only JAX and Optax are installed."""
+    """So the import is fast, and works with only JAX and Optax installed."""
     assert "momentum_jax" in after_import["modules"]
     assert module not in after_import["modules"]
 
 
 def public_functions():
-    """All that a user calls, by the names that they type."""
+    """Returns all public functions by the names that users type."""
     for name in PUBLIC_NAMES:
         value = getattr(mj, name)
         if not inspect.ismodule(value):
@@ -838,7 +838,7 @@ def public_functions():
 
 @pytest.mark.parametrize("documented", list(public_functions()))
 def test_every_public_name_is_documented_with_an_example(documented):
-    """A docstring with a doctest and a word on each parameter."""
+    """Each docstring has a doctest and mentions each parameter."""
     doc = inspect.getdoc(documented) or ""
     assert "Example:\n" in doc
     assert ">>> " in doc
@@ -848,7 +848,7 @@ def test_every_public_name_is_documented_with_an_example(documented):
 
 
 def digests():
-    """A digest of the bits of updates, velocities and params, by method, of some steps."""
+    """Returns digests of the bits of updates, velocities and params after some steps, by method."""
     result = {}
     for name, tx in {
         "momentum, nesterov": mj.momentum(0.1, 0.99, nesterov=True),
@@ -870,7 +870,7 @@ def digests():
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    """The same in a process that has one device."""
+    """Returns the same digests from a process with one device."""
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
     return in_a_fresh_process(
         "import jax, json, test_momentum as t\n"
@@ -880,6 +880,6 @@ def on_one_device():
 
 
 def test_one_device_of_one_gives_the_bits_of_one_device_of_eight(on_one_device):
-    """What keeps shardings changes no number."""
+    """Sharding constraints do not change any number."""
     assert (on_one_device[0], jax.device_count()) == (1, 8)
     assert on_one_device[1] == digests()

@@ -1,6 +1,6 @@
-"""However gradients and updates are sharded, the state, the params and the updates stay in place.
+"""State, params and updates keep their sharding, however gradients and updates are sharded.
 
-Run as a program, this file is a process with one device that exports steps for eight.
+Run as a program, this file is a process with one device that exports steps for eight devices.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 SPECS = [P(), P("d"), P(None, "m"), P("d", "m")]
 # (sharding of the param, sharding of its gradient)
 PAIRS = [(own, other) for own in SPECS for other in SPECS if own != other]
-# In 8 bits arrays are large and programs long: each sharding of each once.
+# 8-bit tests have large arrays and long programs, so each sharding occurs only once.
 FEW_PAIRS = list(zip(SPECS, SPECS[::-1], strict=True))
 
 momentum = functools.partial(mj.momentum, 0.5, 0.5)
@@ -53,14 +53,14 @@ def make_mesh(axis_type):
 
 
 def numbers(seed, shape):
-    """Multiples of 1/64, so that the sums and products of the steps are exact."""
+    """Returns multiples of 1/64, so that the sums and products of the steps are exact."""
     return np.random.default_rng(seed).integers(-255, 256, shape) / 64
 
 
 def make(name, mesh=None, turn=0):
-    """Params, gradients that are sharded otherwise, and updates: a leaf for each pair.
+    """Returns params, gradients sharded differently, and updates, with one leaf per pair.
 
-    With another `turn` each leaf has another pair, and the same numbers.
+    With another `turn`, each leaf has another pair of shardings and the same numbers.
     """
     pairs = FEW_PAIRS if name == "int8" else PAIRS
     pairs = pairs[turn:] + pairs[:turn]
@@ -94,7 +94,7 @@ def stepping(tx):
 def run_in_python(step, params, state, grads, updates):
     for _ in range(STEPS):
         params, state, updates = step(params, state, grads)
-        # The virtual devices of one CPU can hang with several programs under way.
+        # The virtual devices of one CPU can hang with several programs in flight.
         jax.block_until_ready(params)
     return params, state, updates
 
@@ -104,7 +104,7 @@ def run_jitted(step, *arguments):
 
 
 def run_ahead(step, params, state, grads, updates):
-    """Compiled from shapes and shardings alone."""
+    """Runs a function compiled from shapes and shardings only."""
     arguments = params, state, grads
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments
@@ -133,7 +133,7 @@ WAYS = [run_in_python, run_jitted, run_ahead, run_scanned, run_fori_loop]
 
 @functools.cache
 def unsharded(name):
-    """What the steps come to on one device."""
+    """Returns the results of the steps on one device."""
     params, grads, updates = make(name)
     tx = TRANSFORMS[name](None)
     return jax.tree.map(
@@ -142,7 +142,7 @@ def unsharded(name):
 
 
 def check(name, result, like):
-    """The shardings are those of `like`, the numbers those of one device."""
+    """Checks that shardings equal those of `like`, and numbers equal the results on one device."""
     paths = jax.tree_util.tree_leaves_with_path(result)
     moved = {
         jax.tree_util.keystr(path): (x.sharding, y.sharding)
@@ -159,7 +159,7 @@ def check(name, result, like):
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_c2_arrays_stay_in_place_however_gradients_are_sharded(name, axis_type, way):
-    """Every pair of four shardings of a param and of its gradient."""
+    """Covers every pair of four shardings of a param and its gradient."""
     mesh = make_mesh(axis_type)
     tx = TRANSFORMS[name](mesh)
     with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
@@ -171,7 +171,7 @@ def test_c2_arrays_stay_in_place_however_gradients_are_sharded(name, axis_type, 
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "zero1"])
 def test_two_models_may_share_an_inner_function(name):
-    """One lowering serves both, whose leaves of one shape are sharded unlike one another."""
+    """One lowering serves both models. Leaves of equal shape have different shardings."""
     mesh = make_mesh(AUTO)
     tx = TRANSFORMS[name](mesh)
     inner = jax.jit(stepping(tx))
@@ -194,7 +194,7 @@ def test_two_models_may_share_an_inner_function(name):
 @pytest.mark.parametrize("axis_names", [{"d", "m"}, {"d"}], ids=["all axes", "one axis"])
 @pytest.mark.parametrize("name", ["momentum", "trace", "kahan"])
 def test_arrays_stay_in_place_within_shard_map(name, axis_names):
-    """Over one axis, the other is left to the partitioner, which must not follow the gradients."""
+    """shard_map is over one axis; on the other, the partitioner must not follow the gradients."""
     mesh = make_mesh(AUTO)
     tx = TRANSFORMS[name](mesh)
     params, grads, updates = make(name, mesh)
@@ -216,7 +216,7 @@ def test_arrays_stay_in_place_within_shard_map(name, axis_names):
 @pytest.mark.parametrize("way", WAYS[1:4], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", ["momentum", "restart", "bfloat16", "kahan"])
 def test_a_state_that_is_sharded_unlike_its_params_stays_so(name, way):
-    """As after a restore into another sharding: neither follows the other."""
+    """After a restore with another sharding, state and params each keep their own."""
     mesh = make_mesh(AUTO)
     tx = TRANSFORMS[name](mesh)
     params, _, updates = make(name, mesh)
@@ -255,7 +255,7 @@ def test_what_is_made_of_the_updates_does_not_move_the_state(way):
 @pytest.mark.parametrize("way", WAYS[1:], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
 def test_zero1_leaves_params_in_place_that_are_part_of_their_gradient(name, way):
-    """Weights that decay in the loss: the split of the state must not reach them."""
+    """With weight decay in the loss, the sharding of the state must not reach the params."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AUTO,))
     inner = {"momentum": momentum(), "adamw": optax.adamw(0.5)}[name]
 
@@ -278,7 +278,7 @@ def test_zero1_leaves_params_in_place_that_are_part_of_their_gradient(name, way)
 
 @functools.cache
 def jax_returns_to_the_host():
-    """Whether JAX alone does, on CPU; 0.10.2 is the first."""
+    """Whether JAX alone does this on CPU; 0.10.2 is the first version that does."""
     if not hasattr(jax, "memory"):
         return False
     returned = jax.jit(lambda x: jax.device_put(x + 1, jax.memory.Space.Host))(jnp.ones(8))
@@ -299,7 +299,7 @@ def test_c7_velocities_of_params_in_the_memory_of_the_host_are_there_too(axis_ty
             assert velocity.sharding.is_equivalent_to(sharding, 2)
             assert velocity.sharding.memory_kind == "pinned_host"
             assert not np.any(velocity)
-        # Arrays of 8 bits, and those among them that stay wide.
+        # 8-bit leaves, and small leaves that stay in float32.
         for shape in ((8, 16), (64, 128)):
             params = jax.device_put(jnp.ones(shape), sharding)
             for init in (
@@ -317,7 +317,7 @@ def test_c7_velocities_of_params_in_the_memory_of_the_host_are_there_too(axis_ty
 )
 @pytest.mark.parametrize("name", [*TRANSFORMS, "torch_sgd"])
 def test_c2_params_in_the_memory_of_the_host_stay_there(name, way, gradients):
-    """So do their velocities; the numbers are those of params on the devices."""
+    """Their velocities stay there too; the numbers equal those of params on the devices."""
     if not jax_returns_to_the_host():
         pytest.skip("this JAX returns to the device what a program on CPU returns to the host")
     mesh = make_mesh(AUTO)
@@ -326,7 +326,7 @@ def test_c2_params_in_the_memory_of_the_host_stay_there(name, way, gradients):
     else:
         tx = TRANSFORMS[name](mesh)
     dtype = jnp.bfloat16 if name == "kahan" else jnp.float32
-    # 64 by 128, so that it is stored in 8 bits.
+    # Large enough, 64 by 128, to be stored in 8 bits.
     arrays = [
         jnp.asarray(numbers(0, (64, 128)), dtype),
         jnp.asarray(numbers(1, (64, 128)), jnp.float32),
@@ -395,7 +395,7 @@ def test_a_mask_does_not_move_the_velocity_that_it_resets(velocity_dtype, way):
 
 @pytest.mark.parametrize("velocity_dtype", ["bfloat16", "int8"])
 def test_no_array_of_a_step_is_larger_than_a_slice(velocity_dtype):
-    """Random bits and masks are made where they are needed."""
+    """Each device computes only its part of random bits and masks."""
     mesh = make_mesh(AUTO)
     tx = momentum(velocity_dtype=velocity_dtype)
     params = jax.device_put(jnp.ones((64, 1024)), NamedSharding(mesh, P("d", "m")))
@@ -409,7 +409,7 @@ def test_no_array_of_a_step_is_larger_than_a_slice(velocity_dtype):
 
 
 def test_derivatives_and_batches_of_a_step():
-    """Nothing that keeps shardings changes them: through the gradient, forward and backward."""
+    """Sharding constraints do not change derivatives, forward or backward, nor batches."""
     mesh = make_mesh(AUTO)
     tx = momentum(nesterov=True)
     own, other = (NamedSharding(mesh, spec) for spec in (P("d"), P(None, "m")))
@@ -438,7 +438,7 @@ def barriers(lowered):
 
 
 def test_only_programs_for_several_devices_have_barriers():
-    """On one device they would cost compile time for nothing."""
+    """On one device, barriers would cost compile time without a benefit."""
     for name, make_tx in TRANSFORMS.items():
         tx = make_tx(None)
         params, grads, _ = make(name)
@@ -448,13 +448,13 @@ def test_only_programs_for_several_devices_have_barriers():
     tx = momentum()
     lowered = jax.jit(stepping(tx)).lower(params, tx.init(params), grads)
     assert sorted(barriers(lowered)) == ["BACKWARD"] * 2 * len(PAIRS) + ["FORWARD"] * len(PAIRS)
-    # An Explicit mesh has them in its types.
+    # An Explicit mesh has shardings in its types.
     params, grads, _ = make("momentum", make_mesh(EXPLICIT))
     assert barriers(jax.jit(stepping(tx)).lower(params, tx.init(params), grads)) == []
 
 
 def test_zero1_splits_what_a_gradient_is_computed_from_unless_that_moves_the_params():
-    """As arguments of the program they have a sharding already; as part of a loop they do not."""
+    """Program arguments have a sharding already; values inside a loop do not."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AUTO,))
     params = jax.device_put(jnp.zeros((16, 8)), NamedSharding(mesh, P()))
     tx = mj.sharding.zero1(optax.sgd(0.1, 0.9), mesh, "d")
@@ -465,12 +465,12 @@ def test_zero1_splits_what_a_gradient_is_computed_from_unless_that_moves_the_par
         lambda *args: jax.lax.fori_loop(0, 2, lambda _, a: (*step(*a)[:2], a[2]), args)
     )
     directions = barriers(looped.lower(*arguments))
-    # That of apply_updates alone: the params' own sharding may be the updates'.
+    # Only the barrier of apply_updates: the updates may have the params' sharding.
     assert directions.count("BACKWARD") == 1
 
 
-# Exported for several devices by a process that has one: not zero1, which wants a mesh of devices,
-# and not 8 bits, whose scales are not split as the params are.
+# Exported for several devices by a process with one device. Excluded: zero1, which needs a mesh of
+# real devices, and 8 bits, whose scales are not sharded like the params.
 EXPORTED = [name for name in TRANSFORMS if name not in ("zero1", "int8")]
 
 
@@ -507,7 +507,7 @@ def export_for_eight(folder):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Programs by the name of the transformation and of the function."""
+    """Returns the programs by the names of transformation and function."""
     folder = tmp_path_factory.mktemp("exported")
     run_on_one_device(__file__, "export", str(folder))
     return {
@@ -529,7 +529,7 @@ def test_c7_arrays_stay_in_place_in_a_program_made_on_one_device(name, exported)
 
 
 def compile_for_tpu():
-    """Prints what is compiled for eight TPUs that are not here."""
+    """Prints what is compiled for eight TPUs, which need not be present."""
     assert jax.device_count() == 1
     devices = topology("tpu", "v5e:2x4").devices
     mesh = jax.sharding.Mesh(np.reshape(devices, (4, 2)), ("d", "m"), axis_types=(AUTO,) * 2)
@@ -539,7 +539,7 @@ def compile_for_tpu():
 
     params = {"up": place((3, 256, 512), P(None, None, "m"))}
     params["down"] = place((3, 512, 256), P(None, "m"))
-    # Of the state no more than the params' own axes is known on Auto axes; zero1 adds one.
+    # On Auto axes only the params' own axes of the state are known; zero1 adds one axis.
     split = {"up": P(None, "d", "m"), "down": P(None, ("m", "d"))}
 
     def loss(params, x):
@@ -585,7 +585,7 @@ def test_c7_programs_for_tpus_made_on_one_device_keep_shardings_and_donations():
     found = json.loads(printed)
     for name, result in found.items():
         assert result["kept"] == result["given"], name
-        assert result["copied"] < 4096, name  # The table of the results, and the count.
+        assert result["copied"] < 4096, name  # The table of results, and the count.
     assert found["momentum"]["init"][1:] == found["momentum"]["given"][:2]
     assert found["zero1"]["reduce-scatters"] > 0
 

@@ -1,4 +1,4 @@
-"""Velocities that start anew: adaptively, and on request."""
+"""Resets of the velocity: adaptive_restart and reset_velocity."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ from tables import rows
 
 import momentum_jax
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Avoids casts: Optax types its trees too widely.
 
 
 def moving(tx, params, grad=1.0):
-    """The state after a step under a constant gradient."""
+    """Returns the state after a step under a constant gradient."""
     grads = jax.tree.map(lambda w: jnp.full_like(w, grad), params)
     return tx.update(grads, tx.init(params), params)[1]
 
@@ -35,7 +35,7 @@ CURVATURES = np.geomspace(1e-5, 1.0, 40)
 
 
 def distance(tx, steps=10_000):
-    """From the minimum of an ill-conditioned quadratic."""
+    """Returns the final distance from the minimum of an ill-conditioned quadratic."""
     start = jnp.ones(len(CURVATURES))
 
     def step(carry, _):
@@ -58,7 +58,7 @@ def distance(tx, steps=10_000):
     ids=["momentum", "trace, in a chain", "qhm"],
 )
 def test_restart_beats_the_unrestarted_method_by_orders_of_magnitude(inner):
-    """Of condition number 100,000; and nearly as good as the best constant mu."""
+    """At condition number 100,000; it is nearly as good as the best constant mu."""
     restarted = distance(mj.adaptive_restart(inner()))
     assert restarted < 1e-6 * distance(inner())
     best = mj.theory.nesterov(1.0, CURVATURES[0])
@@ -66,7 +66,7 @@ def test_restart_beats_the_unrestarted_method_by_orders_of_magnitude(inner):
 
 
 def test_restart_is_the_papers_by_hand():
-    """Before the step whose gradient turns against the last step, over all params together."""
+    """It restarts before a step whose gradient opposes the last step, over all params together."""
     tx = mj.adaptive_restart(mj.momentum(0.5, 0.5))
     params: Any = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     state, v = tx.init(params), np.zeros(2)
@@ -95,7 +95,7 @@ def test_restart_is_the_papers_by_hand():
     ids=["momentum", "qhm", "aggmo", "chain", "masked"],
 )
 def test_restart_keeps_the_contract(inner):
-    """One type of state throughout, eager like jitted, bfloat16, no gradient, one trace."""
+    """The state keeps its types; eager equals jitted; bfloat16, no gradient, one trace."""
     params = {"w": jnp.ones(3, jnp.bfloat16), "b": 1.0, "frozen": jnp.ones(2)}
     grads = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(()), "frozen": None}
     tx = mj.adaptive_restart(inner())
@@ -124,7 +124,7 @@ def test_restart_keeps_the_contract(inner):
 
 
 def test_restart_passes_extra_arguments_on():
-    """To the transformation inside."""
+    """It passes them to the inner transformation."""
     tx = mj.adaptive_restart(mj.momentum(0.5))
     w = jnp.float32(0)
     update, _ = tx.update(jnp.float32(1), tx.init(w), w, learning_rate=0.25)
@@ -133,7 +133,7 @@ def test_restart_passes_extra_arguments_on():
 
 @pytest.mark.parametrize("shape", [(), (1000,)])
 def test_restart_donates_safely(shape):
-    """The params that are kept share no buffer with the params, nor with the updates."""
+    """The stored params share no buffer with the params or the updates."""
     tx = mj.adaptive_restart(mj.momentum(0.5))
     w = jnp.ones(shape)
     state = start = tx.init(w)
@@ -159,7 +159,7 @@ def test_restart_and_reset_keep_shardings(axis_type):
 
 
 def test_restart_around_no_velocity_is_refused():
-    """At init."""
+    """It is refused in init."""
     with pytest.raises(ValueError, match="there is no velocity in the state"):
         mj.adaptive_restart(optax.adam(0.1)).init(jnp.ones(1))
     tx, state = mj.adaptive_restart(mj.momentum(0.1)), mj.momentum(0.1).init(jnp.ones(1))
@@ -168,7 +168,7 @@ def test_restart_around_no_velocity_is_refused():
 
 
 def test_restart_needs_the_params_of_init():
-    """None, of another shape, of another structure."""
+    """Refuses None, params of another shape, and params of another structure."""
     tx = mj.adaptive_restart(mj.momentum(0.1))
     w = {"w": jnp.ones(2)}
     state = tx.init(w)
@@ -183,7 +183,7 @@ def test_restart_needs_the_params_of_init():
 
 
 def trajectory(tx, grads, params):
-    """The params after each step."""
+    """Returns the params after each step."""
     state = tx.init(params)
     moved = []
     for g in grads:
@@ -210,7 +210,7 @@ SIGNS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SIGNS)
 def test_restart_does_not_depend_on_the_sign_of_the_updates(name):
-    """Downhill the velocity grows; the first gradient uphill of the last step starts it anew."""
+    """Downhill the velocity grows; it resets when the gradient says the last step went uphill."""
     grads = [jnp.full(1, g) for g in (1.0, 1.0, 1.0, -1.0, -1.0)]
     w = 0.0
     expected = []
@@ -222,7 +222,7 @@ def test_restart_does_not_depend_on_the_sign_of_the_updates(name):
 
 @pytest.mark.parametrize("absent", [None, optax.MaskedNode(), np.zeros(1, jax.dtypes.float0)])
 def test_a_param_without_a_gradient_does_not_decide_by_an_older_step(absent):
-    """In the last step b alone moved, and downhill; a moved in the one before."""
+    """In the last step only b moved, downhill; a moved in the step before."""
     tx = mj.adaptive_restart(mj.momentum(0.1, 0.9))
     params: Any = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     state = tx.init(params)
@@ -235,7 +235,7 @@ def test_a_param_without_a_gradient_does_not_decide_by_an_older_step(absent):
 
 
 def test_a_gradient_that_is_not_finite_does_not_restart():
-    """As around `apply_if_finite`, which leaves the step out."""
+    """As around `apply_if_finite`, which skips the step."""
     tx = mj.adaptive_restart(optax.apply_if_finite(mj.momentum(0.1, 0.9), 5))
     grads = [jnp.full(1, g) for g in (1.0, -np.inf, np.nan, 1.0)]
     found = trajectory(tx, grads, jnp.zeros(1))
@@ -243,7 +243,7 @@ def test_a_gradient_that_is_not_finite_does_not_restart():
 
 
 def test_restart_with_a_whole_model_as_params():
-    """Leaves that are not arrays, which init was not given, have no part in it."""
+    """Leaves that are not arrays, which init did not get, are ignored."""
     tx = mj.adaptive_restart(mj.momentum(0.5, 0.5))
     state = tx.init({"w": jnp.ones(1), "activation": None})
     params = {"w": jnp.ones(1), "activation": jnp.tanh}
@@ -266,9 +266,9 @@ def both(a, b):
 
 M, A_ALONE = mj.momentum(0.1, 0.9), {"a": True, "b": False}
 R = mj.adaptive_restart
-PAIRS = [1, 1, 3, -1, -1, 3]  # micro-batches; the means are 1
-# The transformation, the gradients, the params after each step. From 0, momentum takes steps of
-# -0.1, -0.19, -0.271 under gradients of 1, and of -0.1 after a restart.
+PAIRS = [1, 1, 3, -1, -1, 3]  # Micro-batches whose means are 1.
+# The transformation, the gradients, the params after each step. From v = 0, momentum takes steps of
+# -0.1, -0.19, -0.271 under gradients of 1, and a step of -0.1 after a restart.
 ROWS: dict[str, Any] = {
     "MultiSteps, inside": (
         optax.MultiSteps(R(M), 2).gradient_transformation(),
@@ -334,7 +334,7 @@ ROWS: dict[str, Any] = {
 
 
 def test_each_row_of_the_table_is_tested():
-    """Two rows have tests of their own: test_restart_and_lookahead, ..._and_schedule_free."""
+    """Two rows have separate tests: test_restart_and_lookahead, ..._and_schedule_free."""
     tested = {name.split(", ")[0] for name in ROWS} | {"lookahead", "schedule_free"}
     assert set(rows(mj.adaptive_restart)) == tested
     assert {name.split(", ")[1] for name in ROWS} == {"inside", "around"}
@@ -342,7 +342,7 @@ def test_each_row_of_the_table_is_tested():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_restart_and_wrappers(name):
-    """The table of the docstring, row by row."""
+    """Tests each row of the docstring's table."""
     tx, grads, expected = ROWS[name]
     grads, expected = (jax.tree.map(jnp.float32, each) for each in (grads, expected))
     compiled = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
@@ -353,7 +353,7 @@ def test_restart_and_wrappers(name):
 
 @pytest.mark.parametrize("last", [1.0, -1.0])
 def test_restart_and_lookahead(last):
-    """Inside, where the jump to the slow params is part of the movement; around it is refused."""
+    """Inside, the jump to the slow params counts as movement; around, it is refused."""
     tx = optax.lookahead(R(M), sync_period=2, slow_step_size=0.5)
     start = jnp.zeros(1)
     params: Any = optax.LookaheadParams(start, start)
@@ -369,7 +369,7 @@ def test_restart_and_lookahead(last):
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_restart_and_schedule_free(inside):
-    """The params are the points at which the gradients are, and z takes the steps."""
+    """The gradients are taken at the params, and z takes the steps."""
     make = functools.partial(optax.contrib.schedule_free, learning_rate=0.1, b1=0.9)
     tx: Any = make(R(M)) if inside else R(make(M))
     params = jnp.zeros(1)
@@ -383,7 +383,7 @@ def test_restart_and_schedule_free(inside):
 
 
 def in_shard_map(tx, specs, mean, **options):
-    """Two steps within shard_map, on gradients of which three parts of eight turn."""
+    """Runs two steps within shard_map; three of eight parts of the gradients turn."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def two_steps(w, first, second):
@@ -401,7 +401,7 @@ def in_shard_map(tx, specs, mean, **options):
 
 
 def test_restart_within_shard_map_is_one_decision_or_is_refused():
-    """Replicated params with averaged gradients decide alike; anything else is an error."""
+    """Replicated params with averaged gradients make one decision; all else is an error."""
     tx = mj.adaptive_restart(mj.momentum(0.1, 0.9))
     np.testing.assert_allclose(in_shard_map(tx, P(), mean=True), -0.1 - 0.09 - 0.025, rtol=1e-6)
     apart = r"within shard_map \(or pmap\) over \['data'\], .*call init and update outside"
@@ -414,7 +414,7 @@ def test_restart_within_shard_map_is_one_decision_or_is_refused():
 
 
 def test_restart_within_shard_map_over_an_axis_of_one_device():
-    """There is one decision."""
+    """With one device, there is only one decision."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     tx = mj.adaptive_restart(mj.momentum(0.5))
     step = jax.shard_map(
@@ -432,7 +432,7 @@ PARAMS = {"body": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, "head": jnp.zeros
 
 
 def velocities(state):
-    """The values of each leaf, and no more."""
+    """Returns the values of each leaf."""
     return {
         jax.tree_util.keystr(path): np.asarray(v).ravel().tolist()
         for path, v in jax.tree_util.tree_leaves_with_path(state.velocity)
@@ -440,7 +440,7 @@ def velocities(state):
 
 
 def test_reset_all():
-    """Also what is not finite; the count stays."""
+    """Also resets values that are not finite; the count stays."""
     state = moving(mj.momentum(0.5), PARAMS)
     state.velocity["head"] = jnp.array([jnp.nan, jnp.inf, 1.0])
     after = mj.reset_velocity(state)
@@ -460,7 +460,7 @@ def test_reset_all():
     ids=["prefix", "tree", "predicate"],
 )
 def test_reset_a_part(where):
-    """By a prefix, by a tree and by the path."""
+    """Selects by a prefix, by a tree and by the path."""
     after = velocities(mj.reset_velocity(moving(mj.momentum(0.5), PARAMS), where))
     assert after == {
         "['body']['b']": [0, 0],
@@ -470,7 +470,7 @@ def test_reset_a_part(where):
 
 
 def test_reset_single_values():
-    """As pruning and layers that are reset need."""
+    """As needed for pruning and for resetting layers."""
     mask = {"body": False, "head": np.array([True, False, True])}
     after = velocities(mj.reset_velocity(moving(mj.momentum(0.5), PARAMS), mask, scale=-1.0))
     assert after["['head']"] == [0.5, -0.5, 0.5]
@@ -490,7 +490,7 @@ def test_reset_single_values():
     ids=["chain", "MultiSteps", "apply_if_finite", "masked", "partition", "adaptive_restart"],
 )
 def test_reset_finds_the_velocity_wherever_it_is(make):
-    """And leaves all else as it was."""
+    """It leaves everything else unchanged."""
     state = moving(make(mj.momentum(0.5)), PARAMS)
     after = jax.jit(mj.reset_velocity)(state)
     assert jax.tree.structure(after) == jax.tree.structure(state)
@@ -505,12 +505,12 @@ def test_reset_finds_the_velocity_wherever_it_is(make):
     [
         {"body": False, "head": True},
         lambda path: path[0].key == "head",
-        optax.MaskedNode,  # Given the tree below.
+        optax.MaskedNode,  # Gets the tree below.
     ],
     ids=["tree", "predicate", "a tree that can be called"],
 )
 def test_reset_of_several_velocities_is_by_the_params(where):
-    """What `where` means does not depend on how many velocities a param has."""
+    """The meaning of `where` does not depend on the number of velocities per param."""
     if where is optax.MaskedNode:
         where = _CallableTree(body={"w": False, "b": False}, head=True)
         params: Any = _CallableTree(**PARAMS)
@@ -525,7 +525,7 @@ def test_reset_of_several_velocities_is_by_the_params(where):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class _CallableTree:
-    """As a model of Equinox: a tree, which can be called."""
+    """A callable tree, like an Equinox model."""
 
     body: Any
     head: Any
@@ -535,7 +535,7 @@ class _CallableTree:
 
 
 def test_reset_a_tuple_of_params():
-    """Which is told from a tuple of velocities by the type of the state."""
+    """It is distinguished from a tuple of velocities by the type of the state."""
     params = (jnp.ones(2), jnp.ones(2))
     for tx in (
         mj.recurrence(lambda v, g: (v - g, v - g)),
@@ -547,7 +547,7 @@ def test_reset_a_tuple_of_params():
 
 
 def test_reset_a_tree_like_the_params_where_groups_are_masked_by_a_prefix():
-    """A whole subtree is then one `optax.MaskedNode` in the velocity."""
+    """In the velocity, a whole subtree is then one `optax.MaskedNode`."""
     tx = optax.partition(
         {0: mj.momentum(0.5), 1: mj.aggmo(0.5, (0.0, 0.5))}, {"body": 0, "head": 1}
     )
@@ -560,7 +560,7 @@ def test_reset_a_tree_like_the_params_where_groups_are_masked_by_a_prefix():
 
 
 def test_reset_under_jit_with_a_traced_scale_and_mask():
-    """One program for all values."""
+    """One program is compiled for all values."""
     state = moving(mj.momentum(0.5), PARAMS)
 
     @jax.jit
@@ -575,7 +575,7 @@ def test_reset_under_jit_with_a_traced_scale_and_mask():
 
 
 def test_reset_keeps_dtypes_and_integers():
-    """A bfloat16 velocity stays one; that of an integer param is never moved."""
+    """A bfloat16 velocity stays bfloat16; the velocity of an integer param never changes."""
     tx = mj.momentum(0.5, velocity_dtype="bfloat16")
     state = tx.init({"w": jnp.ones(2), "ids": jnp.arange(2)})
     after = mj.reset_velocity(state, scale=0.5)
@@ -607,7 +607,7 @@ BAD: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused(case):
-    """With the value, the rule and the place."""
+    """The error gives the value, the rule and the place."""
     call, message = BAD[case]
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         call()
@@ -624,14 +624,14 @@ def test_bad_input_is_refused(case):
 )
 @pytest.mark.parametrize("inner", [0.1, mj.momentum], ids=["a number", "a factory"])
 def test_what_is_no_transformation_is_refused(as_shipped, wrap, inner):
-    """When it is made, and not when its init is missed."""
+    """It is refused by the factory, not later when init is missing."""
     with pytest.raises(TypeError, match="must be an Optax transformation, for example"):
         wrap(inner)
 
 
 @pytest.mark.parametrize("velocity_dtype", [None, "int8"])
 def test_where_is_like_the_params_of_an_nnx_module(velocity_dtype):
-    """Whose state has them in variables of another type; as a State, a dict, a prefix, by path."""
+    """Its state holds nnx variables; `where` is a State, a dict, a prefix, or selects by path."""
     model = nnx.Sequential(
         nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.Linear(128, 3, rngs=nnx.Rngs(1))
     )

@@ -1,4 +1,4 @@
-"""Velocities in 16 and 8 bits: right on average, the same bits everywhere, never stuck."""
+"""Velocities in 16 and 8 bits: unbiased, bit-identical everywhere, never stalled."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ import momentum_jax
 from momentum_jax import _rounding, _storage
 from momentum_jax._storage import check_dtype
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Avoids casts: Optax types its trees too widely.
 
 LOW = ["bfloat16", "float16", "int8"]
 SHAPE = (64, 128)  # Blocks of 32 rows: scales of shape (2, 128).
@@ -39,7 +39,7 @@ OWN = ["momentum", "trace", "qhm", "aggmo"]
 
 
 def numbers(shape=SHAPE, seed=0):
-    """Multiples of 1/64: the arithmetic on them is exact for some steps."""
+    """Returns multiples of 1/64: the arithmetic on them is exact for some steps."""
     return jnp.asarray(np.random.default_rng(seed).integers(-255, 256, shape) / 64, jnp.float32)
 
 
@@ -62,7 +62,7 @@ def make(velocity_dtype, mu=0.75):
 
 
 def moving(tx, grads, steps=2):
-    """The state after some steps."""
+    """Returns the state after some steps."""
     state = tx.init(grads)
     for _ in range(steps):
         _, state = tx.update(grads, state, grads)
@@ -89,14 +89,14 @@ def test_bits_are_the_same_eager_jitted_scanned_and_vmapped(velocity_dtype):
 
 
 PLACED = [
-    (SHAPE, P("d", "m")),  # A device's part ends within a block.
+    (SHAPE, P("d", "m")),  # A shard ends within a block.
     (SHAPE, P(None, ("d", "m"))),
-    ((512, 8), P(("d", "m"))),  # Joined, and split between blocks.
-    ((64, 36, 3), P("d", "m")),  # A block of 32 along the axis before the one before the last.
-    ((30, 1024), P(None, ("d", "m"))),  # Blocks along the last axis: a part is one.
-    ((30, 256), P(None, ("d", "m"))),  # A part ends within one.
+    ((512, 8), P(("d", "m"))),  # Two mesh axes; shards end between blocks.
+    ((64, 36, 3), P("d", "m")),  # Blocks of 32 along the third axis from the end.
+    ((30, 1024), P(None, ("d", "m"))),  # Blocks along the last axis: a shard is one block.
+    ((30, 256), P(None, ("d", "m"))),  # A shard ends within a block.
     ((100, 100), P("d")),  # Blocks of 50.
-    ((16, 8), P("d", "m")),  # Wide among those of 8 bits.
+    ((16, 8), P("d", "m")),  # Too small for 8 bits.
 ]
 WHOLE = {str(i): numbers(shape, i) for i, (shape, _) in enumerate(PLACED)}
 
@@ -113,7 +113,7 @@ def on_one_device(velocity_dtype):
 )
 @both_ways
 def test_c2_c7_bits_and_shardings_on_eight_devices(velocity_dtype, axis_type, wrap):
-    """Those of one device; velocities in the param's sharding, and all where it was at init."""
+    """Same bits as on one device; velocities have the param's sharding and keep it."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
     tx = make(velocity_dtype)
     params = {
@@ -134,7 +134,7 @@ def test_c2_c7_bits_and_shardings_on_eight_devices(velocity_dtype, axis_type, wr
 @pytest.mark.parametrize("along", ["rows", "columns"])
 @both_ways
 def test_c7_no_device_holds_or_sends_more_than_its_part(velocity_dtype, axis_type, along):
-    """Read from the compiled init and update, with blocks along each of the axes."""
+    """Reads the compiled init and update, with blocks along each axis."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
     shape, spec = ((256, 512), P("d", "m")) if along == "rows" else ((30, 4096), P(None, "d"))
     params = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
@@ -151,7 +151,7 @@ def test_c7_no_device_holds_or_sends_more_than_its_part(velocity_dtype, axis_typ
 
 @both_ways
 def test_shard_map_steps_each_part_as_an_array_of_its_own(velocity_dtype):
-    """Replicas stay equal, and parts, each large enough for 8 bits, are read as written."""
+    """Replicas stay equal. Parts that are large enough for 8 bits are read as they were written."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     tx, grads = make(velocity_dtype), numbers()
 
@@ -165,7 +165,7 @@ def test_shard_map_steps_each_part_as_an_array_of_its_own(velocity_dtype):
 
 @pytest.mark.parametrize("velocity_dtype", [None, "bfloat16", "int8"])
 def test_c2_zeros_under_jit_are_made_in_the_params_sharding(velocity_dtype):
-    """Codes and scales, with blocks along the axis that is split."""
+    """Holds for codes and scales, with blocks along the sharded axis."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
     params = jax.device_put(jnp.ones((256, 512)), NamedSharding(mesh, P("d", "m")))
     for leaf in jax.tree.leaves(jax.jit(make(velocity_dtype).init)(params))[1:]:
@@ -174,13 +174,13 @@ def test_c2_zeros_under_jit_are_made_in_the_params_sharding(velocity_dtype):
 
 @both_ways
 def test_c12_equal_leaves_share_one_function(velocity_dtype):
-    """What is traced, lowered and compiled does not grow with the number of equal leaves."""
+    """The traced, lowered and compiled program does not grow with the number of equal leaves."""
 
     def parts(number):
         params = [jnp.ones(SHAPE)] * number
         tx = make(velocity_dtype)
         text = jax.jit(tx.update).lower(params, tx.init(params)).as_text()
-        # Functions, and how often the random bits are computed: by a multiplier of their hash.
+        # Functions, and how often the random bits are computed, found by a multiplier of the hash.
         return text.count("func.func"), text.count(str(0x7FEB352D))
 
     assert parts(2) == parts(12)
@@ -206,7 +206,7 @@ def test_there_is_a_codec_for_each_velocity_dtype_that_is_admitted():
 @pytest.mark.parametrize("velocity_dtype", ADMITTED)
 @pytest.mark.usefixtures("x64")
 def test_each_codec_returns_what_it_stores(velocity_dtype):
-    """Encoded and decoded, numbers that it can hold are what they were."""
+    """Numbers that the format can represent are unchanged by encoding and decoding."""
     dtype = np.dtype(velocity_dtype)
     param = jnp.ones(SHAPE, "float32")
     codec, stored_dtype = _storage.codec_for(param, dtype)
@@ -225,7 +225,7 @@ def test_each_codec_returns_what_it_stores(velocity_dtype):
 
 
 def test_c6_scales_are_a_tree_like_the_params():
-    """Whatever is in it; where the velocity is wide, scales are ones of the param's shape."""
+    """For any tree; if the velocity is not quantized, scales are ones of the param's shape."""
     params = {
         "codes": jnp.ones(SHAPE),
         "half": jnp.ones(SHAPE, "bfloat16"),
@@ -281,9 +281,9 @@ STORED = [None, *ADMITTED]
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.usefixtures("x64")
 def test_c9_a_state_stored_in_another_dtype_is_refused(name):
-    """Every pair, by path, with both dtypes and the remedy, also under jit; leaves of any size.
+    """Every pair of dtypes, also under jit. The error gives the path, both dtypes and the remedy.
 
-    None stores in each param's own width, which the transformation does not know.
+    None stores each velocity in its param's own dtype, which the transformation does not know.
     """
     params = {"w": jnp.ones(SHAPE, "float32"), "b": jnp.ones(3, "float32")}
     made = {dtype: TRANSFORMS[name](dtype) for dtype in STORED}
@@ -308,7 +308,7 @@ def test_c9_a_state_stored_in_another_dtype_is_refused(name):
 
 @pytest.mark.parametrize(("held", "asked"), list(itertools.permutations(OWN, 2)))
 def test_c9_a_state_of_another_transformation_is_refused(held, asked):
-    """All pairs, by the names of both types, also within a chain."""
+    """All pairs, also within a chain. The error gives the names of both types."""
     params = {"w": jnp.ones(SHAPE)}
     names = {"momentum": "Momentum", "trace": "Trace", "qhm": "QHM", "aggmo": "AggMo"}
     message = rf"the state is {names[held]}State, but must be the {names[asked]}State"
@@ -323,7 +323,7 @@ def test_c9_a_state_of_another_transformation_is_refused(held, asked):
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("velocity_dtype", [None, "bfloat16", "int8"])
 def test_arrays_stacked_by_vmap_and_scan_are_read_and_reset_as_they_are(name, velocity_dtype):
-    """An ensemble, and the states of all steps; no vmap around the reading."""
+    """For an ensemble, and for the states of all steps, reading needs no vmap."""
     tx = TRANSFORMS[name](velocity_dtype)
     members = jnp.stack([numbers(), -2 * numbers(seed=1), numbers(seed=2)])
     grads = {"w": members, "b": members[:, 0, :5]}
@@ -350,7 +350,7 @@ def test_arrays_stacked_by_vmap_and_scan_are_read_and_reset_as_they_are(name, ve
 
 
 def test_c9_a_state_of_optax_is_told_from_ours():
-    """Two types are called TraceState."""
+    """Both types are called TraceState."""
     params = jnp.ones(3)
     state: Any = optax.trace(0.9).init(params)
     message = "the state is TraceState of Optax, but must be the TraceState .*load_optax"
@@ -361,7 +361,7 @@ def test_c9_a_state_of_optax_is_told_from_ours():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @every_dtype
 def test_what_is_not_finite_is_seen(velocity_dtype, bad):
-    """In 8 bits by the whole block, and only that; a reset makes it 0."""
+    """In 8 bits it makes its whole block non-finite, and only that; a reset makes it 0."""
     value = normal().at[3, 40].set(bad)
     state = moving(mj.trace(0.5, velocity_dtype=velocity_dtype), value)
     finite = np.isfinite(np.asarray(mj.read_velocity(state), np.float32))
@@ -378,9 +378,9 @@ PARAMS = {"w": numbers(), "half": numbers(seed=1).astype("bfloat16"), "b": 1.0, 
 
 @pytest.mark.parametrize("name", ["aggmo", "restart", "apply_if_finite", "MultiSteps"])
 def test_c2_types_are_those_of_init(name):
-    """Eager, jitted, donated and scanned, with one trace; updates in the gradients' dtypes."""
+    """Eager, jitted, donated and scanned, with one trace; updates have the gradients' dtypes."""
     tx = TRANSFORMS[name]("int8")
-    # Before 0.2.6 the accumulator of Optax's own MultiSteps drifts with a Python number.
+    # Before Optax 0.2.6, a Python number changes the type of the accumulator of its MultiSteps.
     params = PARAMS | {"b": jnp.ones(())} if name == "MultiSteps" else PARAMS
     state = start = tx.init(params)
     updates = {}
@@ -407,7 +407,7 @@ def test_c2_types_are_those_of_init(name):
 
 @pytest.mark.parametrize("name", OWN)
 def test_velocity_is_the_wide_one_to_within_codes(name):
-    """All transformations in 8 bits do what they do in 32."""
+    """With all transformations, the 8-bit velocity differs from the float32 one by at most 1.5%."""
     grads = {"w": normal()}
     low, wide = (
         mj.read_velocity(moving(TRANSFORMS[name](dtype), grads, steps=4))
@@ -419,7 +419,7 @@ def test_velocity_is_the_wide_one_to_within_codes(name):
 
 @both_ways
 def test_c1_exports_for_every_platform_and_back(velocity_dtype):
-    """With the state's own types."""
+    """The exported program keeps the state's types."""
     tx, grads = make(velocity_dtype), {str(shape): numbers(shape) for shape in BLOCKED}
     state = tx.init(grads)
     exported = export.export(jax.jit(tx.update), platforms=["cpu", "cuda", "rocm", "tpu"])(
@@ -446,7 +446,7 @@ def test_c1_under_strict_modes(velocity_dtype):
 
 
 def test_c1_derivatives_pass_through_16_bits_and_not_through_8():
-    """As if nothing had been rounded; a velocity in 8 bits is a constant of the next step."""
+    """16 bits: as if nothing were rounded. An 8-bit velocity is a constant of the next step."""
     ones = jnp.ones(SHAPE)
 
     def second(learning_rate, velocity_dtype):
@@ -469,7 +469,7 @@ def test_c1_derivatives_pass_through_16_bits_and_not_through_8():
 @pytest.mark.usefixtures("x64")
 @every_dtype
 def test_c4_wide_arithmetic_for_64_bit_params(velocity_dtype):
-    """Updates have 64 bits; what is stored has few."""
+    """Updates have 64 bits; the stored velocity has 16 or 8."""
     params = {str(shape): jnp.asarray(numbers(shape), "float64") for shape in BLOCKED}
     tx = make(velocity_dtype)
     updates, state = tx.update(params, tx.init(params))
@@ -498,11 +498,11 @@ def test_c9_errors_speak_of_params_not_of_codes():
         tx.update({"v": numbers()}, state)
 
 
-# Around it. ------------------------------------------------------------------------------
+# Other functions with 8-bit velocities. --------------------------------------------------
 
 
 def test_reset_of_8_bits():
-    """All, a leaf, single values; blocks that have none of them keep their bits."""
+    """Resets everything, a leaf, single values; other blocks keep their bits."""
     state = moving(make("int8"), {"w": normal(), "v": normal(seed=1)})
     before = mj.read_velocity(state)
     assert not np.any(mj.read_velocity(mj.reset_velocity(state))["w"])
@@ -531,7 +531,7 @@ def test_reset_of_8_bits():
 
 
 def test_restart_of_8_bits():
-    """Where the gradient turns, the velocity starts anew."""
+    """When the gradient turns, the velocity restarts from 0."""
     tx = mj.adaptive_restart(make("int8"))
     grads = normal()
     state = moving(tx, grads)
@@ -540,7 +540,7 @@ def test_restart_of_8_bits():
 
 
 def test_diagnostics_of_8_bits():
-    """What is measured is what is read; codes are refused with the way to read them."""
+    """Diagnostics measure the decoded velocity; codes are refused with a remedy."""
     grads = normal()
     state = moving(make("int8"), grads)
     read = mj.read_velocity(state)
@@ -553,7 +553,7 @@ def test_diagnostics_of_8_bits():
 
 @pytest.mark.parametrize("velocity_dtype", [None, "int8"])
 def test_explicit_meshes_bring_masks_and_gradients_to_the_velocity(velocity_dtype):
-    """In resets, restarts and jobs that are carried over: all that scales or reads one."""
+    """Covers resets, restarts and checkpoints from other frameworks."""
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
 
     def put(x, *spec):
@@ -565,7 +565,7 @@ def test_explicit_meshes_bring_masks_and_gradients_to_the_velocity(velocity_dtyp
     mask = np.asarray(whole > 3)
     reset = mj.read_velocity(mj.reset_velocity(state, put(mask)))
     np.testing.assert_array_equal(reset == 0, mask | (mj.read_velocity(state) == 0))
-    # The params have moved by -3/8 of a gradient that turns: the velocity starts anew.
+    # The params have moved by -3/8 of a gradient that turns, so the velocity restarts.
     updates, after = tx.update(-params, state, 0.625 * params)
     np.testing.assert_array_equal(updates, -whole)
     held = after.inner_state
@@ -576,7 +576,7 @@ def test_explicit_meshes_bring_masks_and_gradients_to_the_velocity(velocity_dtyp
 
 
 def test_frameworks_of_8_bits():
-    """A job goes to Optax and comes back, at the price of being stored once more."""
+    """A state is converted to Optax and back; the velocity is stored once more."""
     params = {"kernel": normal()}
     tx = mj.trace(0.75, velocity_dtype="int8")
     state = moving(tx, params)
@@ -590,7 +590,7 @@ def test_frameworks_of_8_bits():
 
 
 def test_read_velocity_puts_together_what_is_held_apart():
-    """Of partition and masked; two velocities of one param are refused, and none."""
+    """For partition and masked; refused if a param has two velocities or none has any."""
     params = {"a": {"w": numbers(), "v": numbers(seed=1)}, "b": numbers(seed=2)}
     tx = optax.partition(
         {"8": make("int8"), "32": make(None), "0": optax.set_to_zero()},

@@ -1,8 +1,8 @@
-"""Clients of the transformations, for the tests and for the table of docs/works_with.md.
+"""Trains through other libraries, for the tests and for the table in docs/works_with.md.
 
-One cell is a few steps through a client, with one transformation and velocity dtype, and the same
-steps in a plain jitted Optax loop on the same gradients. The gradients are whole numbers, which are
-summed exactly in any order, so that both can be compared to the bit.
+One cell runs a few steps through a library, with one transformation and velocity dtype, and the
+same steps in a plain jitted Optax loop on the same gradients. The gradients are integers, whose
+sums are exact in any order, so the results can be compared bit for bit.
 """
 
 import functools
@@ -26,10 +26,10 @@ from jax.sharding import PartitionSpec as P
 
 import momentum_jax
 
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
+mj: Any = momentum_jax  # Avoids casts: Optax types its trees too widely.
 
 INPUTS, OUTPUTS, BATCH, STEPS = 128, 32, 4, 3  # int8 needs 4096 values: 128 * 32.
-# Flax 0.11 calls it pure.
+# The name in Flax 0.11 is pure.
 as_pure: Any = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
 
 VELOCITY_DTYPES = (None, "bfloat16", "int8")
@@ -49,11 +49,11 @@ TRANSFORMATIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def params_dtype(transformation):
-    """`kahan` is for params of 16 bits."""
+    """Returns the dtype of the params: bfloat16 for `kahan`, otherwise float32."""
     return jnp.bfloat16 if transformation == "kahan" else jnp.float32
 
 
-# What is trained. ------------------------------------------------------------------------
+# The model and its gradients. ------------------------------------------------------------
 
 
 def whole(shape, seed, largest):
@@ -61,9 +61,9 @@ def whole(shape, seed, largest):
 
 
 def start(dtype, layers=()) -> dict[str, Any]:
-    """The bias and the kernel of a linear model, or of a stack of them.
+    """Returns the bias and the kernel of a linear model, or of stacked layers.
 
-    In 16 bits of so many digits that a sum with whole numbers is rounded.
+    In bfloat16 the values have so many digits that adding an integer rounds.
     """
     parts = 1024 if dtype == jnp.bfloat16 else 32
     arrays = {
@@ -74,7 +74,7 @@ def start(dtype, layers=()) -> dict[str, Any]:
 
 
 def batches(dtype, seed=0):
-    """Inputs and targets of each step; in 16 bits so small that sums of their products fit."""
+    """Returns inputs and targets of each step; small in bfloat16, so products add exactly."""
     largest = 2 if dtype == jnp.bfloat16 else 16
     return [
         tuple(
@@ -86,17 +86,17 @@ def batches(dtype, seed=0):
 
 
 def gradients(dtype) -> list[Any]:
-    """Those of the linear loss in each step."""
+    """Returns the gradients of the linear loss in each step."""
     return [linear_grads(*batch) for batch in batches(dtype)]
 
 
 def stacked(trees):
-    """Trees of arrays, stacked along a new first axis."""
+    """Stacks trees of arrays along a new first axis."""
     return jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *trees)
 
 
 def linear_loss(y, target):
-    """Its gradient, inputs.T @ targets, does not depend on the params."""
+    """Returns a loss whose gradient, inputs.T @ targets, does not depend on the params."""
     return jnp.sum((y * target).astype(jnp.float32))
 
 
@@ -105,7 +105,7 @@ def linear_grads(x, target):
     return {"bias": target.sum(0), "kernel": x.T @ target}
 
 
-# Of each value of the params: how steep the valley is, and where its floor is.
+# For each value of the params: the steepness of the valley, and the position of its floor.
 STEEP = {
     "bias": np.abs(whole(OUTPUTS, 9, 255)),
     "kernel": np.abs(whole((INPUTS, OUTPUTS), 10, 255)),
@@ -114,9 +114,9 @@ FLOOR = jax.tree.map(lambda w, steep: np.asarray(w) - 0.3 * steep, start(jnp.flo
 
 
 def valley(params, args=None):
-    """For clients that minimise one function: its gradient is plus or minus the steepness.
+    """Returns the loss for clients that minimise one function. Its gradient is +- STEEP.
 
-    The params reach the floor in the second of 3 steps, so that adaptive_restart restarts.
+    The params cross the floor in the second of 3 steps, so that adaptive_restart restarts.
     """
     del args
     return sum(
@@ -129,12 +129,12 @@ valley_grads = jax.jit(jax.grad(valley))
 
 
 class Trained(NamedTuple):
-    """What a client is left with.
+    """The result of training with a client.
 
     Attributes:
-      params: their leaves are in the order of the plain loop.
-      state: that of the transformation.
-      expected: both, of the plain loop.
+      params: the trained params; leaves are in the order of the plain loop.
+      state: the state of the transformation.
+      expected: params and state of the plain loop.
     """
 
     params: Any
@@ -149,7 +149,7 @@ def plain_step(tx: Any, params, state, grads) -> Any:
 
 
 def plain_loop(tx: Any, params, grads_of_steps) -> Any:
-    """The params and the state after steps with these gradients, or functions of the params."""
+    """Returns params and state after steps with these gradients, or functions of the params."""
     state = tx.init(params)
     for grads in grads_of_steps:
         grads = grads(params) if callable(grads) else grads
@@ -159,7 +159,7 @@ def plain_loop(tx: Any, params, grads_of_steps) -> Any:
 
 @functools.cache
 def make(transformation, velocity_dtype) -> Any:
-    """The same one each time, so that the plain step is compiled once."""
+    """Makes a transformation. Cached, so that the plain step is compiled once."""
     return TRANSFORMATIONS[transformation](velocity_dtype)
 
 
@@ -175,11 +175,11 @@ def expected(transformation, velocity_dtype, problem="linear") -> Any:
 
 
 class Cell(NamedTuple):
-    """What a client is to train with."""
+    """What a client trains with."""
 
     transformation: str
     velocity_dtype: Any
-    folder: Path  # An empty one.
+    folder: Path  # Empty.
 
     @property
     def tx(self) -> Any:
@@ -205,7 +205,7 @@ def client(name):
 
 
 def given(value):
-    """An initializer that returns this value."""
+    """Returns an initializer that returns this value."""
     return lambda key, shape, dtype=None: jnp.asarray(value, dtype)
 
 
@@ -267,7 +267,7 @@ LAYERS = 2
 
 
 class Stack(nnx.Module):
-    """Stacked layers that nnx.scan applies, each to the same inputs in another order."""
+    """Stacked layers applied by nnx.scan; each layer gets the same inputs in a different order."""
 
     def __init__(self, dtype):
         first = start(dtype, (LAYERS,))
@@ -332,7 +332,7 @@ def train_nnx_vmap(cell: Cell) -> Trained:
 
 @client("Flax NNX, `optax.partition`")
 def train_nnx_partition(cell: Cell) -> Trained:
-    """The kernel is trained, the bias is not."""
+    """Trains the kernel and freezes the bias."""
 
     def labels(params):
         return jax.tree_util.tree_map_with_path(
@@ -391,7 +391,7 @@ def make_mesh(shape, names):
 
 @client("Flax Linen, boxed params")
 def train_linen(cell: Cell) -> Trained:
-    """Params in nn.Partitioned, sharded by nn.get_sharding, in a TrainState."""
+    """Trains params in nn.Partitioned, sharded by nn.get_sharding, in a TrainState."""
     mesh, first = make_mesh((2, 2), ("data", "model")), start(cell.dtype)
     network = nn.Dense(
         OUTPUTS,
@@ -456,7 +456,7 @@ def train_equinox(cell: Cell) -> Trained:
 @client("Haiku")
 def train_haiku(cell: Cell) -> Trained:
     hk, first, tx = pytest.importorskip("haiku"), start(cell.dtype), cell.tx
-    # Of the inputs' dtype.
+    # Haiku uses the dtype of the inputs.
     network = hk.without_apply_rng(
         hk.transform(
             lambda x: hk.Linear(
@@ -481,13 +481,13 @@ def train_haiku(cell: Cell) -> Trained:
 
 @client("Orbax, on fewer devices")
 def train_orbax(cell: Cell) -> Trained:
-    """Sharded over 8 devices, saved, and restored on 2, where the last step is made."""
+    """Saves params and state from 8 devices, restores them on 2, and makes the last step there."""
     params, tx = start(cell.dtype), cell.tx
     steps = [linear_grads(*batch) for batch in batches(cell.dtype)]
     params, state = plain_loop(tx, params, steps[:-1])
 
     def sharded(tree, devices):
-        """Matrices are split over the devices, all else is on each of them."""
+        """Shards matrices over the devices and replicates everything else."""
         mesh = make_mesh((devices,), ("data",))
         return jax.tree.map(
             lambda x: NamedSharding(mesh, P("data") if x.shape == (INPUTS, OUTPUTS) else P()), tree
@@ -538,16 +538,17 @@ def train_numpyro(cell: Cell) -> Trained:
     return Trained(svi.get_params(svi_state), state, cell.expected())
 
 
-# What is expected of them. ---------------------------------------------------------------
+# The expected results. -------------------------------------------------------------------
 
 
 class Refusal(NamedTuple):
-    """What a client does not do.
+    """What a client does not support.
 
     Attributes:
-      error: the type of the error, and match a part of what it says.
-      cell: what the table says.
-      applies: whether the installed version refuses it.
+      error: the type of the error.
+      match: a pattern that matches a part of its message.
+      cell: the text of the table's cell.
+      applies: whether the installed version of the client refuses it.
     """
 
     error: type[Exception]
@@ -578,9 +579,9 @@ OTHERS = [name for name in CLIENTS if name not in NNX]
 
 
 def table():
-    """The table of the page."""
+    """Returns the table of the page."""
     lines = [
-        "| through | " + " | ".join(f"`{name}`" for name in TRANSFORMATIONS) + " |",
+        "| library | " + " | ".join(f"`{name}`" for name in TRANSFORMATIONS) + " |",
         "| --- " * (1 + len(TRANSFORMATIONS)) + "|",
     ]
     for name in CLIENTS:
@@ -595,7 +596,7 @@ def bits(tree):
 
 
 def check(name, cell: Cell):
-    """A client trains as the plain loop does, to the bit, or raises what is expected of it."""
+    """Checks that a client trains like the plain loop, bit for bit, or fails as expected."""
     refused = REFUSED.get((name, cell.transformation))
     if refused and refused.applies:
         with pytest.raises(refused.error, match=refused.match):
