@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,25 @@ from benchmarks.step import whole_step
 from benchmarks.timing import interleave, paired_ratio, summary
 from momentum_jax import apply_updates
 
-RESULT = pathlib.Path(__file__).parent / "results" / "on-device.json"
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def result_of(device_kind: str) -> pathlib.Path:
+    """The committed file for a kind of device, such as "NVIDIA H100 80GB HBM3".
+
+    Example:
+      >>> result_of("NVIDIA H100 80GB HBM3").name
+      'on-device-h100.json'
+    """
+    name = re.search(r"\b[A-Z]+\d+\w*", device_kind)
+    return RESULTS / f"on-device-{(name[0] if name else device_kind).lower()}.json"
+
+
+def results() -> list[dict[str, Any]]:
+    """All committed results."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("on-device-*.json"))]
+
+
 ALONE = (
     *("optax.sgd", "momentum", "velocity bfloat16", "velocity float16", "velocity int8", "record"),
     *("params bfloat16", "kahan", "kahan, velocity int8", "adaptive_restart"),
@@ -105,14 +124,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out",
         type=pathlib.Path,
-        help=f"JSON file to write (default: benchmarks/results/{RESULT.name}; none with --scale "
-        "above 1 or fewer than 20 rounds)",
+        help="JSON file to write (default: benchmarks/results/on-device-<device>.json; none with "
+        "--scale above 1 or fewer than 20 rounds)",
     )
     args = parser.parse_args(arguments)
     device = jax.devices()[0]
     kind = device.device_kind
     print(f"{kind}, JAX {jax.__version__}: time per step, ratio to the first row, bytes moved")
-    results = {
+    found = {
         "date": datetime.date.today().isoformat(),
         "device": kind,
         "jax": jax.__version__,
@@ -121,9 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
         "training": measure(TRAINING, args.rounds, args.scale),
     }
     # A trial run must not replace the measured results.
-    out = args.out or (RESULT if args.scale == 1 and args.rounds >= 20 else None)
+    out = args.out or (result_of(kind) if args.scale == 1 and args.rounds >= 20 else None)
     if out is not None:
-        out.write_text(json.dumps(results, indent=2) + "\n")
+        out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

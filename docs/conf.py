@@ -113,8 +113,12 @@ def benchmark_tables() -> tuple[str, list[Path]]:
 
 
 def on_device_tables() -> str:
-    """Returns the section with the times from `python -m benchmarks.on_device`."""
-    results = json.loads(on_device.RESULT.read_text())
+    """Returns a section per device with the times from `python -m benchmarks.on_device`."""
+    return "\n".join(map(on_device_table, on_device.results()))
+
+
+def on_device_table(results: dict) -> str:
+    """Returns the section of one device."""
     lines = [
         f"## Times per step on an {results['device']}",
         "",

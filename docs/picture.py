@@ -1,6 +1,6 @@
 """Draws the README's picture: `python docs/picture.py`.
 
-Left: the README's example, with and without momentum. Middle: the spread of the final loss on
+Left: the README's example, with and without momentum. Middle: the standard deviation of the final loss on
 digits across initial weights, against the effective learning rate, from the committed
 `study/digits/numbers.json`. Right: the sharpness of a network during training, divided by the
 stability limit. The picture's metadata contains the numbers that it shows, so that a test can
@@ -135,8 +135,8 @@ def main():
     right.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
     right.minorticks_off()
     right.set_xlabel("effective learning rate, learning_rate / (1 - mu)")
-    right.set_ylabel("spread of the final loss")
-    right.set_title("Digits: spread across initial weights, with 95% intervals", fontsize=10)
+    right.set_ylabel("standard deviation of the final loss")
+    right.set_title("Digits: standard deviation across initial weights, 95% intervals", fontsize=10)
     right.legend(loc="upper left", fontsize=9)
 
     for (name, (steps, values)), color in zip(drawn["shares"].items(), plots.COLORS, strict=False):

@@ -512,8 +512,8 @@ def test_formulas_of_traced_values_equal_those_of_floats(mu, nesterov):
             _formulas.friction(rate, rest),
             _formulas.kinetic_energy(rate, 3.0),
             _formulas.speed(rate, 3.0),
-            _formulas.share_of_limit(rate, 2.0, limit),
-            _formulas.share_of_limit(rate, -2.0, limit),
+            _formulas.fraction_of_limit(rate, 2.0, limit),
+            _formulas.fraction_of_limit(rate, -2.0, limit),
         )
 
     # At mu -1/3 rounding may select the other branch of the limit, which is equal there.

@@ -34,7 +34,7 @@ class RecordState(NamedTuple):
         the energies that need the loss are NaN if no loss was given.
       curvature: the last `Curvature` that was measured; NaN before the first one. None without
         `every`.
-      fraction: the share of the stability limit in use when the curvature was measured; NaN before.
+      fraction: the fraction of the stability limit in use when the curvature was measured; NaN before.
         None without `every`.
       exponents: the exponents (powers of 2) of the largest gradient and the largest update, two
         int32 scalars. With them the next step reads each array only once.
@@ -185,7 +185,7 @@ def record(
             bent = curvature(loss, params, steps=steps)
             limit = _formulas.stability_limit(momentum, nesterov=nesterov)
             limit = jnp.asarray(limit, bent.largest.dtype)
-            fraction = _formulas.share_of_limit(rate, bent.largest, limit)
+            fraction = _formulas.fraction_of_limit(rate, bent.largest, limit)
             return jax.tree.map(
                 lambda x, held: x.astype(held.dtype), (bent, fraction), (state[2], state[3])
             )

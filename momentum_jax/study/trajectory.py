@@ -16,7 +16,7 @@ from momentum_jax.diagnostics import Curvature, curvature, record
 from momentum_jax.study._drawing import COLORS, loss_axis
 from momentum_jax.study.problem import Problem
 from momentum_jax.study.training import MEASURED_ROWS, keys, next_batch
-from momentum_jax.theory._formulas import share_of_limit
+from momentum_jax.theory._formulas import fraction_of_limit
 
 
 class Point(NamedTuple):
@@ -111,7 +111,7 @@ def trajectory(
         loss = float(value(params, state, rows))
         bent = curvature(loss_of, params, state, rows, steps=lanczos_steps)
         alignment = float(tx_state.measurement.alignment)
-        fraction = share_of_limit(learning_rate, float(bent.largest), limit)
+        fraction = fraction_of_limit(learning_rate, float(bent.largest), limit)
         yield Point(number * interval, loss, bent, fraction, alignment)
         if not math.isfinite(loss):
             return

@@ -95,20 +95,20 @@ def stability_limit(mu: Any, *, nesterov: bool) -> Any:
     return jnp.where(low, 1 - 1 / below, 2 * (1 + above) / (1 + 2 * above))
 
 
-def share_of_limit(learning_rate: Any, curvature: Any, limit: Any) -> Any:
-    """learning_rate * curvature / limit: the share of the stability limit in use; at least 0.
+def fraction_of_limit(learning_rate: Any, curvature: Any, limit: Any) -> Any:
+    """learning_rate * curvature / limit: the fraction of the stability limit in use; at least 0.
 
     Args:
       learning_rate: the learning rate of the step.
-      curvature: the largest curvature. If it is not above 0, there is no limit and the share is 0.
+      curvature: the largest curvature. If it is not above 0, there is no limit and the fraction is 0.
       limit: what `stability_limit` returned.
 
     Example:
-      >>> share_of_limit(0.5, 2.0, stability_limit(0.0, nesterov=False))
+      >>> fraction_of_limit(0.5, 2.0, stability_limit(0.0, nesterov=False))
       0.5
     """
-    share = learning_rate * curvature / limit
-    return jnp.maximum(share, 0) if _in_jax(share) else max(share, 0.0)
+    fraction = learning_rate * curvature / limit
+    return jnp.maximum(fraction, 0) if _in_jax(fraction) else max(fraction, 0.0)
 
 
 def largest_stable_learning_rate(curvature: float, limit: float) -> float:
