@@ -1,7 +1,7 @@
 """Draws the README's picture: `python docs/picture.py`.
 
-Left: the README's example, with and without momentum. Middle: the standard deviation of the final loss on
-digits across initial weights, against the effective learning rate, from the committed
+Left: the README's example, with and without momentum. Middle: the standard deviation of the final
+loss on digits across initial weights, against the effective learning rate, from the committed
 `study/digits/numbers.json`. Right: the sharpness of a network during training, divided by the
 stability limit. The picture's metadata contains the numbers that it shows, so that a test can
 detect an outdated picture.

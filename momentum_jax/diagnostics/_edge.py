@@ -17,8 +17,8 @@ class Edge(NamedTuple):
       mu: the momentum coefficient of the step.
       largest: the largest curvature.
       smallest: the smallest curvature.
-      fraction: learning_rate / largest_learning_rate, the fraction of the stability limit in use; 0 if
-        no curvature is above 0.
+      fraction: learning_rate / largest_learning_rate, the fraction of the stability limit in use;
+        0 if no curvature is above 0.
       largest_learning_rate: the largest stable learning rate at this mu. Above it, the sharpest
         direction diverges. Infinite if no curvature is above 0.
       growth: the long-run factor per step for the distance along the sharpest direction. It
@@ -53,7 +53,7 @@ class Edge(NamedTuple):
         unsure = "" if self.converged else " (not converged: give curvature more steps)"
         return "\n".join(
             [
-                f"curvature {self.smallest:.4g} to {self.largest:.4g}{unsure}: {self._fraction_text()}",
+                f"curvature {self.smallest:.4g} to {self.largest:.4g}{unsure}: {self._used()}",
                 f"learning rate {self.learning_rate:.4g} at mu {self.mu:.4g}: {self._limit()}",
                 f"best heavy ball on a quadratic: {_settings(self.heavy_ball)}",
                 f"best nesterov on a quadratic: {_settings(self.nesterov)}",
@@ -61,7 +61,7 @@ class Edge(NamedTuple):
             ]
         )
 
-    def _fraction_text(self):
+    def _used(self):
         if self.largest <= 0:
             return "no stability limit, because no curvature is above 0"
         return f"{self.fraction:.1%} of the stability limit is used"

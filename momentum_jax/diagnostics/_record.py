@@ -34,8 +34,8 @@ class RecordState(NamedTuple):
         the energies that need the loss are NaN if no loss was given.
       curvature: the last `Curvature` that was measured; NaN before the first one. None without
         `every`.
-      fraction: the fraction of the stability limit in use when the curvature was measured; NaN before.
-        None without `every`.
+      fraction: the fraction of the stability limit in use when the curvature was measured; NaN
+        before. None without `every`.
       exponents: the exponents (powers of 2) of the largest gradient and the largest update, two
         int32 scalars. With them the next step reads each array only once.
       inner_state: the state of the inner transformation.

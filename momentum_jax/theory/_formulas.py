@@ -100,7 +100,8 @@ def fraction_of_limit(learning_rate: Any, curvature: Any, limit: Any) -> Any:
 
     Args:
       learning_rate: the learning rate of the step.
-      curvature: the largest curvature. If it is not above 0, there is no limit and the fraction is 0.
+      curvature: the largest curvature. If it is not above 0, there is no limit, and the fraction
+        is 0.
       limit: what `stability_limit` returned.
 
     Example:
