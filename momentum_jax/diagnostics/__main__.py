@@ -22,8 +22,8 @@ DESCRIPTION = """\
 Shows whether the learning rate is too large or too small. Trains a problem once with momentum.
 During training it measures the loss, the sharpness (the largest eigenvalue of the Hessian), the
 fraction of the stability limit in use, and the alignment (the cosine of the angle between the
-update and the negative gradient). Loss and sharpness are measured on the first 512 training rows. Prints
-a table, then compares the learning rate with the stability limit, and draws a figure."""
+update and the negative gradient). Loss and sharpness are measured on the first 512 training rows.
+Prints a table, compares the learning rate with the stability limit, and draws a figure."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
