@@ -52,7 +52,7 @@ CASES = [
     if place != "two devices" or axis_type == AxisType.Auto
 ]
 every_case = pytest.mark.parametrize(("place", "axis_type"), CASES)
-OWN = {f"jit({name})" for name in ("_init", "_update", "_add")}
+OWN = {f"jit({name})" for name in ("start", "advance", "_add")}
 # Those with the most in which several groups can differ.
 HARDEST = [("two meshes", AxisType.Explicit), ("devices on other axes", AxisType.Explicit)]
 
