@@ -79,7 +79,7 @@ def test_a_notebook_runs_and_shows_what_is_committed(path):
     for cell in code_cells(fresh):
         cell.outputs = []
     nbclient.NotebookClient(
-        fresh, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+        fresh, timeout=900, resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     for before, after in zip(code_cells(committed), code_cells(fresh), strict=True):
         assert before.execution_count == after.execution_count
