@@ -607,7 +607,7 @@ def test_read_velocity_puts_together_what_is_held_apart():
     with pytest.raises(ValueError, match="two velocities"):
         mj.read_velocity(optax.chain(make(None), make("int8")).init(params))
     mixed = optax.partition({0: make(None), 1: mj.aggmo(0.5)}, {"a": 0, "b": 1})
-    with pytest.raises(ValueError, match="velocities of momentum, aggmo, which do not have the same"):
+    with pytest.raises(ValueError, match="of momentum, aggmo, which do not have the same"):
         mj.read_velocity(mixed.init(params))
     with pytest.raises(ValueError, match="there is no velocity"):
         mj.read_velocity(optax.adam(0.1).init(params))
