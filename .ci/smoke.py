@@ -1,4 +1,4 @@
-"""A smoke test of an installed package, with no more than it depends on: `python tests/smoke.py`.
+"""A smoke test of an installed package, with no more than it depends on: `python .ci/smoke.py`.
 
 It is run in an environment of its own, outside the repository; pytest is not needed.
 """
