@@ -4,7 +4,7 @@ A wrapper is a type of state, marked with `wrapper_state`, a function that makes
 `wrapper` adds what all wrappers need: the checks of their arguments, extra arguments for the inner
 transformation, and equality by value. The docstring of a wrapper has a table of Optax's wrappers
 that says what happens inside and around each of them. tests/test_wrapper.py checks all of this for
-each wrapper.
+each marked type of state.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Blocks, codes and scales: to the bit those of the reference, on every platform."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,40 +7,9 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import SHAPE, bits, make, mj, moving, normal, numbers
 
-import momentum_jax
 from momentum_jax import _quantization, _rounding, _storage
-
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
-
-SHAPE = (64, 128)  # Blocks of 32 rows: scales of shape (2, 128).
-
-
-def numbers(shape=SHAPE, seed=0):
-    """Multiples of 1/64: the arithmetic on them is exact for some steps."""
-    return jnp.asarray(np.random.default_rng(seed).integers(-255, 256, shape) / 64, jnp.float32)
-
-
-def normal(shape=SHAPE, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def bits(tree):
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(x.shape, x.dtype, np.asarray(x).tobytes()) for x in leaves]
-
-
-def make(velocity_dtype, mu=0.75):
-    return mj.momentum(0.375, mu, velocity_dtype=velocity_dtype)
-
-
-def moving(tx, grads, steps=2):
-    """The state after some steps."""
-    state = tx.init(grads)
-    for _ in range(steps):
-        _, state = tx.update(grads, state, grads)
-    return state
-
 
 # Blocks along the first, a middle and the last axis, of 32, of 128 and of another length.
 BLOCKED = {

@@ -8,42 +8,9 @@ import numpy as np
 import optax
 import pytest
 import reference
+from stored import bits, every_dtype, make, mj, moving, normal
 
-import momentum_jax
 from momentum_jax import _rounding
-
-mj: Any = momentum_jax  # Optax's trees are of too many types to compute with.
-
-LOW = ["bfloat16", "float16", "int8"]
-SHAPE = (64, 128)  # Blocks of 32 rows: scales of shape (2, 128).
-every_dtype = pytest.mark.parametrize("velocity_dtype", LOW)
-
-
-def numbers(shape=SHAPE, seed=0):
-    """Multiples of 1/64: the arithmetic on them is exact for some steps."""
-    return jnp.asarray(np.random.default_rng(seed).integers(-255, 256, shape) / 64, jnp.float32)
-
-
-def normal(shape=SHAPE, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def bits(tree):
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(x.shape, x.dtype, np.asarray(x).tobytes()) for x in leaves]
-
-
-def make(velocity_dtype, mu=0.75):
-    return mj.momentum(0.375, mu, velocity_dtype=velocity_dtype)
-
-
-def moving(tx, grads, steps=2):
-    """The state after some steps."""
-    state = tx.init(grads)
-    for _ in range(steps):
-        _, state = tx.update(grads, state, grads)
-    return state
-
 
 # Outside jit each of their operations would be compiled on its own.
 stochastic_round = jax.jit(_rounding.stochastic_round, static_argnums=2)

@@ -13,17 +13,12 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from stored import SHAPE, bits, every_dtype, make, mj, moving, normal, numbers
 from test_quantization import BLOCKED
 
-import momentum_jax
 from momentum_jax import _rounding, _storage
 from momentum_jax._storage import check_dtype
 
-mj: Any = momentum_jax  # Avoids casts: Optax types its trees too widely.
-
-LOW = ["bfloat16", "float16", "int8"]
-SHAPE = (64, 128)  # Blocks of 32 rows: scales of shape (2, 128).
-every_dtype = pytest.mark.parametrize("velocity_dtype", LOW)
 both_ways = pytest.mark.parametrize("velocity_dtype", ["bfloat16", "int8"])
 
 TRANSFORMS: dict[str, Any] = {
@@ -38,35 +33,9 @@ TRANSFORMS: dict[str, Any] = {
 OWN = ["momentum", "trace", "qhm", "aggmo"]
 
 
-def numbers(shape=SHAPE, seed=0):
-    """Returns multiples of 1/64: the arithmetic on them is exact for some steps."""
-    return jnp.asarray(np.random.default_rng(seed).integers(-255, 256, shape) / 64, jnp.float32)
-
-
-def normal(shape=SHAPE, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def bits(tree):
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(x.shape, x.dtype, np.asarray(x).tobytes()) for x in leaves]
-
-
 def types(tree):
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(x.shape, x.dtype, x.weak_type) for x in leaves]
-
-
-def make(velocity_dtype, mu=0.75):
-    return mj.momentum(0.375, mu, velocity_dtype=velocity_dtype)
-
-
-def moving(tx, grads, steps=2):
-    """Returns the state after some steps."""
-    state = tx.init(grads)
-    for _ in range(steps):
-        _, state = tx.update(grads, state, grads)
-    return state
 
 
 # The same bits everywhere. ---------------------------------------------------------------
