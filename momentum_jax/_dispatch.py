@@ -54,7 +54,8 @@ def jit_by_leaf(
         return function(static, trees, shared)
 
     typed.__name__ = function.__name__
-    compiled = inlined_jit(typed, static_argnums=(0, 1))
+    # Unused arguments are kept: the results are on the devices of the arguments.
+    compiled = inlined_jit(typed, static_argnums=(0, 1), keep_unused=True)
 
     def call(static: tuple[Any, ...], trees: PyTree, shared: PyTree = ()) -> tuple[Any, Any]:
         types = tuple(map(type, static))

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 
 # JAX reads these when it starts its backend, so they are set before anything imports JAX.
@@ -85,33 +86,39 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--each-once",
+        "--every-case",
         action="store_true",
-        help="run only a few cases of each parametrized test, in which each value occurs",
+        help="run every case of each test, not only cases in which each pair of values occurs",
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects the cases that `--each-once` leaves out."""
-    if not config.getoption("--each-once"):
+    """Deselects the cases of a grid whose pairs of values all occur in other cases."""
+    if config.getoption("--every-case"):
         return
-    families = {}
+    tests = {}
     for item in items:
-        families.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item for cases in families.values() for item in each_once(cases)}
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {item for cases in tests.values() for item in pairwise(cases)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
 
-def each_once(cases):
-    """Returns a few cases of one test in which each value of each parameter occurs."""
-    if not hasattr(cases[0], "callspec"):
+def pairwise(cases):
+    """Returns cases of one test in which each pair of values of two parameters occurs.
+
+    A test with one or two parameters keeps all of its cases.
+    """
+    if not hasattr(cases[0], "callspec") or len(cases[0].callspec.params) < 3:
         return cases
     # The cases share the objects of their parameters, so values are compared by identity.
-    left = {case: {(k, id(v)) for k, v in case.callspec.params.items()} for case in cases}
+    left = {
+        case: set(itertools.combinations([(k, id(v)) for k, v in case.callspec.params.items()], 2))
+        for case in cases
+    }
     found = []
     while any(left.values()):
         found.append(max(left, key=lambda case: len(left[case])))
         seen = left.pop(found[-1])
-        left = {case: values - seen for case, values in left.items()}
+        left = {case: pairs - seen for case, pairs in left.items()}
     return found

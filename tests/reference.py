@@ -2,7 +2,7 @@
 
 Each function takes the gradients of one array, a list with one entry per step. It returns two lists
 of the same length: the updates and the velocities. A hyperparameter is a number or a function of
-the step count, which starts at 0.
+the step count, which starts at 0. The velocity starts at 0, or at `start`.
 """
 
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 
-def momentum(grads, learning_rate, mu, nesterov=False):
+def momentum(grads, learning_rate, mu, nesterov=False, start: Any = 0.0):
     """Momentum with the learning rate inside: v <- mu v - learning_rate g; the update is v."""
-    v = 0.0
+    v = start
     updates, velocities = [], []
     for count, g in enumerate(map(_wide, grads)):
         eta, mu_t = _at(learning_rate, count), _at(mu, count)
@@ -28,9 +28,9 @@ def heavy_ball(velocity, gradient, learning_rate, mu):
     return velocity, velocity
 
 
-def trace(grads, mu, dampening: Any = 0.0, nesterov=False):
+def trace(grads, mu, dampening: Any = 0.0, nesterov=False, start: Any = 0.0):
     """Momentum without a learning rate: m <- mu m + (1 - dampening) g; the update is m."""
-    m = 0.0
+    m = start
     updates, velocities = [], []
     for count, g in enumerate(map(_wide, grads)):
         mu_t, damp = _at(mu, count), _at(dampening, count)
@@ -40,16 +40,16 @@ def trace(grads, mu, dampening: Any = 0.0, nesterov=False):
     return updates, velocities
 
 
-def sgd(grads, learning_rate, mu, dampening: Any = 0.0, nesterov=False):
+def sgd(grads, learning_rate, mu, dampening: Any = 0.0, nesterov=False, start: Any = 0.0):
     """Momentum with the learning rate outside: the updates of `trace` times -learning_rate."""
-    updates, velocities = trace(grads, mu, dampening, nesterov)
+    updates, velocities = trace(grads, mu, dampening, nesterov, start)
     scaled = [-_at(learning_rate, count) * u for count, u in enumerate(updates)]
     return scaled, velocities
 
 
-def qhm(grads, learning_rate, mu, nu):
+def qhm(grads, learning_rate, mu, nu, start: Any = 0.0):
     """QHM: v <- mu v + (1 - mu) g; the update is -learning_rate ((1 - nu) g + nu v)."""
-    v = 0.0
+    v = start
     updates, velocities = [], []
     for count, g in enumerate(map(_wide, grads)):
         eta, mu_t, nu_t = (_at(value, count) for value in (learning_rate, mu, nu))

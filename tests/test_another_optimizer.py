@@ -28,6 +28,7 @@ mj: Any = momentum_jax  # Optax types a state as any tree of arrays.
 DTYPES = [None, "float32", "bfloat16", "float16", "int8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", list(itertools.permutations(DTYPES, 2)), ids=str)
 @pytest.mark.parametrize("make", [mj.momentum, mj.qhm, mj.aggmo], ids=["momentum", "qhm", "aggmo"])
 def test_the_velocity_dtype_changes(make, pair):
@@ -123,6 +124,7 @@ def test_injected_hyperparams_are_carried_over():
     assert (row.path, row.note) == (None, "0.001 (new state: 0.1)")
 
 
+@pytest.mark.slow
 def test_flax_nnx():
     """The new model has a head of another size."""
     make = lambda classes, seed: nnx.Sequential(  # noqa: E731

@@ -54,6 +54,7 @@ def test_an_arm_is_replaced_with_all_that_it_has():
     assert (other.static, other.settings) == (("peak",), {"peak": 1, "decay_steps": 7})
 
 
+@pytest.mark.slow
 def test_the_noise_is_as_long_as_it_says_and_its_mean_is_the_gradient():
     tx = make.noisy_descent(0.5, noise=2.0)
     grads = {"a": jnp.full((50, 40), 3.0), "b": jnp.full(500, -1.0)}

@@ -108,6 +108,7 @@ def numbers(tree, path=()):
         yield path, tree
 
 
+@pytest.mark.slow
 def test_the_quick_run_writes_every_number(tmp_path):
     """On one device and without warnings, as a user starts it."""
     out = tmp_path / "results.json"
@@ -239,6 +240,7 @@ def test_the_times_on_a_gpu_are_those_of_the_pages():
                 assert row["bytes_per_second"] == pytest.approx(speed, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_a_device_runs(tmp_path, capsys):
     out = tmp_path / "a.json"
     on_device.main(["--scale", "64", "--rounds", "2", "--out", str(out)])

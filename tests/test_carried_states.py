@@ -91,6 +91,7 @@ def states_before_and_during(case, tx):
     return first, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", CARRIED)
 @pytest.mark.parametrize("case", REMEMBERED)
 def test_the_memory_of_a_wrapper_is_not_dropped(function, case):
@@ -358,6 +359,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 def test_states_sharded_over_several_processes(axis_type, tmp_path):
     """Shardings are kept, and nothing is gathered from state to state."""

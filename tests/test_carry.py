@@ -194,6 +194,7 @@ def check_near(got, expected, dtype):
         np.testing.assert_allclose(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("oracle", ["torch"], indirect=True)
@@ -237,6 +238,7 @@ def test_training_moves_from_pytorch_and_back(oracle, dtype):
     check_near(back.as_arrays(), expected, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("oracle", ["torch"], indirect=True)
 def test_a_torch_state_dict_with_bfloat16_buffers_and_names(oracle):
     """Buffers are read exactly, and the names in it are compared with `names`."""
@@ -340,6 +342,7 @@ class KerasTraining:
         return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("oracle", ["keras"], indirect=True)
 def test_training_moves_from_keras_and_back(oracle, dtype, request):

@@ -217,6 +217,7 @@ def resume(folder):
     save(folder / "finished", train(tx, params, state, STOP, END))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_in_a_new_process_ends_with_the_same_bits(tmp_path):
     """Params, velocities and counts, on eight devices, under a schedule of the count."""
     tx, params, state = stopped(sharded=True)

@@ -94,6 +94,7 @@ def assert_trained_as_by_plain_loop(model, optimizer, start, tx=TX):
     assert held["count"] == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nnx.jit"])
 def test_c6_nnx_optimizer(compiled):
     model, optimizer = make_nnx()
@@ -104,6 +105,7 @@ def test_c6_nnx_optimizer(compiled):
     assert_trained_as_by_plain_loop(model, optimizer, start)
 
 
+@pytest.mark.slow
 def test_c6_nnx_states_are_read_and_reset():
     """The arrays of an nnx.Optimizer are in nnx Variables, and come back in them."""
     model, optimizer = make_nnx()
@@ -153,6 +155,7 @@ class Stack(nnx.Module):
         return forward(x, self.layers)
 
 
+@pytest.mark.slow
 def test_c6_nnx_scan_over_stacked_layers():
     """The gradients are what nnx makes of them, and the steps those of a plain tree of them."""
     model = Stack(3, nnx.Rngs(0))
@@ -193,6 +196,7 @@ def test_c6_nnx_scan_over_steps():
     assert_trained_as_by_plain_loop(model, optimizer, start)
 
 
+@pytest.mark.slow
 def test_c6_nnx_vmap_trains_an_ensemble():
     """Each member as if it were alone; velocities are read from the stacked state."""
     members = 3
@@ -313,6 +317,7 @@ OWN: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("map_params", [optax.tree.map_params, optax.tree_utils.tree_map_params])
 def test_c6_optax_map_params_with_a_tree_of_specs(map_params, name):
@@ -451,6 +456,7 @@ def test_c6_states_are_copied_and_pickled(copied):
     assert bits(TX.update(params, again)) == bits(TX.update(params, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_c6_zero1_splits_codes_and_scales(axis_type, wrap):
@@ -544,6 +550,7 @@ def make_named():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velocity_dtype", [None, "int8"])
 @pytest.mark.parametrize("name", OWN)
 def test_c11_params_named_like_the_fields_of_a_state(name, velocity_dtype):

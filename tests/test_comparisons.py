@@ -192,6 +192,7 @@ def test_an_interval_excludes_1_where_p_is_below_5_percent():
 # Adjustment for several comparisons.
 
 
+@pytest.mark.slow
 def test_holm_counts_each_pair_once_and_spares_the_primary():
     random = np.random.default_rng(7)
     loss = correlated(random, 4, 2, 30) * np.array([1, 1.2, 1.4, 1.6])[:, None, None]
@@ -222,6 +223,7 @@ def test_adjusted_intervals_hold_together():
     assert wide / half == pytest.approx(ratio, rel=0.01)
 
 
+@pytest.mark.slow
 def test_one_of_300_comparisons_can_still_be_clear():
     random = np.random.default_rng(9)
     # Losses below 0 have no log, which saves time.
@@ -370,6 +372,7 @@ def test_a_difference_inside_the_margin_is_equivalent_though_significant():
     assert verdict(study(loss, margin=0.02)).word == "wider"
 
 
+@pytest.mark.slow
 def test_equivalence_is_two_one_sided_tests_at_5_percent():
     """If the true ratio is at the margin, "equivalent" is declared in about 5% of studies."""
     random, studies, declared = np.random.default_rng(14), 80, 0
@@ -380,6 +383,7 @@ def test_equivalence_is_two_one_sided_tests_at_5_percent():
     assert declared <= stats.binom.ppf(0.999, studies, 0.06)
 
 
+@pytest.mark.slow
 def test_the_detectable_ratio_is_detected_in_80_percent():
     random = np.random.default_rng(15)
     ratio = verdict(study(correlated(random, 2, 1, 60))).detectable

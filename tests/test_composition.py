@@ -508,6 +508,7 @@ def clipped_momentum(learning_rate=decay):
     return optax.chain(optax.clip(0.5), mj.momentum(learning_rate, 0.9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overriding", "compiled"), [(False, False), (False, True), (True, True)])
 def test_nnx_optimizer_trains_as_a_plain_loop(overriding, compiled):
     model = NnxNetwork(nnx.Rngs(0))

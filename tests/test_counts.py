@@ -92,6 +92,7 @@ def test_schedules_inside_and_outside_multisteps_are_refused():
     assert set(counts_of(load(torch_state_dict([]), WEIGHTS, tx=tx, count=0)).values()) == {0}
 
 
+@pytest.mark.slow
 def test_after_a_whole_step_multisteps_is_carried_over():
     """Training continues in both directions, with the count."""
     theirs = optax.MultiSteps(optax.sgd(rate, 0.5), 2).gradient_transformation()

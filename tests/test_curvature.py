@@ -107,11 +107,13 @@ def assert_is(found, hessian, gradient, rtol=1e-5):
     assert float(found.along_gradient) == pytest.approx(along, abs=rtol * size)
 
 
+@pytest.mark.slow
 def test_a_network_against_its_whole_hessian():
     params, batch = network()
     assert_is(curvature(network_loss, params, *batch), *whole(network_loss, params, *batch))
 
 
+@pytest.mark.slow
 def test_gauss_newton_against_its_whole_matrix():
     params, batch = network()
     flat, back = ravel_pytree(params)
@@ -123,6 +125,7 @@ def test_gauss_newton_against_its_whole_matrix():
     assert float(found.smallest) > -1e-5
 
 
+@pytest.mark.slow
 def test_64_bit_params_have_64_bit_results(x64):
     params, batch = network()
     params, batch = jax.tree.map(lambda x: x.astype(jnp.float64), (params, batch))
@@ -142,6 +145,7 @@ def test_params_of_16_bits_are_widened(dtype):
     assert_is(found, *whole(network_loss, wide, *batch))
 
 
+@pytest.mark.slow
 def test_complex_params_by_their_real_and_imaginary_parts():
     rng = np.random.default_rng(0)
     matrix = jnp.asarray(rng.normal(size=(4, 3)) + 1j * rng.normal(size=(4, 3)), jnp.complex64)
@@ -185,6 +189,7 @@ def test_at_a_minimum_the_gradient_has_no_direction():
     assert (float(found.along_gradient), float(found.largest)) == (0, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_params_are_never_whole_on_a_device(axis_type):
     """The numbers equal those of one device; each device holds its shard of every vector."""

@@ -95,6 +95,7 @@ def test_refusals(changes, message):
         _ = small(**changes).the_primary
 
 
+@pytest.mark.slow
 def test_tuning_sees_other_weights_and_other_examples_than_the_study(monkeypatch):
     seen = []
     run = design.run
@@ -129,6 +130,7 @@ def test_tuning_sees_other_weights_and_other_examples_than_the_study(monkeypatch
     assert np.all((loss >= mean - 1e-3) & (loss < mean + 10))
 
 
+@pytest.mark.slow
 def test_the_edge_is_that_of_the_problem_or_measured():
     curvatures = np.array([4.0, 1.0])
     known = small(seeds=range(3), init_scales=[1.0, 2.0]).run()
@@ -158,6 +160,7 @@ def test_a_study_survives_json(tmp_path):
     assert again.to_json() == study.to_json()
 
 
+@pytest.mark.slow
 def test_a_study_is_resumed_and_extended_without_training_again(tmp_path, trained):
     small().run(tmp_path)
     assert sum(trained) == 2 * 3 * 4
@@ -214,6 +217,7 @@ def test_a_family_beside_an_arm_of_its_own_rate_is_compared_with_it():
     assert small(arms=[FAMILIES[0], adam]).the_primary == Primary("Adam", "mu 0 at 0.1")
 
 
+@pytest.mark.slow
 def test_tuning_takes_the_steps_of_each_family(monkeypatch):
     seen = []
     run = design.run
@@ -280,6 +284,7 @@ def test_a_study_that_is_not_there_or_made_in_a_program(tmp_path):
     assert Study.load(tmp_path, uneven_bowl()).problem.name == "bowl"
 
 
+@pytest.mark.slow
 def test_the_counts_are_those_of_what_is_trained(trained):
     study = small(tuning_seeds=2, init_scales=[1.0, 2.0], arms=[*FAMILIES, *make.controls(0.1)])
     counts = study.counts
@@ -292,6 +297,7 @@ def test_the_counts_are_those_of_what_is_trained(trained):
     assert not results.tuning_loss.sel(arm="mu 0 at 1").isnull().any()
 
 
+@pytest.mark.slow
 def test_restarts_are_tuned_with_their_share_of_the_steps():
     """With a quarter of the steps, a different learning rate would be best."""
 

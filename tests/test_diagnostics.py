@@ -239,6 +239,7 @@ def exact(g, v, learning_rate, mu):
 SIZES = [1e-30, 1e-20, 1.0, 1e20, 1e30]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["measure", "measure_by_leaf", "jit"])
 @pytest.mark.parametrize("mu", [0.0, 0.9, 1 - 1e-12])
 def test_at_the_ends_of_the_floats(by, mu):

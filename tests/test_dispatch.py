@@ -111,6 +111,7 @@ def train(tx, params, gradients):
     return trajectory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "place", "axis_type"),
     [(name, *case) for name in TRANSFORMATIONS for case in HARDEST]
@@ -157,6 +158,7 @@ def test_c8_one_program_per_group_of_devices(place, axis_type):
     assert compiles.count == 0
 
 
+@pytest.mark.slow
 def test_c8_the_least_of_dispatches():
     """With 40 params on two devices a call runs two programs, not one per param."""
     params = {
@@ -226,6 +228,7 @@ def test_c5_absent_gradients_of_a_whole_group(absent, which):
     assert placed((moved, state)) == placed(before)
 
 
+@pytest.mark.slow
 def test_c8_read_reset_and_measure_on_several_devices():
     places = PLACES["two meshes"][0](AxisType.Explicit)
     loss = jax.device_put(2.0, places[1].mesh.devices.flat[0])

@@ -48,6 +48,7 @@ def test_the_first_program(capsys):
 PRINTED = {"conventions": 3, "low_precision": 12, "changed_models": 11, "edge_of_stability": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PRINTED)
 def test_a_page_prints_what_its_comments_say(page, capsys):
     program = "\n".join(programs(f"{page}.md"))
@@ -150,6 +151,7 @@ def test_what_the_page_of_the_study_claims_holds_in_its_numbers(study_page):
 PAIRS = {"optax": (0, 1), "torch": (2, 3), "keras": (4, 5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", PAIRS)
 def test_both_sides_end_at_the_same_weights(framework, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")

@@ -82,6 +82,7 @@ def test_the_command_says_that_a_direction_grows_although_the_loss_falls(tmp_pat
     assert "105.3% of the stability limit is used" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesterov", [False, True], ids=["heavy ball", "nesterov"])
 @pytest.mark.parametrize("fraction", [0.95, 1.05])
 def test_a_network_just_below_and_above_the_edge(x64, nesterov, fraction):

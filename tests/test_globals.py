@@ -146,6 +146,7 @@ OF_GROUPS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("kind", OF_GROUPS)
 def test_groups_with_equal_values_are_merged(kind, jitted):

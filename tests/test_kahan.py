@@ -342,6 +342,7 @@ def test_wide_params_and_absent_updates_pass():
     assert types(jax.eval_shape(tx.init, params)) == types(start)
 
 
+@pytest.mark.slow
 def test_a_whole_equinox_model_as_params():
     """Its static leaves have no update and stay unchanged."""
     model = eqx.nn.MLP(2, 2, 8, 1, dtype="bfloat16", key=jax.random.key(0))
@@ -610,6 +611,7 @@ def test_each_row_of_the_table_is_tested():
     assert list(rows(mj.kahan)) == [name for name in WRAPPERS if "," not in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["inside", "around"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_kahan_and_wrappers(name, place):

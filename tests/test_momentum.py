@@ -619,6 +619,7 @@ def test_complex_params_want_the_conjugate_of_the_gradient(form, nesterov):
     assert not abs(run(lambda g: g) - (3 - 2j)) < 1e3
 
 
+@pytest.mark.slow
 def test_the_conjugate_is_what_pytorch_gives():
     """So a momentum buffer from PyTorch continues with it."""
     torch = pytest.importorskip("torch")
@@ -721,6 +722,7 @@ COMPLEX = ["complex64", "complex128"]
 DTYPES = ["bool", *INTEGERS, *FLOATS, *COMPLEX]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", DTYPES)
 @pytest.mark.parametrize("param", DTYPES)
 def test_c4_apply_updates_of_every_pair_of_dtypes(x64, param, update):
@@ -879,6 +881,7 @@ def on_one_device():
     )
 
 
+@pytest.mark.slow
 def test_one_device_of_one_gives_the_bits_of_one_device_of_eight(on_one_device):
     """Sharding constraints do not change any number."""
     assert (on_one_device[0], jax.device_count()) == (1, 8)

@@ -19,6 +19,7 @@ import momentum_jax
 mj: Any = momentum_jax  # Optax types a state as any tree of arrays.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["momentum", "int8", "aggmo", "adam", "adaptive_restart"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
@@ -103,6 +104,7 @@ def test_restored_states_of_numpy_and_python():
     assert_same(mj.transplant(restored, tx.init(params), strict=True)[0], state)
 
 
+@pytest.mark.slow
 def test_a_model_of_many_arrays_is_one_program():
     tx = mj.momentum(0.1)
     params = {str(i): numbers((i + 1, 7)) for i in range(50)}
@@ -122,6 +124,7 @@ def test_the_result_reuses_the_memory_of_a_donated_state():
     assert memory.temp_size_in_bytes <= 1024
 
 
+@pytest.mark.slow
 def test_a_state_of_zero1_stays_sharded():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = mj.sharding.zero1(mj.momentum(0.1, velocity_dtype="int8"), mesh)
@@ -182,6 +185,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 def test_two_processes_carry_over_without_gathering(axis_type, tmp_path):
     (tmp_path / "job.py").write_text(JOB)

@@ -72,6 +72,7 @@ def test_numbers_are_compared_as_they_are_shown():
     assert not same("1, 2", "1, 2, 3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_what_is_committed(path):
     committed = read(path)

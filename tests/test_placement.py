@@ -155,6 +155,7 @@ def check(name, result, like):
         np.testing.assert_array_equal(np.asarray(x), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -169,6 +170,7 @@ def test_c2_arrays_stay_in_place_however_gradients_are_sharded(name, axis_type, 
     check(name, result, (params, state, updates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "zero1"])
 def test_two_models_may_share_an_inner_function(name):
     """One lowering serves both models. Leaves of equal shape have different shardings."""
@@ -213,6 +215,7 @@ def test_arrays_stay_in_place_within_shard_map(name, axis_names):
     check(name, jax.jit(run)(*arguments), (*arguments[:2], updates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[1:4], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", ["momentum", "restart", "bfloat16", "kahan"])
 def test_a_state_that_is_sharded_unlike_its_params_stays_so(name, way):
@@ -227,6 +230,7 @@ def test_a_state_that_is_sharded_unlike_its_params_stays_so(name, way):
     check(name, result[:2], (params, state))
 
 
+@pytest.mark.slow
 def test_codes_and_scales_may_be_sharded_unlike_one_another():
     mesh = make_mesh(AUTO)
     tx = TRANSFORMS["int8"](mesh)
@@ -285,6 +289,7 @@ def jax_returns_to_the_host():
     return returned.sharding.memory_kind == "pinned_host"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 def test_c7_velocities_of_params_in_the_memory_of_the_host_are_there_too(axis_type):
     if not jax_returns_to_the_host():
@@ -311,6 +316,7 @@ def test_c7_velocities_of_params_in_the_memory_of_the_host_are_there_too(axis_ty
                     assert array.sharding.memory_kind == "pinned_host"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["pinned_host", "device"])
 @pytest.mark.parametrize(
     "way", [run_in_python, run_jitted, run_scanned], ids=lambda way: way.__name__
@@ -375,6 +381,7 @@ def test_params_gradients_and_velocities_may_each_be_in_either_memory(memories, 
     assert kinds == list(memories)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [run_jitted, run_scanned], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("velocity_dtype", [None, "int8"])
 def test_a_mask_does_not_move_the_velocity_that_it_resets(velocity_dtype, way):
@@ -516,6 +523,7 @@ def exported(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTED)
 def test_c7_arrays_stay_in_place_in_a_program_made_on_one_device(name, exported):
     mesh = make_mesh(AUTO)

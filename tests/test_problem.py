@@ -210,6 +210,7 @@ def in_nnx():
     return init, loss, lambda *args: loss(*args, train=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [in_linen, in_nnx])
 def test_batch_statistics_follow_the_batches_and_are_not_trained(make):
     init, loss, test_loss = make()

@@ -11,6 +11,7 @@ import pytest
 from momentum_jax.study import datasets, problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", problems.PROBLEMS)
 def test_every_problem_can_be_trained_and_has_defaults_that_fit_it(name):
     problem = problems.find(name)

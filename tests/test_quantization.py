@@ -99,6 +99,7 @@ def test_block_axis_divides_any_shape(shape):
         assert length in (32, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "block"), BLOCKED.items(), ids=str)
 def test_c7_every_platforms_view_gives_the_same_bits(shape, block):
     """That of CPU and TPU, of GPU, and of TPU with few blocks, run on one platform.

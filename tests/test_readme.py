@@ -57,6 +57,7 @@ def test_it_fits_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_a_problem_of_ones_own_is_studied_as_a_command_and_in_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (_, problem), (_, command), (_, program), *others = blocks("docs/study/own.md")
@@ -85,6 +86,7 @@ def test_a_problem_of_ones_own_is_studied_as_a_command_and_in_python(tmp_path, m
         assert (result.loss.isel(step=-1) < result.loss.isel(step=0)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", SHELL)
 def test_a_command_is_one_line_that_installs_and_runs(command):
     """The installs run in continuous integration, the modules that they call are here."""
@@ -97,6 +99,7 @@ def test_a_command_is_one_line_that_installs_and_runs(command):
     subprocess.run([sys.executable, "-m", module[1], "--help"], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_the_page_on_devices_prints_what_its_comments_say(capsys):
     """Its blocks follow one another in one program, on eight devices; the last is a job's."""
     found = blocks("docs/devices.md")
@@ -108,6 +111,7 @@ def test_the_page_on_devices_prints_what_its_comments_say(capsys):
     assert len(said) == 8
 
 
+@pytest.mark.slow
 def test_the_job_of_the_page_on_devices_runs_in_two_processes(tmp_path):
     (tmp_path / "job.py").write_text(blocks("docs/devices.md")[-1][1])
     for printed in run_job(tmp_path / "job.py", str(tmp_path)):

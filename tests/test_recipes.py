@@ -134,6 +134,7 @@ def test_muon(shape):
         np.testing.assert_allclose(a["bias"], b["bias"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velocity_dtype", VELOCITY_DTYPES)
 @pytest.mark.parametrize("section", RECURRENCES)
 def test_a_low_precision_recipe_is_close_to_float32(section, velocity_dtype):
@@ -281,6 +282,7 @@ jax.distributed.initialize(coordinator, int(processes), int(index))
 """
 
 
+@pytest.mark.slow
 def test_diloco_in_two_processes(tmp_path):
     """The slow axis connects the two processes."""
     script = tmp_path / "job.py"

@@ -84,6 +84,7 @@ def test_gradients_whose_squares_are_beyond_the_floats(size):
             np.testing.assert_allclose(state.measurement.speed, found.speed, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_curvature_is_measured_every_so_many_steps():
     """Starting with the first step; the fraction uses the learning rate of that step."""
     schedule = lambda count: 0.1 / (1 + count)  # noqa: E731
@@ -101,6 +102,7 @@ def test_the_curvature_is_measured_every_so_many_steps():
     assert float(state.curvature.smallest) == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mu", [-0.5, 0.0, 0.9])
 def test_the_fraction_is_that_of_edge(nesterov, mu):
@@ -172,6 +174,7 @@ def test_on_a_mesh(axis_type):
     assert state.inner_state.velocity.sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.slow
 def test_exports_and_back():
     tx = record(mj.momentum(0.1), 0.1, every=2)
     step = jax.jit(stepper(tx))

@@ -263,6 +263,7 @@ def test_what_is_not_elementwise_is_noticed(name):
     assert elementwise(NOT_ELEMENTWISE[name], numbers(), numbers()) is None
 
 
+@pytest.mark.slow
 def test_no_method_of_the_package_is_taken_for_one_that_is_not(monkeypatch):
     """Each is computed in blocks: that is what its traffic is counted for."""
     whole = []

@@ -46,6 +46,7 @@ def test_group_labels_and_fields_are_not_part_of_a_path():
     assert_same(carried.velocity, expected)
 
 
+@pytest.mark.slow
 def test_a_single_array_and_a_tuple_as_params():
     for params in (numbers(3), (numbers(3), numbers(4)), [numbers(3)]):
         for tx in (mj.momentum(0.1), mj.aggmo(0.1), optax.sgd(0.1, 0.9), optax.adam(0.1)):

@@ -276,6 +276,7 @@ def follow(name, tx, params, wrap=jax.jit):
     return (params, state, updates), (*like, params)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Specifying a key will be required")
 @pytest.mark.filterwarnings("ignore:.* is deprecated")
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -382,6 +383,7 @@ def test_each_row_of_the_table_is_tested():
     assert list(rows(zero1)) == list(WRAPPERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("axis_type", "axes"), [MESHES[0], MESHES[3]])
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -458,6 +460,7 @@ CAN_LEAVE_EXPLICIT = hasattr(jax.sharding, "use_abstract_mesh")
 needs_auto_axes = pytest.mark.skipif(not CAN_LEAVE_EXPLICIT, reason="JAX is too old")
 
 
+@pytest.mark.slow
 @needs_auto_axes
 @pytest.mark.parametrize("name", ["adafactor", "sm3"])
 def test_optimizers_that_need_auto_axes_run_on_explicit_ones_in_eager_steps(name):
@@ -490,6 +493,7 @@ def test_a_learning_rate_may_be_an_array_on_the_mesh(number):
                 jax.jit(tx.update)(params, state, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_an_instance_is_freed_completely(axis_type, wrap):
@@ -659,6 +663,7 @@ def program_of_the_guide(tx, mesh, split, shapes):
 GUIDE = {"hidden": (32, 64), "out": (64, 8), "bias": (8,)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10), reason="other programs, other bytes"
 )
@@ -783,6 +788,7 @@ def test_what_is_sharded_over_the_axis_already_stays():
     assert_same_sharding(jax.jit(tx.update)(params, state, params), (params, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis_type", "axes"), [MESHES[0], MESHES[3]])
 def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
     """After 50 steps with gradients of both signs, params and state equal those of one device."""
@@ -818,6 +824,7 @@ def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
     assert_close(read, mj.read_velocity(expected[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 @pytest.mark.parametrize(
     ("shape", "axis"), [((1001, 31), "data"), ((4097, 8), "data"), ((63, 151), "model")]
@@ -899,7 +906,7 @@ def test_bad_input_is_refused_with_the_way_out():
     tx = zero1(inner, mesh)
     params = make_params(mesh)
     state = tx.init(params)
-    with pytest.raises(ValueError, match=r"needs the params.*tx\.update\(grads, state, params\)"):
+    with pytest.raises(ValueError, match=r"params=None, .*update\(grads, state, params\)"):
         tx.update(params, state)
     elsewhere = params | {"out": jnp.ones((32, 16))}
     with pytest.raises(ValueError, match=r"\['out'\] is not on the mesh .*device_put"):
@@ -950,6 +957,7 @@ def job(coordinator, processes, index, folder):
         np.savez(pathlib.Path(folder) / "whole.npz", *whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_restored_on_other_devices(tmp_path):
     """From four devices to two or eight: restored bit by bit, and trained on as without a break."""
     run_job(__file__, str(tmp_path))

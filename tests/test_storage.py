@@ -75,6 +75,7 @@ def on_one_device(velocity_dtype):
     return bits(moving(make(velocity_dtype), WHOLE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis_type", "wrap"),
     [(AxisType.Auto, jax.jit), (AxisType.Explicit, lambda f: f)],
@@ -247,6 +248,7 @@ def test_only_int8_has_scales(name):
 STORED = [None, *ADMITTED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.usefixtures("x64")
 def test_c9_a_state_stored_in_another_dtype_is_refused(name):
@@ -289,6 +291,7 @@ def test_c9_a_state_of_another_transformation_is_refused(held, asked):
                 make_tx(ours).update(params, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("velocity_dtype", [None, "bfloat16", "int8"])
 def test_arrays_stacked_by_vmap_and_scan_are_read_and_reset_as_they_are(name, velocity_dtype):
@@ -386,6 +389,7 @@ def test_velocity_is_the_wide_one_to_within_codes(name):
         assert 0 < np.linalg.norm(np.asarray(a - b)) <= 0.015 * np.linalg.norm(np.asarray(b))
 
 
+@pytest.mark.slow
 @both_ways
 def test_c1_exports_for_every_platform_and_back(velocity_dtype):
     """The exported program keeps the state's types."""
@@ -398,6 +402,7 @@ def test_c1_exports_for_every_platform_and_back(velocity_dtype):
     assert bits(read.call(grads, state)) == bits(tx.update(grads, state))
 
 
+@pytest.mark.slow
 @every_dtype
 def test_c1_under_strict_modes(velocity_dtype):
     tx = make(velocity_dtype)
@@ -520,6 +525,7 @@ def test_diagnostics_of_8_bits():
         mj.diagnostics.measure(grads, state.velocity, learning_rate=0.375, mu=0.75)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velocity_dtype", [None, "int8"])
 def test_explicit_meshes_bring_masks_and_gradients_to_the_velocity(velocity_dtype):
     """Covers resets, restarts and checkpoints from other frameworks."""

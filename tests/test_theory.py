@@ -173,6 +173,7 @@ def test_no_escape_bound(mu):
     assert float(rises.max()) <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("factor", [0.999, 1.001])
 def test_no_escape_bound_is_sharp(mu, factor):
@@ -218,6 +219,7 @@ def test_momentum_cannot_cross_a_barrier_higher_than_its_start():
         assert bool(jnp.all(ends > 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mu", [0.3, 0.9, 1.0])
 def test_the_jacobian_of_a_step_has_determinant_mu_a_dimension(mu):
     """Momentum is conformal symplectic for any function."""
@@ -498,6 +500,7 @@ def test_spectral_radius_at_the_ends(mu, nesterov, digits):
         assert side(got) == exact, (rate, curvature, got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mu", MUS)
 def test_formulas_of_traced_values_equal_those_of_floats(mu, nesterov):

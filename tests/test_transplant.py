@@ -55,6 +55,7 @@ def test_a_renamed_module_continues_to_the_last_bit(kind):
     assert_same((moved["encoder"], moved["out"]["head"]), (expected["enc"], expected["head"]))
 
 
+@pytest.mark.slow
 @each_kind
 def test_an_added_layer_does_not_change_the_others(kind):
     """The layer starts as in a new state. After it is removed, the state is as before."""
@@ -74,6 +75,7 @@ def test_an_added_layer_does_not_change_the_others(kind):
     assert not report.fresh
 
 
+@pytest.mark.slow
 @each_kind
 def test_the_result_is_the_same_under_jit(kind):
     tx = KINDS[kind]()
@@ -84,6 +86,7 @@ def test_the_result_is_the_same_under_jit(kind):
     assert_same(jax.jit(carry)(state, tx.init(larger)), carry(state, tx.init(larger)))
 
 
+@pytest.mark.slow
 @each_kind
 def test_no_buffer_is_shared_with_the_old_state(kind):
     """The old state can be kept while the new one is donated."""
@@ -161,6 +164,7 @@ def descend(tx, params, state, steps, classes, start=0):
     return params, state
 
 
+@pytest.mark.slow
 def test_a_class_is_added_to_the_head():
     """Its weights and targets are 0, so it does not change the other classes."""
     tx = mj.momentum(0.02, 0.9)
@@ -189,6 +193,7 @@ def test_an_array_that_resize_does_not_read_is_dropped():
     assert (report.resized, report.dropped) == (("['a']",), ("['gone']",))
 
 
+@pytest.mark.slow
 def test_a_unit_is_pruned_by_its_index():
     """Its weights are 0, so the other units continue unchanged."""
     tx = mj.momentum(0.02, 0.9)
@@ -209,6 +214,7 @@ def test_a_unit_is_pruned_by_its_index():
     assert_same(moved, {"in": expected["in"][:, kept], "out": expected["out"][kept]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["momentum", "int8", "adaptive_restart", "adam"])
 def test_layers_are_stacked_for_a_scan_and_back(name):
     tx = KINDS[name]()
@@ -252,6 +258,7 @@ def zeros_of(tree):
     return jax.tree.map(jnp.zeros, tree, is_leaf=lambda x: isinstance(x, tuple))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(TREES, TREES, st.booleans(), st.sampled_from(["momentum", "aggmo", "sgd"]))
 def test_any_tree_to_any_other(old, new, resize, kind):

@@ -41,6 +41,7 @@ from benchmarks import clients, optax_suite
 PAGE = Path(__file__).parents[1] / "docs" / "works_with.md"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velocity_dtype", VELOCITY_DTYPES, ids=str)
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("name", OTHERS)
@@ -48,6 +49,7 @@ def test_c6_a_client_trains_as_a_plain_loop(name, transformation, velocity_dtype
     check(name, Cell(transformation, velocity_dtype, tmp_path))
 
 
+@pytest.mark.slow
 def test_the_cells_differ():
     """Each transformation and each dtype ends elsewhere, so that none passes for another."""
     ends = {
@@ -101,6 +103,7 @@ UNSEEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNSEEN)
 def test_optimistix_does_not_find_a_traced_hyperparameter_of_ours_if_it_differentiates(name):
     """It looks for arrays in the closures of a transformation, and finds those of Optax alone."""
@@ -146,6 +149,7 @@ def test_the_oldest_versions_of_the_page_are_those_that_are_supported():
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS, ids=[str(i) for i in range(len(PROGRAMS))])
 def test_a_program_of_the_page_prints_what_its_comments_say(program, capsys):
     for name in re.findall(r"^import (haiku|optimistix|numpyro)\b", program, re.MULTILINE):
@@ -179,6 +183,7 @@ def sum_of_squares(tx):
     return start, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", clients.TRANSFORMATIONS)
 def test_the_script_finds_what_is_wrong(name, monkeypatch):
     """Right params are ok; other params, other dtypes and errors are not."""
@@ -225,6 +230,7 @@ def test_what_optax_own_tests_found_has_all_variants():
         assert f"| {of['passed']} of {result['using']} |" in optax_suite.table(result)
 
 
+@pytest.mark.slow
 def test_the_script_puts_ours_into_the_tests_of_optax():
     """A file of them: the test uses what was put in, and passes or not as it does alone."""
     name = "transforms/_masking_test.py::MaskedTest::test_masked_state_structure"

@@ -4,6 +4,7 @@ import pytest
 from works_with import NNX, TRANSFORMATIONS, VELOCITY_DTYPES, Cell, check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velocity_dtype", VELOCITY_DTYPES, ids=str)
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("name", NNX)

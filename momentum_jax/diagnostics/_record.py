@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from momentum_jax._dispatch import jit_by_leaf
 from momentum_jax._hyperparameters import (
     Hyperparameter,
     check,
@@ -13,6 +14,7 @@ from momentum_jax._hyperparameters import (
     require_whole,
     resolve,
 )
+from momentum_jax._leaves import materialize
 from momentum_jax._state_types import register_export, wrapper_state
 from momentum_jax._storage import compute_dtype
 from momentum_jax._velocity import incremented
@@ -136,19 +138,8 @@ def record(
     nesterov, steps = check_flag("nesterov", nesterov), require_whole("steps", steps, 2)
 
     def make_state(inner, params):
-        leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
-        kinds = [compute_dtype(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-        width = jnp.finfo(jnp.result_type(jnp.float32, *kinds)).dtype
-        unknown = jnp.full((), jnp.nan, width)
-        bent = Curvature(unknown, unknown, unknown, unknown, unknown, jnp.zeros((), bool))
-        return RecordState(
-            jnp.zeros([], jnp.int32),
-            Measurement(*[unknown] * len(Measurement._fields)),
-            None if every is None else bent,
-            None if every is None else unknown,
-            (jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)),
-            inner.init(params),
-        )
+        inner_state = inner.init(params)
+        return RecordState(*_unknown((every is not None,), (materialize(params),))[1], inner_state)
 
     def step(inner, updates, state, params, extra_args):
         rate, momentum = (
@@ -164,8 +155,12 @@ def record(
             mu=momentum,
             loss=extra_args.get("value"),
         )
-        unknown = jnp.full((), jnp.nan, state.measurement.gain.dtype)
-        found = Measurement(*(unknown if x is None else x.astype(unknown.dtype) for x in found))
+        found = Measurement(
+            *(
+                jnp.full_like(last, jnp.nan) if x is None else x.astype(last.dtype)
+                for x, last in zip(found, state.measurement, strict=True)
+            )
+        )
         bent, fraction = state.curvature, state.fraction
         if every is not None:
             bent, fraction = _every_so_often(
@@ -196,3 +191,22 @@ def record(
 
     parts = learning_rate, mu, every, nesterov, steps
     return wrapper(RecordState, inner, make_state, step, *parts)
+
+
+@jit_by_leaf
+def _unknown(static, trees, _):
+    """The fields of the state before the first step, on the devices of the params."""
+    (with_curvature,), (params,) = static, trees
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+    kinds = [compute_dtype(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    width = jnp.finfo(jnp.result_type(jnp.float32, *kinds)).dtype
+    unknown, zero = jnp.full((), jnp.nan, width), jnp.zeros([], jnp.int32)
+    fraction = unknown if with_curvature else None
+    bent = Curvature(*[unknown] * 5, jnp.zeros((), bool)) if with_curvature else None
+    return (), (
+        zero,
+        Measurement(*[unknown] * len(Measurement._fields)),
+        bent,
+        fraction,
+        (zero, zero),
+    )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from momentum_jax._dispatch import jit_by_leaf
 from momentum_jax._hyperparameters import Hyperparameter, check_value, is_zero, resolve
 from momentum_jax._jax import inlined_jit
 from momentum_jax._leaves import (
@@ -19,6 +20,7 @@ from momentum_jax._leaves import (
     expect_pair,
     is_absent,
     map_leaves,
+    materialize,
 )
 from momentum_jax._placement import isolate_input, isolate_output, to_device_memory, to_memory_of
 from momentum_jax._velocity import incremented
@@ -111,14 +113,20 @@ def decoupled_decay(
     return [_by_rate(learning_rate, step)]
 
 
+@jit_by_leaf
+def _first_count(*_):
+    """The count 0, on the devices of the params."""
+    return (), jnp.zeros([], jnp.int32)
+
+
 def _by_rate(learning_rate, step: Callable[..., Any]):
     """The transformation step(updates, params, rate); a call of update may override the rate."""
     scheduled = callable(learning_rate)
 
     def init(params):
-        del params
-        zero = jnp.zeros([], jnp.int32)
-        return optax.ScaleByScheduleState(zero) if scheduled else optax.EmptyState()
+        if not scheduled:
+            return optax.EmptyState()
+        return optax.ScaleByScheduleState(_first_count((), (materialize(params),))[1])
 
     def update(updates, state, params=None, **extra_args):
         count: Any = state.count if scheduled else None
