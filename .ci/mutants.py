@@ -27,7 +27,7 @@ from cosmic_ray.mutating import mutate_code
 ROOT = Path(__file__).parents[1]
 # What a mutant of these files must not pass, besides the tests of the file's own name.
 TESTS = {
-    "_states/": "transplant transplant_errors matching globals moving renaming user_states "
+    "_states/": "transplant matching globals moving renaming user_states "
     "another_optimizer velocity restart storage works_with",
     "frameworks/": "frameworks carry checkpoint counts routes steps step_counts torch_state_dict "
     "keras convert recipes carried_states transplant",
@@ -36,7 +36,7 @@ TESTS = {
     "diagnostics/": "diagnostics record curvature edge invariants",
     "sharding/": "sharding invariants clients",
     "": "invariants contract momentum velocity storage quantization dispatch placement kahan "
-    "restart clients wrapper sharding record transplant",
+    "restart clients wrapper sharding diagnostics record transplant",
 }
 
 

@@ -22,7 +22,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
         param             accepted updates; others are refused
         floating point    floating point, integers (converted to at least float32)
         complex           complex, floating point, integers
-        integer           integers of a dtype all of whose values the param's dtype can hold
+        integer           integers whose dtype has only values that the param's dtype can hold
         bool              no update
 
     Args:

@@ -1,6 +1,6 @@
-"""Ctrl-C in a command of the package, and a package that is missing: one line at any moment.
+"""Prints one line if a command is stopped by Ctrl-C, or if a package is missing.
 
-Also while the command is being imported.
+This also holds while the command is being imported.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Compensated (Kahan) summation: bfloat16 and float16 params that keep what rounding takes."""
+"""Compensated (Kahan) summation for bfloat16 and float16 params: keeps the rounding error."""
 
 from typing import Any, NamedTuple
 
@@ -39,9 +39,9 @@ class KahanState(NamedTuple):
 
     Attributes:
       inner_state: the state of the inner transformation.
-      compensation: a tree like the params: bfloat16, what rounding has taken from each param, in
-        the param's shape and sharding; `optax.MaskedNode` for params that are neither bfloat16 nor
-        float16.
+      compensation: a tree like the params. For each bfloat16 or float16 param: a bfloat16 array
+        with the param's shape and sharding, the rounding error that is still to be added to the
+        param. For all other params: `optax.MaskedNode`.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax
@@ -62,21 +62,22 @@ def kahan(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
         c <- c - (new w - w)
 
     A bfloat16 has 8 significant bits: adding 0.001 to 1.0 does not change it, however often. With
-    the 8 bits of the compensation, params behave as if they had 16, for 2 more bytes each. Updates
-    below about 1 / 100,000 of the param are still lost. If you set params by hand (prune, load,
-    project), the compensation still belongs to the old values: `reset_velocity` with a `where` of
-    these params sets it to 0, along with their velocity.
+    the 8 bits of the compensation, params behave as if they had 16 significant bits. This takes 2
+    more bytes per parameter. Updates below about 1 / 100,000 of the param are still lost. If you
+    set params by hand (prune, load, project), the compensation still belongs to the old values. To
+    set it to 0, along with the velocity of these params, call `reset_velocity` with a `where` that
+    selects them.
 
     With Optax's wrappers, inside (`wrapper(kahan(...))`) and around (`kahan(wrapper(...))`).
     "Right" means: param + compensation is what a float32 param would be under the same wrapper and
-    gradients, up to the rounding of the compensation. A row is wrong if the wrapper changes the
-    update afterwards. `kahan` cannot detect that, so nothing is raised.
+    gradients, up to the rounding of the compensation. The result is wrong if the wrapper changes
+    the update afterwards. `kahan` cannot detect that, so nothing is raised.
 
-    - `MultiSteps`: both are right. Before Optax 0.2.8, only around works in loops such as
-      `jax.lax.scan`.
-    - `adaptive_restart`: both are right, and equal, but they see the movement of the rounded
-      params. Restarts can happen at other steps than with float32 params, and none happens after
-      a step in which no param changed.
+    - `MultiSteps`: both are right. In loops such as `jax.lax.scan`, inside does not work before
+      Optax 0.2.8.
+    - `adaptive_restart`: both are right, and equal. Restarts depend on the movement of the rounded
+      params. So they can happen at other steps than with float32 params, and none happens after a
+      step in which no param changed.
     - `apply_if_finite`: both are right. Inside, the gradients must be float32, or JAX raises a
       TypeError: prefer around.
     - `chain`: inside, right if it is last. Wrong if anything after it changes the update, such as
@@ -92,10 +93,10 @@ def kahan(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
       compensation. Around, all are right.
     - `partition`: both are right.
     - `schedule_free`: inside is wrong: the update is rounded for the params, but added to z.
-      Around is right: z and the sum of the weights are float32, where Optax alone has them in
-      the params' dtype.
-    - `sharding.zero1`: both are right. Inside, the compensation is split too. Around, it is sharded
-      as the params are.
+      Around is right: z and the sum of the weights are then float32. Without `kahan` they have the
+      params' dtype.
+    - `sharding.zero1`: both are right. Inside, `zero1` shards the compensation like the rest of the
+      state. Around, it is sharded as the params are.
 
     Args:
       inner: any Optax transformation. `kahan` comes last: its updates must be applied unchanged, so
@@ -108,11 +109,11 @@ def kahan(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
       updates of other params are returned unchanged.
 
     Raises:
-      ValueError: no params; trees or shapes that do not match; a state whose 16-bit params are not
-        those of the params.
-      TypeError: a param with an update that is not an array. A param without an update can be any
-        object, such as an activation function of an Equinox model, if `init` was given the arrays
-        of the model only.
+      ValueError: no params; trees or shapes that do not match; a state that was made for other
+        16-bit params.
+      TypeError: a param that has an update but is not an array. A param without an update can be
+        any object, such as an activation function of an Equinox model, if `init` was given the
+        arrays of the model only.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax

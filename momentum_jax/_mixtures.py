@@ -76,10 +76,11 @@ def qhm(
 
     Args:
       learning_rate: as for `momentum`, but larger by the factor 1 / (1 - mu), because the velocity
-        is an average. Each gradient acts at once with (1 - nu) * learning_rate, which must be
-        stable on its own.
+        is an average. A part of each gradient changes the params directly, with the learning rate
+        (1 - nu) * learning_rate. Plain gradient descent must be stable at this learning rate.
       mu: as for `momentum`.
-      nu: the weight of the velocity in the update, given in the same ways; finite.
+      nu: the weight of the velocity in the update: like mu, a float, a scalar array or a schedule.
+        Finite.
       velocity_dtype: as for `momentum`.
 
     Returns:

@@ -115,11 +115,11 @@ def momentum(
         params: the velocity continues to decay, v <- mu * v. To freeze a param, give None as its
         gradient: its velocity is kept. To stop a param, set its velocity to 0 with
         `reset_velocity`.
-      mu: the momentum coefficient, in (-1, 1], given in the same ways. Under
-        `optax.inject_hyperparams`, also give `hyperparam_dtype=jnp.float32`, or Optax rounds both
-        hyperparameters to the params' dtype, in which 0.999 can become 1. It also needs
-        `static_args=("nesterov", "velocity_dtype")`, or it takes a type such as `jnp.bfloat16`
-        for a schedule, because a type is callable.
+      mu: the momentum coefficient, in (-1, 1]: like the learning rate, a float, an array or a
+        schedule. Under `optax.inject_hyperparams`, also give `hyperparam_dtype=jnp.float32`, or
+        Optax rounds both hyperparameters to the params' dtype, in which 0.999 can become 1.
+        `inject_hyperparams` also needs `static_args=("nesterov", "velocity_dtype")`. Otherwise it
+        treats a type such as `jnp.bfloat16` as a schedule, because a type is callable.
       nesterov: whether the update looks one step ahead.
       velocity_dtype: the dtype in which the velocities of real params are stored: float32, float64,
         bfloat16, float16 or int8. With None it is the param's dtype, widened to at least float32.
@@ -128,14 +128,14 @@ def momentum(
         to nearest, a bfloat16 velocity at mu 0.999 stops at a quarter of its limit. The random bits
         are a hash of the count, the position of the value and its upper 16 bits. They are the same
         in each run, on any backend and under any sharding. (Within shard_map, the position is the
-        position in the device's part of the array.) Apart from the random bits, compilers can
-        differ in the last bit of the arithmetic, as they do in float32.
+        position in the device's part of the array.) The arithmetic can still differ in the last bit
+        between compilers, as it does in float32.
 
         int8 takes 1.06 bytes per parameter: codes in `velocity`, and in `scales` one bfloat16 for
         each block of 32 values along the last axis but one, or along another axis if 32 does not
-        divide that. Not quantized are arrays with fewer than 4096 values, arrays that no block
-        length from 16 to 128 divides, and complex arrays. int8 velocities are not differentiable.
-        `read_velocity` returns all velocities as floats.
+        divide that. Three kinds of array are not quantized: arrays with fewer than 4096 values,
+        arrays that no block length from 16 to 128 divides, and complex arrays. int8 velocities are
+        not differentiable. `read_velocity` returns all velocities as floats.
 
     Returns:
       An Optax transformation. Both of its functions are compiled.
@@ -158,7 +158,9 @@ def momentum(
 
     Raises:
       ValueError: a value out of range; trees or shapes that do not match; nesterov at mu 0.
-      TypeError: a value that is not a real number; a param or gradient that cannot move.
+      TypeError: a value that is not a real number; a param that is not an array of numbers or
+        booleans; a gradient whose dtype does not fit its param, such as any gradient of an integer
+        param.
 
     Example:
       >>> import jax, jax.numpy as jnp, momentum_jax as mj
@@ -194,7 +196,7 @@ def trace(
     dampening: Hyperparameter = 0.0,
     velocity_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum without a learning rate, which scales the update afterwards (PyTorch, Optax).
+    """Momentum without a learning rate: a later transformation applies it (PyTorch, Optax).
 
         m <- mu * m + (1 - dampening) * g
         update = m
@@ -210,17 +212,17 @@ def trace(
       mu: the momentum coefficient, in (-1, 1]: a float, a scalar array (traced or not), or a
         schedule: a function of the number of steps taken, from 0.
       nesterov: whether the update looks one step ahead.
-      dampening: the fraction of each gradient that is left out, given in the same ways. With
-        dampening equal to mu, the velocity is an exponential average of the gradients. PyTorch does
-        not dampen its first step: `lambda count: jnp.where(count == 0, 0.0, dampening)` does the
-        same.
+      dampening: the fraction of each gradient that is left out: like mu, a float, an array or a
+        schedule. With dampening equal to mu, the velocity is an exponential average of the
+        gradients. PyTorch does not dampen its first step:
+        `lambda count: jnp.where(count == 0, 0.0, dampening)` does the same.
       velocity_dtype: as for `momentum`.
 
     Returns:
       An Optax transformation like that of `momentum`, whose state is a `TraceState`. `update`
-      takes `mu` and `dampening` as overriding keywords. A `learning_rate` given to `update` has no
-      effect here: `scale_by_learning_rate` holds it (`optax.inject_hyperparams` makes it
-      adjustable), and a chain passes all keywords to all of its transformations.
+      takes `mu` and `dampening` as overriding keywords. `update` ignores a `learning_rate`, because
+      a chain passes all keywords to all of its transformations. The learning rate is that of
+      `scale_by_learning_rate`; `optax.inject_hyperparams` makes it adjustable.
 
     Raises:
       ValueError, TypeError: as for `momentum`.

@@ -83,14 +83,14 @@ def recurrence(
         and results are arrays of one dtype, at least float32 wide. The velocity, the gradient and
         the results have the param's shape; hyperparameters are scalars. The first velocity is 0.
         The update is added to the params. Hyperparameters are passed by their names in the
-        signature, whose defaults are used. The step is compiled once for each function object:
-        define the function in a module, or once in a notebook. A new function object, such as a
-        lambda in a loop, is compiled again.
+        signature. One that is not given has the default in the signature. The step is compiled once
+        for each function object: define the function in a module, or once in a notebook. A new
+        function object, such as a lambda in a loop, is compiled again.
 
         It need not be elementwise. Under jit, a norm or a matrix product over the array is over
         the whole param, also if the param is sharded, with the communication that this requires.
-        Within `jax.shard_map` the array is the device's part of the param. Under vmap it is the
-        array of one member.
+        Within `jax.shard_map` the array is the device's part of the param. Under vmap it is one
+        element of the batch.
       velocities: None for one velocity per param, or the number of velocities, such as 2 for the
         two averages of Adam. With a number, the function takes and returns a tuple of arrays in
         place of one velocity.

@@ -61,8 +61,8 @@ def adaptive_restart(
     knowledge of the condition number. Give `inner` a mu that rises, such as
     `schedules.nesterov_convex()`: on a quadratic of condition number 100,000, started at a distance
     of 6, the loss after 10,000 steps is then 2e-12 instead of 1e-2. The best constant mu, which
-    depends on the condition number, gives 6e-13. A constant mu near 1 restarts before it has built
-    up speed, and gains nothing.
+    depends on the condition number, gives 6e-13. With a constant mu near 1, restarts come before
+    the velocity has grown, and nothing is gained.
 
     `w - previous w` is the real movement of the params between two calls of `update`. It includes
     everything that happens to the updates: a change of sign, a scale or weight decay later in the
@@ -87,7 +87,8 @@ def adaptive_restart(
     - `masked`: inside, the params under the mask decide. Around, all decide, and the velocity
       under the mask restarts.
     - `partition`: inside, each group decides for itself. Around, all decide together.
-    - `schedule_free`: both; the params that move are the points at which the gradients are taken.
+    - `schedule_free`: both work. The params that move are the points at which the gradients are
+      taken.
 
     Cost: the state has one more array per param, in the param's dtype. Each step reads the
     gradients, the params and this array once more before it can change the velocity.
@@ -105,9 +106,10 @@ def adaptive_restart(
     Raises:
       ValueError: at init, no velocity in the state of `inner`; at update, no params, or params
         that do not match those of init; within shard_map, gradients or params that differ per
-        device, or for which JAX does not track it (`check_vma=False`). The same holds within
-        `jax.pmap` of JAX 0.10, which uses shard_map; with older versions, average the gradients.
-      TypeError: a param that is not an array, where init was given one.
+        device, or for which JAX does not track whether they differ (`check_vma=False`). The same
+        holds within `jax.pmap` of JAX 0.10, which uses shard_map; with older versions, average the
+        gradients.
+      TypeError: a param that is not an array, although init was given an array.
 
     Example:
       >>> import jax.numpy as jnp, momentum_jax as mj, optax

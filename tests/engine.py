@@ -575,7 +575,11 @@ def take(case: Case, tx: Any, extra: Any, what: Given, mesh: Any) -> tuple[Snaps
         present = [u for u in jax.tree.leaves(updates) if u.dtype != jax.dtypes.float0]
         return mj.apply_updates(params, updates), state, present
 
-    params, state = what.params, tx.init(what.params)
+    # zero1 shards its state only outside jit.
+    init = (
+        jax.jit(tx.init) if case.carrier in ("jit", "scan") and case.method != "zero1" else tx.init
+    )
+    params, state = what.params, init(what.params)
     if case.carrier == "vmap":
         state = jax.vmap(tx.init)(params)
         step = jax.vmap(step, in_axes=(0, 0, 0, None))

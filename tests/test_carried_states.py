@@ -13,10 +13,8 @@ from checkpoints import (
     CARRIED,
     FC,
     KERAS_OF_FC,
-    PARAMS,
     WEIGHTS,
     fc,
-    load,
     torch_state_dict,
 )
 from processes import run_job
@@ -31,7 +29,6 @@ from momentum_jax.frameworks import (
     load_torch,
     momentum_from_trace,
     optax_sgd,
-    trace_from_momentum,
 )
 
 # Each wrapper of Optax that has a memory beside the velocity, and the error about it.
@@ -166,24 +163,6 @@ def test_non_finite_values_are_refused(function, bad):
             load_keras(target, variables, **arguments)
 
 
-def test_values_that_overflow_on_conversion_are_refused():
-    """They are too large for the dtype, or become so when divided by the learning rate."""
-    params = jax.tree.map(lambda w: w.astype(jnp.float16), FC)
-    tx = optax.chain(optax.trace(0.5, accumulator_dtype=jnp.float16))
-    state = (mj.TraceState(jnp.array(1), jax.tree.map(lambda w: w.at[...].set(1e6), FC)),)
-    with pytest.raises(ValueError, match=r"has 2 of 2 values .* too large for float16"):
-        dump_optax(tx.init(params), state)
-    variables = {
-        path: value.astype(np.float16) if "momentum" in path else value
-        for path, value in KERAS_OF_FC.items()
-    }
-    inside = (mj.MomentumState(*state[0]),)
-    with pytest.raises(ValueError, match=r"momentum of fc\.weight has 6 of 6 .* float16"):
-        dump_keras(inside, variables, names=list(WEIGHTS), to_params=fc)
-    with pytest.raises(ValueError, match="too large for float32"):
-        trace_from_momentum(mj.trace(0.5).init(FC), inside, learning_rate=1e-35)
-
-
 def test_real_and_complex_velocities_do_not_mix():
     """The imaginary part would be lost."""
     real, imaginary = ({"w": jnp.ones(2, dtype)} for dtype in ("float32", "complex64"))
@@ -215,29 +194,6 @@ def test_real_and_complex_velocities_do_not_mix():
         TypeError, match="the velocity of kernel is complex64, but Keras's variable is float32"
     ):
         dump_keras(held, variables, names=["kernel"], to_params=lambda weights: weights)
-
-
-def test_two_velocities_of_one_param_are_refused():
-    """In a chain of two it is not clear which one is meant."""
-    tx = optax.chain(mj.trace(0.5), mj.trace(0.25))
-    with pytest.raises(ValueError, match="the state holds two velocities of the param"):
-        load(tx=tx)
-
-
-def test_an_optax_state_of_other_params_is_refused():
-    """The message lists the paths of both sides."""
-    state = optax.sgd(0.5, 0.5).init({"x": jnp.ones(1)})
-    with pytest.raises(ValueError, match=r"only in the state: \['a'\], \['b'\]; only in .*\['x'\]"):
-        load_optax(optax_sgd(0.5, 0.5).init(PARAMS), state)
-
-
-def test_an_optax_state_without_velocity_is_refused():
-    """The message lists the params that have a velocity here."""
-    state = optax_sgd(0.1, 0.9).init(FC)
-    with pytest.raises(
-        ValueError, match="no velocity to carry over, but the state has velocities of"
-    ):
-        load_optax(state, optax.adam(0.1).init(FC))
 
 
 def test_only_velocities_and_counts_are_carried_over():

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from checkpoints import PARAMS, run
 
 import momentum_jax as mj
@@ -31,14 +30,6 @@ def test_training_continues_with_the_other_form():
             for part in jax.tree.leaves(after, is_leaf=lambda node: isinstance(node, kinds))
             if isinstance(part, kinds)
         } == {12}
-
-
-def test_learning_rate_0_is_refused():
-    """At 0, v is 0 for every m."""
-    tx = mj.momentum(0.25)
-    for convert in (momentum_from_trace, trace_from_momentum):
-        with pytest.raises(ValueError, match="learning_rate=0 must be above 0"):
-            convert(tx.init(PARAMS), tx.init(PARAMS), learning_rate=0.0)
 
 
 def test_previous_params_of_adaptive_restart_are_carried_over():

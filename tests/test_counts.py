@@ -112,23 +112,6 @@ def test_after_a_whole_step_multisteps_is_carried_over():
     jax.tree.map(np.testing.assert_allclose, back, end)
 
 
-def test_different_counts_are_refused():
-    """Here a schedule started later than the velocity."""
-    trace, schedule = load(tx=torch_sgd(rate, 0.5), count=7)
-    state = (trace, schedule._replace(count=jnp.array(2)))
-    message = r"numbers of steps, \[2, 7\] \(TraceState.count 7, ScaleByScheduleState.count 2\)"
-    with pytest.raises(ValueError, match=message):
-        dump_optax(optax.sgd(rate, 0.5).init(FC), state)
-    with pytest.raises(ValueError, match=message):
-        momentum_from_trace(mj.momentum(0.5).init(FC), state, learning_rate=0.5)
-
-
-def test_a_count_too_large_for_its_dtype_is_refused():
-    """Otherwise it would become negative."""
-    with pytest.raises(ValueError, match="count=2147483648 must be at most 2147483647"):
-        load(count=2**31)
-
-
 def test_states_stacked_by_vmap_are_carried_over():
     """Each member has a count, and all are compared."""
     params = jnp.ones((4, 3))

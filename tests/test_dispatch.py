@@ -293,10 +293,3 @@ def test_c9_errors_on_several_devices():
     with pytest.raises(ValueError, match=r"one structure"):
         tx.update({"a": params["a"]}, state)
     assert bits((params, state)) == before
-
-
-def test_c9_one_param_and_its_gradient_on_two_devices():
-    params = jax.device_put(jnp.ones(4), jax.devices()[0])
-    tx = mj.momentum(0.25, 0.5)
-    with pytest.raises(ValueError, match="root are on different devices"):
-        tx.update(jax.device_put(params, jax.devices()[1]), tx.init(params))

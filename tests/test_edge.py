@@ -125,15 +125,3 @@ def test_a_network_just_below_and_above_the_edge(x64, nesterov, fraction):
     before, after = (distance[a:b].max() for a, b in itertools.pairwise(windows))
     growth = (after / before) ** (1 / (windows[1] - windows[0]))
     assert growth == pytest.approx(found.growth, rel=5e-3)
-
-
-def test_bad_input_is_refused(as_shipped):
-    curvature = of(10.0, 1.0)
-    with pytest.raises(ValueError, match=r"learning_rate=-1\.0 must be at least 0"):
-        edge(curvature, -1.0, 0.9)
-    with pytest.raises(ValueError, match=r"mu=1\.0 must be in \(-1, 1\)"):
-        edge(curvature, 0.1, 1.0)
-    with pytest.raises(ValueError, match=r"noise_variance=0\.1 has no effect with nesterov=True"):
-        edge(curvature, 0.1, 0.9, nesterov=True, noise_variance=0.1)
-    with pytest.raises(TypeError, match="is traced, but must be known"):
-        jax.jit(lambda curvature: edge(curvature, 0.1, 0.9).fraction)(curvature)

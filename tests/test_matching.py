@@ -85,13 +85,6 @@ def test_a_factor_is_not_carried_over_to_another_axis():
     }
 
 
-def test_several_velocities_are_not_matched_with_fewer():
-    params = params_of("enc")
-    _, state = begun(mj.aggmo(0.1, (0.0, 0.9, 0.99)), params)
-    with pytest.raises(ValueError, match="nothing of the old state can be carried"):
-        mj.transplant(state, mj.aggmo(0.1, (0.9, 0.99)).init(params))
-
-
 def scales(state):
     return [float(part.hyperparams["step_size"]) for part in state if hasattr(part, "hyperparams")]
 

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 import momentum_jax as mj
 
 UNIT_ROUNDOFF = 2.0**-24  # float32
+SIGNATURES = pathlib.Path(__file__).parent / "golden" / "signatures.txt"
 PUBLIC_NAMES = [
     *("AdaptiveRestartState", "AggMoState", "KahanState", "MomentumState", "QHMState"),
     *("RecurrenceState", "SeveralVelocitiesState", "TraceState"),
@@ -847,6 +848,19 @@ def test_every_public_name_is_documented_with_an_example(documented):
     for name, parameter in inspect.signature(documented).parameters.items():
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         assert f"  {stars}{name}: " in doc, name
+
+
+def test_the_signatures_are_these():
+    """Names, order, kinds and defaults of all parameters; to change one is to change this file."""
+    lines = []
+    for param in public_functions():
+        signature = inspect.signature(param.values[0])
+        parameters = [
+            parameter.replace(annotation=parameter.empty)
+            for parameter in signature.parameters.values()
+        ]
+        lines.append(f"{param.id}{inspect.Signature(parameters)}")
+    assert "\n".join(lines) + "\n" == SIGNATURES.read_text()
 
 
 def digests():

@@ -1,7 +1,7 @@
-"""What the public functions refuse: one table of calls, with the error and the words that it says.
+"""What the public functions refuse: one table of calls, with the type and the words of the error.
 
-Elsewhere are refusals that are tested over a grid, that need arrays on a mesh, or whose remedy is
-tried too.
+Refusals that are tested over a grid, that need arrays on a mesh, or whose remedy is tried too, are
+in the tests of their modules.
 """
 
 import inspect
@@ -39,10 +39,11 @@ sharding, theory = mj.sharding, mj.theory
 
 
 class Refusal(NamedTuple):
-    """A call that is refused. It is of the first public function that its code names.
+    """A call that is refused.
 
     Attributes:
-      call: makes its inputs and is refused.
+      call: makes the inputs and the call. The first public function that it names is the one that
+        the row tests.
       error: the exact type of the error.
       words: a pattern that the message must match.
     """
@@ -58,9 +59,10 @@ OLD = mj.MomentumState(jnp.int32(2), {"a": jnp.ones(3), "b": jnp.ones((2, 2))})
 NEW = mj.momentum(0.1).init(OLD.velocity)
 MEASURED: dict[str, Any] = dict(learning_rate=0.25, mu=0.75)
 CURVATURE = diagnostics.Curvature(*map(jnp.float32, (10, 1, 0, 0, 10)), jnp.asarray(True))
-# A velocity that float16 cannot hold, and a state of which the parts have counted apart.
+# A velocity that float16 cannot hold.
 HUGE = jax.tree.map(lambda w: jnp.full(w.shape, 1e6), FC)
 HALF = jax.tree.map(lambda w: w.astype("float16"), FC)
+# A state whose two parts have counted different numbers of steps.
 APART = (mj.TraceState(jnp.int32(7), FC), optax.ScaleByScheduleState(jnp.int32(2)))
 TWO_GROUPS = torch_state_dict() | {"param_groups": [{**SETTINGS, "params": [i]} for i in (0, 1)]}
 INTEGERS = {i: {"momentum_buffer": np.ones(2, int)} for i in (0, 1)}
@@ -148,7 +150,7 @@ REFUSALS: list[Refusal] = [
     ),
     Refusal(
         lambda: mj.recurrence(lambda v, g, params: (v, g), params=0.1),
-        ValueError,
+        TypeError,
         "has a hyperparameter called params, which is an argument of update",
     ),
     Refusal(
@@ -1081,7 +1083,7 @@ def public_functions() -> dict[str, Callable[..., Any]]:
 
 
 PUBLIC = public_functions()
-# Functions that no row is of: the test of what they refuse.
+# Functions without a row: by name, the test of what they refuse.
 ELSEWHERE = {
     "torch_hyperparameters": "test_the_error_about_different_groups_contains_the_solution",
 }
@@ -1096,14 +1098,14 @@ def names_in(code: types.CodeType) -> Iterator[str]:
 
 
 def refused_by(row: Refusal) -> str:
-    """The name of the function that a row is of."""
+    """The name of the function that a row tests."""
     return next(name for name in names_in(row.call.__code__) if name in PUBLIC)
 
 
 def named(row: Refusal) -> str:
     """The id of a row: the function, and the first words without the signs of a pattern."""
     words = re.sub(r"\\(.)|\.\*", lambda found: found[1] or " ", row.words.removeprefix("(?s)"))
-    return f"{refused_by(row)}: {words[:60]}"
+    return f"{refused_by(row)}: {' '.join(words.split())[:60]}"
 
 
 @pytest.mark.parametrize("row", REFUSALS, ids=named)

@@ -893,21 +893,11 @@ def test_the_sharding_of_the_param_is_applied_first():
 
 
 @pytest.mark.usefixtures("as_shipped")
-def test_bad_input_is_refused_with_the_way_out():
+def test_arrays_that_are_not_on_the_mesh_are_refused_with_the_way_out():
     mesh = make_mesh()
-    inner = mj.momentum(0.1)
-    with pytest.raises(TypeError, match=r"must be a jax\.sharding\.Mesh"):
-        zero1(inner, (8,))
-    with pytest.raises(ValueError, match=r"axis='model' must be one of .*'data'"):
-        zero1(inner, mesh, "model")
-    mixed = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO, EXPLICIT))
-    with pytest.raises(ValueError, match="all Auto or all Explicit"):
-        zero1(inner, mixed)
-    tx = zero1(inner, mesh)
+    tx = zero1(mj.momentum(0.1), mesh)
     params = make_params(mesh)
     state = tx.init(params)
-    with pytest.raises(ValueError, match=r"params=None, .*update\(grads, state, params\)"):
-        tx.update(params, state)
     elsewhere = params | {"out": jnp.ones((32, 16))}
     with pytest.raises(ValueError, match=r"\['out'\] is not on the mesh .*device_put"):
         tx.init(elsewhere)
@@ -919,10 +909,6 @@ def test_bad_input_is_refused_with_the_way_out():
     on_one = jax.tree.map(jnp.asarray, restored)
     with pytest.raises(ValueError, match=r"init\(params\) as its target"):
         tx.update(params, on_one, params)
-    with pytest.raises(TypeError, match="strict='yes' must be True or False"):
-        zero1(inner, mesh, strict="yes")
-    with pytest.raises(TypeError, match=r"\['out'\] is str"):
-        tx.init(params | {"out": "w"})
     mapped = jax.shard_map(tx.update, mesh=mesh, in_specs=P(), out_specs=P())
     with pytest.raises(ValueError, match="Leave shard_map for the loss and its gradient"):
         jax.jit(mapped)(params, state, params)

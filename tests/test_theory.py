@@ -370,41 +370,6 @@ def test_triple_and_robust_momentum_reach_their_rate(condition, rate):
     assert measured_rate(mj.qhm(*settings), curvatures=ends) <= rate + 2e-3
 
 
-BAD = {
-    "L below m": (lambda: theory.heavy_ball(1.0, 2.0), "smoothness=1.0 must be at least strong_"),
-    "m of 0": (lambda: theory.nesterov(1.0, 0.0), "strong_convexity=0.0 must be above 0"),
-    "infinite L": (lambda: theory.gradient_descent(math.inf, 1.0), "smoothness=inf"),
-    "mu of -1": (lambda: theory.stability_limit(-1.0), r"mu=-1.0 must be in \(-1, 1\]"),
-    "NaN": (lambda: theory.spectral_radius(0.1, math.nan, 1.0), "mu=nan"),
-    "no friction": (lambda: theory.effective_learning_rate(0.1, 1.0), "at 1 the sum has no limit"),
-    "rate of 0": (lambda: theory.friction(0.0, 0.9), "learning_rate=0.0 must be above 0"),
-    "unstable": (
-        lambda: theory.stationary_variance(4.0, 0.0, 1.0, 1.0),
-        "learning_rate \\* curvature=4.0 must be below 2.0, the stability limit at mu=0.0",
-    ),
-    "mu of 1": (lambda: theory.no_escape_bound(1.0, 1.0), r"mu=1.0 must be in \[0, 1\)"),
-    "kp": (lambda: theory.qhm_from_pid(1.0, 1.0, 1.0), "kp=1.0 must be below 0"),
-    "xi": (lambda: theory.qhm_from_accsgd(0.1, 4.0, 3.0), r"xi=3.0 must be in \(0, sqrt\(kappa\)"),
-    "beta1": (
-        lambda: theory.qhm_from_synthesized_nesterov(0.1, 0.0, 0.5),
-        r"beta1=0.0 must be in \(-1, 1\) and not 0",
-    ),
-    "rate": (
-        lambda: theory.qhm_from_robust_momentum(4.0, 1.0, rate=0.4),
-        r"rate=0.4 must be in \[0.5, 0.75\]",
-    ),
-    "k of 1": (lambda: theory.qhm_from_triple_momentum(1.0, 1.0), "must be above 1"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_is_out_of_range_is_refused(case):
-    """The error has the value and the rule."""
-    call, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 # At the ends of the range, compared with the formulas in 400 digits. -----------------------
 
 CURVATURES = [

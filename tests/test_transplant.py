@@ -326,3 +326,12 @@ def test_the_report_is_a_table():
         (),
     )
     assert state.velocity["b"].dtype == jnp.bfloat16
+
+
+def test_the_error_for_a_state_in_another_dtype_names_transplant():
+    """The remedy works."""
+    params, state = begun(mj.momentum(0.1), params_of("enc"))
+    tx = mj.momentum(0.1, velocity_dtype="int8")
+    with pytest.raises(TypeError, match=r"momentum_jax\.transplant\(state, tx\.init\(params\)\)"):
+        tx.update(params, state)
+    tx.update(params, mj.transplant(state, tx.init(params))[0])

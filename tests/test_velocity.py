@@ -186,18 +186,6 @@ def test_c9_real_and_complex_do_not_mix(grad, param, dtypes, traced):
     check_refused({"w": grad}, {"w": param}, TypeError, *parts, traced=traced)
 
 
-def test_c9_gradient_that_is_a_key():
-    """A random key has a dtype of its own, which is no number."""
-    check_refused(
-        {"w": jax.random.key(0)},
-        {"w": jnp.ones(())},
-        TypeError,
-        "the gradient at ['w'] is key",
-        "floating-point or complex",
-        traced=False,
-    )
-
-
 @each_way
 @pytest.mark.parametrize(
     "grad",
@@ -229,15 +217,6 @@ def test_c9_param_that_is_no_array(params, parts, traced):
         init() if init else momentum(0.1).init(params)
 
 
-@pytest.mark.parametrize("values", [["text"], [None, 1.0]], ids=["text", "objects"])
-def test_c9_param_of_a_dtype_that_jax_does_not_have(values):
-    """NumPy holds text and objects in arrays; a velocity cannot be one."""
-    param = np.array(values, object if None in values else None)
-    message = words("the param", "['names']", "which no velocity can have", "optax.masked")
-    with pytest.raises(TypeError, match=message):
-        momentum(0.1).init({"names": param})
-
-
 @each_way
 def test_c9_param_that_is_a_key(traced):
     """A dropout key kept among the params."""
@@ -256,13 +235,6 @@ def test_c9_key_params_can_be_masked_as_the_message_says():
     moved = apply_updates(params, updates)
     np.testing.assert_array_equal(moved["w"], 0.5)
     assert moved["key"] == params["key"]
-
-
-def test_c9_complex_param_with_a_real_velocity_dtype():
-    """Its velocity would not fit."""
-    message = words("the param at ['phase'] is complex64", "velocity_dtype=bfloat16", "None")
-    with pytest.raises(TypeError, match=message):
-        momentum(0.1, velocity_dtype="bfloat16").init({"w": W, "phase": 1j * W})
 
 
 @pytest.mark.parametrize(
@@ -285,26 +257,6 @@ def test_c9_state_of_another_type(tx, state):
     with pytest.raises(TypeError, match=message):
         tx.update(W, wrong)
     tx.update(W, good)
-
-
-def test_c9_no_state():
-    """Before init was called."""
-    with pytest.raises(TypeError, match=r"the state is None\. Call `state = tx\.init\(params\)`"):
-        momentum(0.1).update(W, None)
-
-
-def test_c9_state_of_other_params():
-    """The state of one model given to another."""
-    tx = momentum(0.1)
-    with pytest.raises(ValueError, match=words("only in the velocity: ['decoder']", "Call init")):
-        tx.update({"encoder": W}, tx.init({"encoder": W, "decoder": W}))
-
-
-def test_c9_gradients_and_state_swapped():
-    """The order of the arguments is Optax's: gradients first."""
-    tx = momentum(0.1)
-    with pytest.raises(TypeError, match=words("swapped", "update(grads, state, params)")):
-        tx.update(tx.init({"w": W}), {"w": W})
 
 
 MODEL = {"w": W, "ids": jnp.arange(2), "deep": [jnp.ones(2), None]}
@@ -377,13 +329,6 @@ def test_c5_update_that_the_param_would_truncate(param, update, dtypes, traced):
     parts = [f"at ['x'][0] is {of_update}", f"a param that is {of_param}", "losing part of it"]
     with pytest.raises(TypeError, match=words("the update", *parts, "None", "optax.partition")):
         add({"x": [param]}, {"x": [update]})
-
-
-@pytest.mark.parametrize("update", [None, 1.0])
-def test_c9_param_of_apply_updates_that_is_no_array(update):
-    """A function in a model that was not filtered."""
-    with pytest.raises(TypeError, match=words("the param", "['act']", "not an array")):
-        apply_updates({"act": jax.nn.relu}, {"act": update})
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def reset_velocity(
         - A function that takes the path of a param, as `jax.tree_util` gives it, and returns a
           boolean.
 
-        If a param has several velocities, as with `aggmo`, `where` holds for each of them. For the
+        If a param has several velocities, as with `aggmo`, `where` applies to each of them. For the
         state of an `nnx.Optimizer`, the tree may be an `nnx.State` like that of the params, nested
         dicts with the same keys, or a prefix of one of them.
       scale: a finite number or a scalar array, traced or not. Default 0.

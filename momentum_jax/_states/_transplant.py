@@ -64,9 +64,10 @@ def transplant(
     anywhere in either state: in chains, in groups of `optax.partition`, inside wrappers, and in the
     `opt_state` of an `nnx.Optimizer`.
 
-    **Global values** go with the params that they concern. These are counts, and with them
-    schedules; scales; and the hyperparameters that `optax.inject_hyperparams` holds. For example, a
-    learning rate goes with the params of its group. In detail:
+    **Global values** go with the params that they concern. These are counts (on which
+    schedules depend), scales of the loss or of the gradients, and the hyperparameters that
+    `optax.inject_hyperparams` holds. For example, a learning rate goes with the params of its
+    group. In detail:
 
     - Groups are merged: if one of them keeps its label, its values are used. Otherwise the groups
       must agree: counts that differ raise an error; where other values differ, those of
@@ -76,8 +77,8 @@ def transplant(
     - If no array shows which params a group has, as with `optax.sgd` without momentum, groups are
       matched by their labels.
     - `optax.MultiSteps` counts steps within it and gradients around it. A schedule that moves into
-      it continues from its steps. A schedule that moves out of it starts again, because the number
-      of gradients is not known.
+      it continues from the number of steps. A schedule that moves out of it starts again, because
+      the number of gradients is not known.
     - Parts of a chain that look alike in the state are matched in their order. So are optimizers of
       params with equal paths, if the keys of their states change.
     - A wrapper's own counts start as `init` made them if the wrapper is new.
@@ -118,8 +119,8 @@ def transplant(
         differ stay those of `new_state`, and `strict` sees only shapes and dtypes.
 
     Raises:
-      ValueError: nothing can be carried over; or no velocity means the same in the new state, such
-        as one of `momentum` for `trace`, which differ by the learning rate (see
+      ValueError: nothing can be carried over; or no velocity has the same meaning in the new state:
+        for example the velocities of `momentum` and `trace` differ by the learning rate (see
         `frameworks.trace_from_momentum`); or a prefix in `rename` fits no path, or two arrays get
         one path; or counts differ where one is needed; or values are too large for their new
         dtype; or with `strict` something is fresh or dropped.

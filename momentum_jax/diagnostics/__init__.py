@@ -5,11 +5,11 @@
 - `curvature`: the largest and the smallest eigenvalue of the Hessian, from Hessian-vector products.
 - `edge`: compares the learning rate with the stability limit at that curvature.
 - `record`: a wrapper that keeps the last measurement in the state of the optimizer, and measures
-  the curvature every so many steps.
+  the curvature once per `every` steps.
 
 All of them work inside and outside jit, except `edge`, which works only outside. In an Optax chain,
-`optax.monitor` after `momentum` can measure too: its updates are the velocity, and the gradient is
-passed as an extra argument.
+`optax.monitor` after `momentum` can call `measure` too: the updates that it receives are the
+velocity (without nesterov), and the gradient must be passed as an extra argument.
 """
 
 from momentum_jax.diagnostics._curvature import Curvature as Curvature

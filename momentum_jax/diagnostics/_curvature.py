@@ -62,9 +62,10 @@ def curvature(
     copies of the params in float32, in addition to the memory of a second derivative.
 
     Args:
-      loss: `(params, *batch) -> scalar`, real. It is compiled once for each function and shapes.
+      loss: `(params, *batch) -> scalar`, real. It is compiled once for each function and each
+        combination of shapes.
       params: a tree of arrays. Arrays that are not floating-point or complex are held fixed. Arrays
-        of lower precision than float32 are widened, because the Hessian would lose its digits.
+        of lower precision than float32 are widened, because the Hessian would be inaccurate.
       *batch: further arguments of the loss.
       steps: the number of products, at least 2; 48 by default. More products give smaller errors.
       key: a key for the random start vector; by default the same in each call.

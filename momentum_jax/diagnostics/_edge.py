@@ -21,8 +21,8 @@ class Edge(NamedTuple):
         0 if no curvature is above 0.
       largest_learning_rate: the largest stable learning rate at this mu. Above it, the sharpest
         direction diverges. Infinite if no curvature is above 0.
-      growth: the long-run factor per step for the distance along the sharpest direction. It
-        diverges if this is above 1.
+      growth: the long-run factor per step for the distance along the sharpest direction. If it is
+        above 1, this distance grows without limit.
       heavy_ball: the best `theory.Tuning` of momentum for this range of curvatures. Its rate is
         the factor along the slowest direction. None if the smallest curvature is not above 0.
       nesterov: the same for the Nesterov form.

@@ -99,7 +99,8 @@ def measure(
       2.0 1.0 1.5
 
     Source:
-      Qian (1999), On the momentum term in gradient descent learning algorithms, for the ball.
+      Qian (1999), On the momentum term in gradient descent learning algorithms, for momentum as a
+      ball with mass and friction.
     """
     learning_rate, one_minus_mu = _check(learning_rate, mu)
     check_arrays("gradient", grads)

@@ -1,4 +1,4 @@
-"""A wrapper that keeps the last measurement in its state, and regularly the curvature."""
+"""A wrapper that keeps the last measurement in its state, and the last curvature."""
 
 from typing import Any, NamedTuple
 
@@ -92,19 +92,19 @@ def record(
       in the others the update is the gradient.
     - `lookahead`: inside, the jump to the slow params is not measured. Around, a ValueError: the
       updates are two trees, the gradients one.
-    - `masked`: inside, the params under the mask are measured. Around, all are, and the update of
-      the others is their gradient.
+    - `masked`: inside, the params under the mask are measured. Around, all are measured,
+      and the update of the params outside the mask is their gradient.
     - `partition`: inside, each group has its own measurement. Around, all groups have one.
     - `schedule_free`: inside, the movement of z is measured. Around, the movement of the params.
 
     Args:
       inner: any Optax transformation.
       learning_rate: the learning rate of `inner`: a float, a scalar array or a schedule, counted
-        from 0. It is used only for the measurement, and so is mu. `update` takes both as keyword
+        from 0. Like mu, it is used only for the measurement. `update` takes both as keyword
         arguments that override the values here; they are passed to `inner` too.
       mu: the momentum coefficient of `inner`, in the same forms; 0.9 by default.
-      every: measure the curvature every so many steps, starting with the first step. With None,
-        the default, it is never measured. Otherwise `update` needs the params and `value_fn`, a
+      every: measure the curvature in every `every`-th step, starting with the first. With None, the
+        default, it is never measured. Otherwise `update` needs the params and `value_fn`, a
         function of the params that returns the loss. Steps in between only pay for the
         measurement. Under jit the curvature is compiled once. Under vmap every step pays for it.
       nesterov: whether `inner` uses the Nesterov form, for the stability limit; False by default.

@@ -26,24 +26,25 @@ adds weight_decay * w to the gradient, and so to the velocity. Decoupled decay m
 schedule: a function of the number of steps taken, from 0.
 
 `update` of all four takes `learning_rate` and `mu` as keywords that override the values for that
-call; `update` of `torch_sgd` also takes `dampening`. Decoupled decay uses the same learning rate.
-If there is no velocity (momentum=0, or None in `optax_sgd`), a `mu` other than 0 is a ValueError.
+call; `update` of `torch_sgd` also takes `dampening`. A learning rate given to `update` is also used
+for decoupled decay. If there is no velocity (momentum=0, or None in `optax_sgd`), a `mu` other than
+0 is a ValueError.
 
 A gradient that is None, an `optax.MaskedNode` or float0 means no update, no decay and an
 unchanged velocity. The arithmetic is at least float32 wide, and the updates are rounded once, to
 the gradients' dtypes.
 
-In float64 the results equal the real PyTorch and Keras to 1e-10 over 48 steps, and Caffe's
-documented solver. With 16-bit params they differ, because here the velocity is stored in float32
-and there in 16 bits.
+In float64 the results equal those of the real PyTorch and Keras to 1e-10 over 48 steps, and those
+of Caffe's documented solver. With 16-bit params they differ, because here the velocity is stored in
+float32 and there in 16 bits.
 
 `load_torch`, `load_keras` and `load_optax` fill a state with the velocity of another optimizer;
 `dump_torch`, `dump_keras` and `dump_optax` export it. `momentum_from_trace` and
 `trace_from_momentum` convert between states of `momentum` and `trace`. PyTorch and Keras are not
-imported: arrays come in through `__array__` and go out as NumPy.
+imported: arrays are read through `__array__` and returned as NumPy arrays.
 
-All eight carry over velocities, and the counts on which schedules depend. If a state, the source
-or the target, holds anything else that affects later steps, they raise a ValueError and drop
+All eight functions carry over velocities, and the counts on which schedules depend. If a state, the
+source or the target, holds anything else that affects later steps, they raise a ValueError and drop
 nothing:
 
 - gradients accumulated by `optax.MultiSteps` or `optax.apply_every`;
@@ -56,8 +57,8 @@ nothing:
 They also raise a ValueError if counts within a state differ, or if velocities are not finite.
 
 States may be sharded over several processes. Then every process must make the call, and every
-process gets the complete NumPy arrays of an export. From state to state nothing goes through the
-host if both are on the same devices.
+process gets the complete NumPy arrays of an export. If a function fills one state from another and
+both are on the same devices, no array passes through the host.
 
 Example:
   A checkpoint of PyTorch, `{"model": model.state_dict(), "optimizer": optimizer.state_dict()}`::

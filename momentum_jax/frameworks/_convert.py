@@ -23,8 +23,8 @@ def momentum_from_trace(
 
     This is exact if the learning rate was constant. After a schedule, the velocity of `momentum`
     would hold each gradient times the learning rate of its own step. The state of `trace` does
-    not contain these learning rates, so the result is the run as if the learning rate had always
-    been the present one.
+    not contain these learning rates, so the result is the velocity of a run in which the learning
+    rate had always been the present one.
 
     Args:
       opt_state: the state to fill: what init returned, from a transformation that contains a

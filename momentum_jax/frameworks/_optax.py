@@ -14,7 +14,7 @@ from momentum_jax.frameworks._steps import chain, scale
 def optax_sgd(
     learning_rate: Hyperparameter, momentum: Hyperparameter | None = None, nesterov: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Optax's `optax.sgd`, with the stable state of `momentum_jax.trace`.
+    """Optax's `optax.sgd`, with the state of `momentum_jax.trace`, whose dtypes never change.
 
         m <- momentum * m + g
         w <- w - learning_rate * m
@@ -93,7 +93,7 @@ def load_optax(
 
 
 def dump_optax(optax_state: optax.OptState, opt_state: optax.OptState) -> Any:
-    """Fills a state of `optax.sgd` or `optax.trace` with the velocity of a state of ours.
+    """Fills a state of `optax.sgd` or `optax.trace` with the velocity of a state of this package.
 
     Args:
       optax_state: the state to fill: what init returned, with one or more `optax.TraceState` in

@@ -131,24 +131,25 @@ def load_torch(
       state_dict: the result of `optimizer.state_dict()`, with its tensors on the host.
       names: the names of the optimizer's params in its order, group by group. With one group
         this is usually the order of `model.named_parameters()`; with several it is not. The
-        example in the docstring of `momentum_jax.frameworks` finds the order. PyTorch can store
-        the names itself, after `SGD(model.named_parameters())`: they must then be equal to
-        these. In place of the names, a dict of the weights by name, in the same order, is
-        needed if a param has no buffer yet.
+        example in the docstring of `momentum_jax.frameworks` finds the order. PyTorch can store the
+        names itself, after `SGD(model.named_parameters())`: the stored names must then equal
+        `names`. If a param has no buffer yet, give a dict of the weights by name, in the same
+        order, in place of the names.
       to_params: the function that makes the params from the weights, a dict by name. It is called
         with NumPy arrays of these names, and must only move values: rename, reshape, transpose,
         split, join. For complex weights, PyTorch's gradient, and so its buffer, is the conjugate
         of what `jax.grad` returns: give `update` jax.tree.map(jnp.conj, grads).
       count: the number of steps taken, from which schedules continue. PyTorch's SGD does not
         save it. A scheduler does, as `last_epoch`, if it steps once per batch. Two kinds of
-        schedule are not visible in the state: of the momentum coefficient, and of the number of
-        gradients in `optax.MultiSteps`. With these, too, give the count.
+        schedule are not visible in the state: a schedule of the momentum coefficient, and a
+        schedule of the number of gradients that `optax.MultiSteps` accumulates. With these, too,
+        give the count.
 
     Returns:
       `opt_state` with velocity and count filled; each leaf keeps its dtype and sharding. If no
       count is given, it is 1 if there is any buffer, else 0: that is enough for constant
-      settings. The peak of host memory is at most 16 bytes per value beside the arguments
-      (tested in float32).
+      settings. The peak of host memory is at most 16 bytes per value, in addition to the memory of
+      the arguments (tested in float32).
 
     Raises:
       ValueError: names, shapes or paths do not match (the message lists both sides); there is a
@@ -208,7 +209,7 @@ def dump_torch(
       opt_state: the state of `torch_sgd`, or of any transformation that contains a
         `momentum_jax.trace`.
       state_dict: `optimizer.state_dict()` of the optimizer that will continue, new or old. Its
-        parameter groups are kept, also the lr; its buffers are replaced.
+        parameter groups are kept, including the lr; its buffers are replaced.
       names: as for `load_torch`. A new optimizer has no buffers yet: give the weights by name.
       to_params: as for `load_torch`; it is applied backwards.
       to_tensor: converts each NumPy array for the result. Give `torch.from_numpy` for

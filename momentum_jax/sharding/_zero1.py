@@ -40,26 +40,26 @@ def zero1(
         state, u <- inner(g, state, the same shard of w)            1/n of the work
         u  <- all shards                                            all-gather
 
-    The numbers are those of `inner`. The traffic is that of an all-reduce. On each of the n
-    devices, the state takes 1/n of the bytes.
+    The numbers are those of `inner`. The traffic is as large as that of an all-reduce. On each of
+    the n devices, the state takes 1/n of the bytes.
 
     Each array of the state that belongs to a param is sharded over `axis` along one dimension: the
     first one that n divides, after the param's own sharding is applied. For example, with n = 2, a
     param of shape (6, 8) whose rows are sharded over 2 other devices has 3 rows per device, so its
-    state is sharded along the columns. Params stay as they are. So do counts, arrays that are
-    already sharded over `axis` (FSDP), and arrays without such a dimension (see
+    state is sharded along the columns. Params keep their sharding, and so do counts, arrays that
+    are already sharded over `axis` (FSDP), and arrays without such a dimension (see
     `unsharded_params`).
 
-    Call `init` outside jit. There it is one compiled program that never holds a whole array of the
+    Call `init` outside jit. It is then one compiled program that never holds a whole array of the
     state. Inside jit the same holds, with one limit: on axes that are not Explicit, jit hides how
     its arguments are sharded. Then the dimension is chosen by the shape alone. If a param has
     another axis on that dimension, its state is sharded over `axis` only.
 
     With other wrappers, inside (`wrapper(zero1(...))`) and around (`zero1(wrapper(...))`), the
-    numbers are those without `zero1`. Prefer around: then all of the above also holds for the
-    arrays of the wrapper. Inside, the arrays of the wrapper stay as the wrapper makes them. On Auto
-    axes its counts are then on one device before the first step, and a jitted step is compiled
-    twice, unless init is jitted.
+    numbers are those without `zero1`. In the list, "both are equal" means that both shard the same
+    arrays. Prefer around: then all of the above also holds for the arrays of the wrapper. Inside,
+    the arrays of the wrapper stay as the wrapper makes them. On Auto axes its counts are then on
+    one device before the first step, and a jitted step is compiled twice, unless init is jitted.
 
     - `MultiSteps`: inside, the sums of the gradients are replicated. Around, they are sharded.
     - `adaptive_restart`: inside, the copy of the last params is replicated. Around, it is sharded.
@@ -81,10 +81,10 @@ def zero1(
 
     Args:
       inner: an Optax transformation. An array of its state belongs to the param whose path is part
-        of the array's path, as in `(mu, nu)` of Adam, in chains and in Optax's wrappers. If the
-        arithmetic of `inner` is refused on Explicit axes, it is run as on Auto axes. In this case,
-        arrays that `inner` holds, such as a learning rate, must not be on the mesh, and JAX 0.7 is
-        too old.
+        of the array's path, as in `(mu, nu)` of Adam, in chains and in Optax's wrappers. If JAX
+        refuses the arithmetic of `inner` on Explicit axes, `inner` is run on Auto axes. In this
+        case, arrays that `inner` was made with, such as a learning rate, must not be on the mesh,
+        and JAX 0.7 is too old.
       mesh: the mesh of the params. Its axes must be all Auto or all Explicit.
       axis: the name of the axis; "data" by default.
       strict: whether a param whose state cannot be sharded is an error; False by default.
@@ -92,9 +92,9 @@ def zero1(
     Returns:
       An Optax transformation. `init(params)` returns the state of `inner`, on the mesh; params
       may be a tree of `jax.ShapeDtypeStruct`. `update(grads, state, params, **extra_args)`
-      requires the params and returns the updates in their shardings. Extra arguments are passed to
-      `inner`. After a checkpoint is restored, the state must be on the mesh again: give
-      `init(params)` as the target of the restore.
+      requires the params and returns the updates in the shardings of the params. Extra arguments
+      are passed to `inner`. After a checkpoint is restored, the state must be on the mesh again:
+      give `init(params)` as the target of the restore.
 
     Raises:
       TypeError: `mesh` is not a `jax.sharding.Mesh`, or `strict` is not a boolean.

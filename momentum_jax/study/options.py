@@ -22,7 +22,7 @@ momentum changes that. An arm is one way to train: a momentum coefficient mu wit
 Each arm is trained from many random initial weights (seeds) and in several data orders. All arms
 start from the same weights and see the same batches, so they are compared in pairs.
 
-Writes into a folder: a report (report.html, report.md), its pictures, and its numbers
+The command writes into a folder: a report (report.html, report.md), its pictures, and its numbers
 (results.nc, comparisons.csv, summary.json). Defaults are in parentheses.
 
   python -m momentum_jax.study --resume DIR     resume a stopped study, or extend a finished one
@@ -130,8 +130,8 @@ def _parser() -> Parser:
         "--steps",
         type=whole,
         metavar="N",
-        help="steps per run, rounded up to a multiple of the number of evaluations: 20, or 200 "
-        "without data (the problem's own; digits: 200)",
+        help="steps per run, rounded up to a multiple of the number of evaluations, which is 20 "
+        "with data and 200 without (the problem's own; digits: 200)",
     )
     add(
         "--tuning-seeds",

@@ -37,7 +37,7 @@ def qhm_from_pid(kp: Number, ki: Number, kd: Number) -> QHMSettings:
         e = -g;  d <- mu * d + (1 - mu) * (e - previous e);  s <- s + e
         w = start + kp * e + ki * s + kd * d
 
-    The derivative is smoothed with the mu that cancels the gradient before the previous one:
+    The derivative is smoothed. Its mu is chosen so that the gradient of two steps ago cancels:
     mu = kd / (kd - kp), learning_rate = ki, nu = kp^2 / (ki kd).
 
     Args:

@@ -18,8 +18,8 @@ def stability_limit(mu: Number, *, nesterov: bool = False) -> float:
 
         2 (1 + mu),  with nesterov  2 (1 + mu) / (1 + 2 mu),  or 1 - 1 / mu for mu < -1/3
 
-    Below the limit the iteration converges. Above it, the iteration diverges. With mu 1 it stays
-    bounded below the limit but does not converge.
+    Below the limit the iteration converges. Above it, the iteration diverges. At mu 1 and below the
+    limit, it does not converge, but stays bounded.
 
     Args:
       mu: the momentum coefficient, in (-1, 1].
@@ -48,7 +48,7 @@ def spectral_radius(
 ) -> float:
     """The long-run factor per step for the distance to the minimum of a quadratic.
 
-    It is the largest absolute value of a root, with a = learning_rate * curvature, of
+    With a = learning_rate * curvature, it is the largest absolute value of a root of
 
         z^2 - (1 + mu - a) z + mu,  with nesterov  z^2 - (1 + mu) (1 - a) z + mu (1 - a)
 
@@ -94,12 +94,12 @@ def spectral_radius(
 
 
 def no_escape_bound(mu: Number, smoothness: Number) -> float:
-    """The largest learning rate at which no run climbs above its start: 2 (1 - mu) / L.
+    """The learning rate up to which no run rises above its initial loss: 2 (1 - mu) / L.
 
     At this learning rate or a smaller one, the energy f(w) + mu |v|^2 / (2 learning_rate) never
     rises. This holds for any function whose gradient is Lipschitz continuous with constant L. So a
     run that starts with velocity 0 cannot cross a barrier that is higher than its initial loss.
-    The common picture of a ball that rolls out of a local minimum is limited by this bound.
+    This limits the common picture of a ball that rolls out of a local minimum.
 
     Args:
       mu: the momentum coefficient, in [0, 1).
