@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 # What a mutant of these files must not pass, besides the tests of the file's own name.
 TESTS = {
     "_states/": "transplant matching globals moving renaming user_states "
-    "another_optimizer velocity restart storage works_with",
+    "another_optimizer step_counts counts velocity restart storage works_with",
     "frameworks/": "frameworks carry checkpoint counts routes steps step_counts torch_state_dict "
     "keras convert recipes carried_states transplant",
     "theory/": "theory",

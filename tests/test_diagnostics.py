@@ -245,6 +245,13 @@ def test_at_the_ends_of_the_floats(by, mu):
                 assert got in (0, np.inf), (name, got)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_squares_of_small_and_large_values_are_not_lost(size):
+    found = measure(jnp.full(3, size), jnp.full(3, -size / 2), learning_rate=0.5, mu=0.5)
+    assert float(found.alignment) == pytest.approx(1, rel=1e-6)
+    assert float(found.gain) == pytest.approx(1, rel=1e-6)
+
+
 def test_leaves_of_very_different_sizes_are_summed():
     """The largest leaf decides the scale; zeros and infinite values do no harm."""
     g = {"a": jnp.full(3, 1e-30), "b": jnp.full(2, 1e-25), "zero": jnp.zeros(2)}

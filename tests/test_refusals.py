@@ -1129,3 +1129,117 @@ def test_c9_each_public_function_that_raises_is_tested():
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     for test in ELSEWHERE.values():
         assert f"\ndef {test}(" in tests
+
+
+class Range(NamedTuple):
+    """A number that a function takes, and where its range ends.
+
+    Attributes:
+      function: takes the number and `given`.
+      name: the name of the number.
+      refused, accepted: values just outside and just inside the ends.
+      given: the other arguments.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    refused: tuple[float, ...]
+    accepted: tuple[float, ...]
+    given: dict[str, Any]
+
+
+TINY, JUST_BELOW_1 = 5e-324, 1 - 2**-53
+ABOVE_0 = (0.0, -TINY), (TINY,)
+AT_LEAST_0 = (-TINY,), (0.0,)
+BELOW_1 = (-1.0, 1.0), (-JUST_BELOW_1, JUST_BELOW_1)
+UP_TO_1 = (-1.0, 1 + 2**-52), (-JUST_BELOW_1, 1.0)
+FINITE = (math.inf, -math.inf, math.nan), (0.0, -1.0)
+
+
+def measured_edge(largest: Any = 10.0, smallest: Any = 1.0, **given: Any) -> Any:
+    curvature = CURVATURE._replace(largest=jnp.float32(largest), smallest=jnp.float32(smallest))
+    return diagnostics.edge(curvature, **{"learning_rate": 0.1, "mu": 0.5, **given})
+
+
+RANGES = [
+    Range(theory.effective_learning_rate, "learning_rate", *AT_LEAST_0, dict(mu=0.5)),
+    Range(theory.effective_learning_rate, "mu", *BELOW_1, dict(learning_rate=0.1)),
+    Range(theory.friction, "learning_rate", *ABOVE_0, dict(mu=0.5)),
+    Range(theory.friction, "mu", *UP_TO_1, dict(learning_rate=0.1)),
+    Range(theory.stability_limit, "mu", *UP_TO_1, {}),
+    Range(theory.spectral_radius, "learning_rate", *AT_LEAST_0, dict(mu=0.5, curvature=1.0)),
+    Range(theory.spectral_radius, "mu", *UP_TO_1, dict(learning_rate=0.1, curvature=1.0)),
+    Range(theory.spectral_radius, "curvature", *FINITE, dict(learning_rate=0.1, mu=0.5)),
+    Range(theory.no_escape_bound, "mu", (-TINY, 1.0), (0.0, JUST_BELOW_1), dict(smoothness=1.0)),
+    Range(theory.no_escape_bound, "smoothness", (0.0, -1.0), (1e-300,), dict(mu=0.5)),
+    Range(theory.gradient_descent, "strong_convexity", (0.0,), (1.0,), dict(smoothness=1.0)),
+    Range(theory.gradient_descent, "smoothness", (JUST_BELOW_1,), (1.0,), dict(strong_convexity=1)),
+    Range(theory.heavy_ball, "smoothness", (JUST_BELOW_1,), (1.0,), dict(strong_convexity=1.0)),
+    Range(theory.nesterov, "smoothness", (JUST_BELOW_1,), (1.0,), dict(strong_convexity=1.0)),
+    Range(theory.triple_momentum, "smoothness", (JUST_BELOW_1,), (1.0,), dict(strong_convexity=1)),
+    Range(
+        theory.stationary_variance,
+        "mu",
+        (-1.0, 1.0),
+        (-0.5, 0.999),
+        dict(learning_rate=0.1, curvature=1.0, noise_variance=1.0),
+    ),
+    Range(
+        theory.stationary_variance,
+        "noise_variance",
+        *AT_LEAST_0,
+        dict(learning_rate=0.1, mu=0.5, curvature=1.0),
+    ),
+    Range(
+        theory.stationary_variance,
+        "curvature",
+        (0.0, -1.0),
+        (1e-9,),
+        dict(learning_rate=0.1, mu=0.5, noise_variance=1.0),
+    ),
+    Range(theory.qhm_from_pid, "kp", (0.0, 1.0), (-0.01,), dict(ki=1.0, kd=1.0)),
+    Range(theory.qhm_from_pid, "ki", (0.0, -1.0), (1.0,), dict(kp=-0.1, kd=1.0)),
+    Range(theory.qhm_from_pid, "kd", (0.0, -1.0), (1.0,), dict(kp=-0.1, ki=1.0)),
+    Range(theory.qhm_from_accsgd, "delta", (0.0, -1.0), (1e-9,), dict(kappa=9.0, xi=3.0)),
+    Range(theory.qhm_from_accsgd, "kappa", (JUST_BELOW_1,), (1.0,), dict(delta=0.1, xi=0.5)),
+    Range(theory.qhm_from_accsgd, "xi", (0.0, 3.0000001), (3.0,), dict(delta=0.1, kappa=9.0)),
+    Range(
+        theory.qhm_from_accsgd,
+        "epsilon",
+        (-0.5, 0.0, 1.0, 1.5),
+        (0.5,),
+        dict(delta=0.1, kappa=9.0, xi=3.0),
+    ),
+    Range(
+        theory.qhm_from_synthesized_nesterov,
+        "beta1",
+        (-1.0, 0.0, 1.0),
+        (-0.5, 0.5),
+        dict(gamma=0.1, beta2=0.5),
+    ),
+    Range(
+        theory.qhm_from_synthesized_nesterov,
+        "gamma",
+        (0.0, -1.0),
+        (1e-9,),
+        dict(beta1=0.5, beta2=0.5),
+    ),
+    Range(schedules.sutskever, "mu_max", (-TINY, 1 + 2**-52), (0.0, 1.0), {}),
+    Range(schedules.sutskever, "period", (0, -1), (1,), {}),
+    Range(schedules.demon, "total_steps", (0, -1), (1,), {}),
+    Range(schedules.demon, "mu_init", (-TINY, 1.0), (0.0, JUST_BELOW_1), dict(total_steps=10)),
+    Range(measured_edge, "largest", FINITE[0], (1.0,), {}),
+    Range(measured_edge, "smallest", FINITE[0], (0.0, -1.0), {}),
+    Range(measured_edge, "learning_rate", *AT_LEAST_0, {}),
+    Range(measured_edge, "mu", (-1.0, 1.0), (-0.5, 0.999), {}),
+]
+
+
+@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.parametrize("row", RANGES, ids=lambda row: f"{row.function.__name__}: {row.name}")
+def test_c9_a_range_ends_where_it_says(row):
+    for value in row.accepted:
+        row.function(**row.given, **{row.name: value})
+    for value in row.refused:
+        with pytest.raises(ValueError, match=re.escape(f"{row.name}={value!r}")):
+            row.function(**row.given, **{row.name: value})

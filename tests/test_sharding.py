@@ -276,10 +276,17 @@ def follow(name, tx, params, wrap=jax.jit):
     return (params, state, updates), (*like, params)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Specifying a key will be required")
 @pytest.mark.filterwarnings("ignore:.* is deprecated")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in ("sgd", "lbfgs with its line search") else pytest.mark.slow
+        )
+        for name in OPTIMIZERS
+    ],
+)
 def test_every_optimizer_of_optax_has_the_numbers_of_one_device(name):
     """On Auto and on Explicit axes; arrays keep their shardings."""
     tx = OPTIMIZERS[name]()
