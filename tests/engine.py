@@ -223,16 +223,16 @@ class Case(NamedTuple):
         return "; ".join(map(str, self))
 
 
-AXES: Any = Case(
-    list(METHODS),
-    STORAGE,
-    list(TREES),
-    list(DTYPES),
-    list(MISSING),
-    PLACES,
-    list(HYPERPARAMETERS),
-    ["eager", "jit", "jit, donated", "scan", "fori_loop", "vmap", "shard_map"],
-)
+AXES: dict[str, list[Any]] = {
+    "method": list(METHODS),
+    "storage": STORAGE,
+    "tree": list(TREES),
+    "dtypes": list(DTYPES),
+    "missing": list(MISSING),
+    "place": PLACES,
+    "hyperparameters": list(HYPERPARAMETERS),
+    "carrier": ["eager", "jit", "jit, donated", "scan", "fori_loop", "vmap", "shard_map"],
+}
 
 # Pairs of values that do not go together: the reason, and a rule for the values of two axes.
 IMPOSSIBLE: list[tuple[str, tuple[str, str], Callable[[Any, Any], bool]]] = [
@@ -300,8 +300,8 @@ def possible_pairs() -> set[frozenset[tuple[str, Any]]]:
     """Returns the pairs of values of two axes that go together."""
     return {
         frozenset({(a, value), (b, other)})
-        for a, b in itertools.combinations(Case._fields, 2)
-        for value, other in itertools.product(getattr(AXES, a), getattr(AXES, b))
+        for a, b in itertools.combinations(AXES, 2)
+        for value, other in itertools.product(AXES[a], AXES[b])
         if not any(
             {a, b} == set(names) and rule(*({a: value, b: other}[name] for name in names))
             for _, names, rule in IMPOSSIBLE
@@ -314,18 +314,18 @@ def pairwise() -> list[Case]:
     possible = possible_pairs()
     left = dict.fromkeys(
         pair
-        for a, b in itertools.combinations(Case._fields, 2)
-        for value, other in itertools.product(getattr(AXES, a), getattr(AXES, b))
+        for a, b in itertools.combinations(AXES, 2)
+        for value, other in itertools.product(AXES[a], AXES[b])
         if (pair := frozenset({(a, value), (b, other)})) in possible
     )
 
     def completed(case):
-        name = next((name for name in Case._fields if name not in case), None)
+        name = next((name for name in AXES if name not in case), None)
         if name is None:
             return case
         pairs = {
             value: [frozenset({(name, value), item}) for item in case.items()]
-            for value in getattr(AXES, name)
+            for value in AXES[name]
         }
         usable = [value for value in pairs if possible.issuperset(pairs[value])]
         # The value that makes the most new pairs; if it leads nowhere, the next one.
@@ -501,7 +501,7 @@ class Snapshot(NamedTuple):
       velocity: the velocity as floats.
     """
 
-    layout: dict[str, Any] | None
+    layout: Any
     params: Any
     state: Any
     velocity: Any
@@ -706,7 +706,7 @@ def check_values(case, what, i, state, step, previous_params):
     """C3, C4, C5: one step beside its equations in float64, from the velocity that was stored."""
     leaves = [jax.tree.leaves(tree) for tree in (state.params, step.after.params, previous_params)]
     velocities = [_per_leaf(case, each.velocity) for each in (state, step.after)]
-    compensations = [_compensations(each.state, leaves[0]) for each in (state, step.after)]
+    compensations: Any = [_compensations(each.state, leaves[0]) for each in (state, step.after)]
     missing = what.missing
     grads, updates = iter(what.grads[i]), iter(step.updates)
     present = [k for k in range(len(leaves[0])) if k not in missing]

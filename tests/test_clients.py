@@ -232,6 +232,7 @@ def set_mesh(mesh: Mesh):
     return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh
 
 
+@pytest.mark.slow
 @each_spec
 def test_c6_nnx_metadata_shards_codes_and_scales(spec):
     """As Flax' guide does it: the metadata of the params is that of the state."""
@@ -260,6 +261,7 @@ def test_c6_nnx_metadata_shards_codes_and_scales(spec):
 # Flax Linen. -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_spec
 def test_c6_linen_metadata_shards_codes_and_scales(spec):
     """Through nn.get_sharding, as out_shardings of a jitted init."""

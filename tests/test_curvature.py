@@ -147,6 +147,7 @@ def test_64_bit_params_have_64_bit_results(x64):
     assert_is(found, *whole(network_loss, params, *batch), rtol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_params_of_16_bits_are_widened(dtype):
     """The Hessian is computed in float32, at the 16-bit params."""

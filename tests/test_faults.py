@@ -153,7 +153,7 @@ FAULTS = [
     Fault(
         "A gradient that is None deletes the velocity of its leaf.",
         "Optax 0.2.8: optax.trace(0.9), whose trace of that leaf becomes None.",
-        (ENGINE, "test_c5_no_gradient_leaves_the_velocity"),
+        (ENGINE, "test_c5_no_gradient_covers_a_subtree"),
     ),
     Fault(
         "apply_if_finite raises a TypeError over mixed dtypes.",

@@ -9,6 +9,8 @@ from momentum_jax import theory
 from momentum_jax.study import landscapes
 from momentum_jax.study.landscapes import double_well, quadratic, safran_shamir
 
+pytestmark = pytest.mark.slow
+
 
 def descended(problem, learning_rate, mu, steps, params):
     """Runs heavy ball from velocity 0, for a batch of initial params; returns the final params."""
@@ -214,7 +216,6 @@ def test_the_slope_is_that_of_the_loss():
         np.testing.assert_allclose(np.ravel(slope(w)), numeric, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.slow
 def test_slope_and_curvature_are_finite_where_units_are_equal_opposite_or_dead():
     loss = jax.jit(safran_shamir(4).loss)
     slope, curvature = jax.jit(jax.grad(loss)), jax.jit(jax.hessian(loss))
@@ -237,7 +238,6 @@ def test_slope_and_curvature_are_finite_where_units_are_equal_opposite_or_dead()
     assert np.isfinite(slope(np.zeros_like(eye))).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("problem", [double_well(), safran_shamir(4)], ids=lambda p: p.name)
 def test_the_rates_reach_from_stable_to_unstable(problem):
     rates, starts = problem.defaults["rates"], drawn(problem, 10)
@@ -256,7 +256,6 @@ def test_the_global_minimum_is_zero_and_silence_is_the_worst(units):
     assert silent == pytest.approx(problem.loss_cap, rel=1e-6)
 
 
-@pytest.mark.slow
 def test_gradient_descent_ends_at_zero_or_in_a_spurious_minimum():
     problem = safran_shamir(8)
     learning_rate, steps = (problem.defaults[name] for name in ("learning_rate", "steps"))

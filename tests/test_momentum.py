@@ -854,7 +854,8 @@ def test_the_signatures_are_these():
     """Names, order, kinds and defaults of all parameters; to change one is to change this file."""
     lines = []
     for param in public_functions():
-        signature = inspect.signature(param.values[0])
+        function: Any = param.values[0]
+        signature = inspect.signature(function)
         parameters = [
             parameter.replace(annotation=parameter.empty)
             for parameter in signature.parameters.values()

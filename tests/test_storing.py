@@ -15,6 +15,8 @@ from test_sweep import AHEAD, BASELINE, HEAVY, bowl, counting, draw_pair, uneven
 
 from momentum_jax.study import Arm, Problem, run, storing, training
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = dict(seeds=range(20), init_scales=[1.0, 2.0], steps=5)
 
 
@@ -23,7 +25,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(training, "_runs_at_once", lambda *arguments: 8)
 
 
-@pytest.mark.slow
 def test_what_is_there_is_not_trained_again_and_the_rest_is_the_same_to_the_bit(tmp_path, trained):
     whole = run(uneven_bowl(), [BASELINE, AHEAD], **SETTINGS, folder=tmp_path)
     chunks = sorted(tmp_path.glob("*.npz"))
@@ -36,7 +37,6 @@ def test_what_is_there_is_not_trained_again_and_the_rest_is_the_same_to_the_bit(
     xr.testing.assert_equal(again, whole)
 
 
-@pytest.mark.slow
 def test_a_folder_takes_more_seeds_arms_scales_and_orders(tmp_path, trained):
     problem, add = counting(24), Arm("add", optax.sgd, batch_size=6, learning_rate=1.0)
     fast = add.replaced(name="fast", learning_rate=2.0)
@@ -70,7 +70,6 @@ def _flip(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", [_cut, _flip, lambda content: b"", lambda content: b"\0" * 999])
 def test_a_damaged_chunk_is_named_and_trained_again(tmp_path, trained, damage):
     whole = run(uneven_bowl(), [BASELINE], **SETTINGS, folder=tmp_path)
@@ -125,7 +124,6 @@ def test_on_fewer_devices_it_resumes(tmp_path, monkeypatch):
     np.testing.assert_allclose(rest.loss, whole.loss, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_other_functions_or_data_are_another_study(tmp_path):
     run(uneven_bowl(), [BASELINE], **SETTINGS, folder=tmp_path / "a")
     other = Problem(draw_pair, lambda w: 2 * bowl(w), name="bowl", solved={"loss": 0.1})
@@ -139,7 +137,6 @@ def test_other_functions_or_data_are_another_study(tmp_path):
         run(problem, [add], seeds=[0], steps=2, folder=tmp_path / "b")
 
 
-@pytest.mark.slow
 def test_runs_of_other_lengths_or_functions_of_arms_have_other_keys(tmp_path, trained):
     run(uneven_bowl(), [HEAVY], **SETTINGS, folder=tmp_path)
     trained.clear()
@@ -160,7 +157,6 @@ def _hold(folder, ready, done):
         done.wait(60)
 
 
-@pytest.mark.slow
 def test_a_second_process_on_one_folder_is_refused(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()

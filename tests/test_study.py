@@ -23,6 +23,8 @@ from momentum_jax.study import Study, design, problems
 from momentum_jax.study.__main__ import main
 from momentum_jax.study.options import parse
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "momentum_jax.study"]
 SMALL = ["--seeds", "6", "--steps", "40", "--init-scale", "2", "0.5", "--no-controls"]
 OWN = """
@@ -88,7 +90,6 @@ def refused(capsys, *arguments):
     return error
 
 
-@pytest.mark.slow
 def test_it_says_what_it_does_and_where_the_results_are(finished):
     folder, done = finished
     assert (
@@ -104,7 +105,6 @@ def test_it_says_what_it_does_and_where_the_results_are(finished):
         assert (folder / name).stat().st_size > 1000
 
 
-@pytest.mark.slow
 def test_the_verdict_and_the_table_are_in_the_terminal(finished):
     folder, done = finished
     verdict = json.loads((folder / "summary.json").read_text())["verdict"]["sentence"]
@@ -134,7 +134,6 @@ def test_the_files_hold_the_same_numbers(finished):
     assert {"jax", "optax", "momentum_jax"} <= provenance["versions"].keys()
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
     """After SIGKILL during training, finished runs are not trained again."""
     (tmp_path / "slow.py").write_text(OWN.format(work=4000))
@@ -169,7 +168,6 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers_to_the_bit(tmp_path):
     xr.testing.assert_equal(whole, again)
 
 
-@pytest.mark.slow
 def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
     arguments = ["--problem", "quadratic", "--steps", "5", "--init-scale", "1", "--mu", "0.5"]
     arguments += ["--rates", "0.1", "1", "--tuning-seeds", "2", "--no-controls"]
@@ -203,7 +201,6 @@ def test_a_finished_study_is_extended_and_compared(tmp_path, capsys):
     assert {"value_1", "value_2"} <= set(both.columns)
 
 
-@pytest.mark.slow
 def test_two_arms_that_differ_in_the_rate_alone_are_not_credited_to_momentum(tmp_path):
     """Both arms have mu 0, so the report must speak of the arms and not of momentum."""
     rates = [
@@ -223,7 +220,6 @@ def test_two_arms_that_differ_in_the_rate_alone_are_not_credited_to_momentum(tmp
     assert re.findall(r"\w*momentum\w*", page) == ["momentum_jax"]  # Of the error rates.
 
 
-@pytest.mark.slow
 def test_csv_is_the_table_and_nothing_else(tmp_path, capsys):
     out = tmp_path / "out"
     main(
@@ -243,7 +239,6 @@ def test_csv_is_the_table_and_nothing_else(tmp_path, capsys):
     assert len(pd.read_csv(io.StringIO(printed))) == len(pd.read_csv(out / "comparisons.csv"))
 
 
-@pytest.mark.slow
 def test_two_processes_train_a_study_together(own, tmp_path):
     """Two processes with jax.distributed: each trains half, and one writes the report."""
     with socket.socket() as free:
@@ -280,7 +275,6 @@ def test_two_processes_train_a_study_together(own, tmp_path):
     np.testing.assert_allclose(one.tuning_loss, two.tuning_loss, rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("between", [" ", "="])
 def test_stopped_by_hand_it_says_how_to_resume(between, tmp_path, monkeypatch):
     (tmp_path / "mu=0.9").mkdir()
@@ -450,7 +444,6 @@ def test_what_cannot_be_resumed_is_one_line(own, tmp_path, capsys):
     assert "there is no file" in gone
 
 
-@pytest.mark.slow
 def test_a_damaged_chunk_is_one_line_and_trained_again(own, tmp_path):
     out = tmp_path / "out"
     arguments = ["--problem", f"{own}:problem", *SMALL, "--tuning-seeds", "0", "--mu", "0.9"]
@@ -471,7 +464,6 @@ def test_too_little_room_is_said_before_the_work_starts(tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_a_study_in_which_all_runs_diverge_says_so_first(own, tmp_path):
     few = ["--seeds", "6", "--quick", "--init-scale", "1", "--learning-rate", "1e9"]
     arguments = ["--problem", f"{own}:problem", *few, "--rates", "1e9", "1e10"]
@@ -481,7 +473,6 @@ def test_a_study_in_which_all_runs_diverge_says_so_first(own, tmp_path):
     assert Study.load(tmp_path / "out").learning_rate == 1e9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module", ["study", "diagnostics"])
 def test_without_the_packages_of_the_study_a_command_says_what_to_install(module, tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('No module named it')")

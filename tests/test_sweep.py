@@ -14,6 +14,8 @@ import momentum_jax as mj
 from momentum_jax.study import Arm, Contrast, Primary, Problem, run, sweep, training
 from momentum_jax.study import arms as make
 
+pytestmark = pytest.mark.slow
+
 BASELINE = Arm("baseline", mj.momentum, learning_rate=0.05, mu=0.0)
 HEAVY = Arm("heavy", mj.momentum, learning_rate=0.05, mu=0.9)
 HEAVY_AGAIN = HEAVY.replaced(name="heavy again")
@@ -96,7 +98,6 @@ def powers():
     )
 
 
-@pytest.mark.slow
 def test_batches_of_another_size_come_from_the_same_order():
     """The first 8 examples of an epoch are the same for batches of 1 and of 4."""
 
@@ -108,7 +109,6 @@ def test_batches_of_another_size_come_from_the_same_order():
     assert len(set(ends(8, 1))) == 3
 
 
-@pytest.mark.slow
 def test_seeds_draw_the_weights_and_order_seeds_the_order():
     add = Arm("add", optax.sgd, batch_size=8, learning_rate=1.0)
     crossed = run(powers(), [add], range(6), range(5), steps=1).params.isel(arm=0, init_scale=0)
@@ -127,7 +127,6 @@ def test_seeds_draw_the_weights_and_order_seeds_the_order():
     np.testing.assert_array_equal(column, crossed.values[:, 2, -1, 0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "order_seeds", "design"),
     [
@@ -142,7 +141,6 @@ def test_the_design_is_recorded(problem, seeds, order_seeds, design):
     assert run(problem, [arm], seeds, order_seeds, steps=1).attrs["design"] == design
 
 
-@pytest.mark.slow
 def test_a_run_with_data_is_the_usual_loop(problem):
     """If a batch is the whole training set, the data order has no effect."""
     size = len(problem.data["y"])
@@ -158,7 +156,6 @@ def test_a_run_with_data_is_the_usual_loop(problem):
             )
 
 
-@pytest.mark.slow
 def test_a_run_without_data_is_the_usual_loop():
     """For any transformation: its path, loss and kinetic energy."""
     adam = Arm("adam", optax.adam, learning_rate=0.1)
@@ -225,7 +222,6 @@ def test_arms_start_from_the_same_weights_and_see_the_same_batches(problem):
     assert np.ptp(result.loss.values[..., 0], axis=0).max() == 0
 
 
-@pytest.mark.slow
 def test_how_runs_are_grouped_does_not_change_them(problem, monkeypatch):
     together = run(problem, [BASELINE, HEAVY], range(5), steps=20)
     monkeypatch.setattr(training, "_runs_at_once", lambda *arguments: 8)
@@ -235,7 +231,6 @@ def test_how_runs_are_grouped_does_not_change_them(problem, monkeypatch):
     )
 
 
-@pytest.mark.slow
 def test_a_program_that_needs_too_much_memory_trains_fewer_runs_at_once(problem, monkeypatch):
     usual = run(problem, [BASELINE], range(40), steps=5)
     monkeypatch.setattr(training, "MEMORY", 1)
@@ -296,7 +291,6 @@ def test_an_arm_may_take_steps_of_its_own_number():
     np.testing.assert_array_equal(result.steps_taken, [np.arange(11), 2 * np.arange(11)])
 
 
-@pytest.mark.slow
 def test_settings_are_coordinates_also_one_for_each_scale():
     by_scale = HEAVY.replaced(name="by scale", learning_rate=(0.05, 0.01))
     noisy = Arm("noisy", make.noisy_descent, learning_rate=0.1, noise=0.0)
@@ -378,7 +372,6 @@ def test_the_loss_on_the_bar_is_that_of_runs_that_diverge_too():
     assert sweep._typical(np.array([np.inf, np.nan, 1], np.float32)) == np.inf
 
 
-@pytest.mark.slow
 def test_a_diverging_run_is_recorded_and_harms_no_other(problem):
     wild = HEAVY.replaced(name="wild", learning_rate=1e6)
     result = run(problem, [HEAVY, wild], seeds=[0, 1], steps=20)
@@ -424,7 +417,6 @@ def test_one_arm_has_no_primary_comparison():
     assert both.attrs["primary"] == "null"
 
 
-@pytest.mark.slow
 def test_params_keep_their_dtype():
     def loss(w):
         assert w.dtype == jnp.bfloat16
@@ -436,7 +428,6 @@ def test_params_keep_their_dtype():
     assert np.isfinite(result.loss).all()
 
 
-@pytest.mark.slow
 def test_an_init_that_ignores_its_key_is_refused_or_said(problem):
     fixed = Problem(lambda key: jnp.ones(3), problem.loss, {}, problem.data, name="fixed")
     whole, part = BASELINE, BASELINE.replaced(batch_size=8)

@@ -16,6 +16,8 @@ from momentum_jax.diagnostics.__main__ import main
 from momentum_jax.study import Problem, problems
 from momentum_jax.study.trajectory import draw, trajectory
 
+pytestmark = pytest.mark.slow
+
 CURVATURES = np.array([1.0, 10.0])
 OWN = """
 import jax
@@ -61,7 +63,6 @@ def test_a_quadratic_goes_the_way_of_the_recurrence(nesterov):
     assert len(found) == 5
 
 
-@pytest.mark.slow
 def test_batches_are_those_of_the_study():
     """Batches follow a new order each epoch, and the model state is updated."""
 
@@ -111,7 +112,6 @@ def own(tmp_path):
     return path
 
 
-@pytest.mark.slow
 def test_the_command_as_a_person_runs_it(own, tmp_path):
     """The command prints a table and advice on the learning rate, and draws a picture."""
     command = [sys.executable, "-m", "momentum_jax.diagnostics", f"{own}:problem"]
@@ -136,7 +136,6 @@ def test_the_command_as_a_person_runs_it(own, tmp_path):
     assert (tmp_path / "my-bowl.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_a_run_that_diverges_is_explained(own, tmp_path, capsys):
     out = str(tmp_path / "a.svg")
     main([f"{own}:problem", "--learning-rate", "0.5", "--out", out])

@@ -139,7 +139,8 @@ def record(
 
     def make_state(inner, params):
         inner_state = inner.init(params)
-        return RecordState(*_unknown((every is not None,), (materialize(params),))[1], inner_state)
+        first = _unknown((every is not None,), (materialize(params),))[1]
+        return RecordState(**first, inner_state=inner_state)
 
     def step(inner, updates, state, params, extra_args):
         rate, momentum = (
@@ -201,12 +202,13 @@ def _unknown(static, trees, _):
     kinds = [compute_dtype(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     width = jnp.finfo(jnp.result_type(jnp.float32, *kinds)).dtype
     unknown, zero = jnp.full((), jnp.nan, width), jnp.zeros([], jnp.int32)
-    fraction = unknown if with_curvature else None
-    bent = Curvature(*[unknown] * 5, jnp.zeros((), bool)) if with_curvature else None
-    return (), (
-        zero,
-        Measurement(*[unknown] * len(Measurement._fields)),
-        bent,
-        fraction,
-        (zero, zero),
-    )
+    flag = jnp.zeros((), bool)
+    return (), {
+        "count": zero,
+        "measurement": Measurement(*[unknown] * len(Measurement._fields)),
+        "curvature": Curvature(unknown, unknown, unknown, unknown, unknown, flag)
+        if with_curvature
+        else None,
+        "fraction": unknown if with_curvature else None,
+        "exponents": (zero, zero),
+    }
