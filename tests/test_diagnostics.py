@@ -219,17 +219,15 @@ def exact(g, v, learning_rate, mu):
 SIZES = [1e-30, 1e-20, 1.0, 1e20, 1e30]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("by", ["measure", "measure_by_leaf", "jit"])
 @pytest.mark.parametrize("mu", [0.0, 0.9, 1 - 1e-12])
 def test_at_the_ends_of_the_floats(by, mu):
     """A result is 0 or infinite only if it is out of range, although 1e-30 and 1e30 squared are."""
+    jitted = jax.jit(lambda g, v, rate: measure(g, v, learning_rate=rate, mu=mu))
     calls = {
         "measure": measure,
         "measure_by_leaf": lambda g, v, **given: by_leaf(g, v, **given)["['w']"],
-        "jit": lambda g, v, *, learning_rate, mu: jax.jit(
-            lambda g, v, rate: measure(g, v, learning_rate=rate, mu=mu)
-        )(g, v, learning_rate),
+        "jit": lambda g, v, *, learning_rate, mu: jitted(g, v, learning_rate),
     }
     least, most = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
     for of_g, of_v, rate in itertools.product(SIZES, SIZES, [1e-30, 0.25, 1e30]):
@@ -243,13 +241,6 @@ def test_at_the_ends_of_the_floats(by, mu):
                 assert got == pytest.approx(float(value), rel=1e-5), (name, of_g, of_v, rate)
             else:
                 assert got in (0, np.inf), (name, got)
-
-
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_the_squares_of_small_and_large_values_are_not_lost(size):
-    found = measure(jnp.full(3, size), jnp.full(3, -size / 2), learning_rate=0.5, mu=0.5)
-    assert float(found.alignment) == pytest.approx(1, rel=1e-6)
-    assert float(found.gain) == pytest.approx(1, rel=1e-6)
 
 
 def test_leaves_of_very_different_sizes_are_summed():

@@ -397,7 +397,8 @@ def test_c1_exports_for_every_platform_and_back(velocity_dtype):
 @every_dtype
 def test_c1_under_strict_modes(velocity_dtype):
     tx = make(velocity_dtype)
-    grads = {str(shape): numbers(shape).astype("bfloat16") for shape in BLOCKED}
+    shapes = (64, 128), (30, 256)  # Blocks along the last axis but one, and along the last.
+    grads = {str(shape): numbers(shape).astype("bfloat16") for shape in shapes}
     with (
         jax.checking_leaks(),
         jax.numpy_dtype_promotion("strict"),
