@@ -4,7 +4,7 @@
 
 A mutant is killed if a test fails or takes too long. A mutant that cannot be imported is not
 counted. Each mutant is made in a copy of the repository. Without `--files`, all of `momentum_jax/`
-is mutated, except the study.
+is mutated, except the study and `_command.py`.
 """
 
 import argparse
@@ -80,36 +80,34 @@ def changed(before: str, after: str) -> tuple[int, str, str]:
     return next(((n, a.strip(), b.strip()) for n, (a, b) in pairs if a != b), (0, "", ""))
 
 
+def python(copy: Path, limit: float, *arguments: str) -> int:
+    """Runs Python on a copy of the repository; returns the exit status."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        check=False,
+        timeout=limit,
+    ).returncode
+
+
+TEST = ("-m", "pytest", "-x", "-q", "--numprocesses=0")
+
+
 def run(copy: Path, path: Path, mutated: str, limit: float) -> str:
     """Runs the tests of a mutant in a copy of the repository: killed, survived or no module."""
     target = copy / path.relative_to(ROOT)
     original = target.read_text()
     target.write_text(mutated)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--numprocesses=0"]
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        imports = subprocess.run(
-            [sys.executable, "-c", "import momentum_jax.diagnostics.__main__"],
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            check=False,
-        )
-        if imports.returncode:
+        if python(copy, limit, "-c", "import momentum_jax.diagnostics.__main__"):
             return "no module"
-        result = subprocess.run(
-            [*command, *tests_of(path)],
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            check=False,
-            timeout=limit,
-        )
+        return "killed" if python(copy, limit, *TEST, *tests_of(path)) else "survived"
     except subprocess.TimeoutExpired:
         return "killed"
     finally:
         target.write_text(original)
-    return "killed" if result.returncode else "survived"
 
 
 def sample(paths: list[Path], seed: int) -> Iterator[tuple[Path, str]]:
@@ -141,7 +139,7 @@ def main() -> None:
     paths = options.files or sorted((ROOT / "momentum_jax").rglob("*.py"))
     paths = [p.resolve() for p in paths if "study" not in p.parts and p.name != "_command.py"]
     drawn = sample(paths, options.seed)
-    lock, results = threading.Lock(), []
+    lock, results, passing = threading.Lock(), [], set()
     with tempfile.TemporaryDirectory() as folder:
 
         def work(number: int) -> None:
@@ -155,6 +153,10 @@ def main() -> None:
                     results.append(None)
                     place = len(results) - 1
                 path, mutated = found
+                new = [test for test in tests_of(path) if test not in passing]
+                if new and python(copy, options.limit, *TEST, *new):
+                    raise RuntimeError(f"without a mutant, one of these fails: {new}")
+                passing.update(new)
                 outcome = run(copy, path, mutated, options.limit)
                 name = path.relative_to(ROOT).as_posix()
                 line, before, after = changed(path.read_text(), mutated)

@@ -158,6 +158,11 @@ def _groups(trees: PyTree, shared: PyTree) -> tuple[dict[Path, Group], dict[Grou
                     "velocity must be on the devices of their param."
                 )
             shardings.setdefault(group, replicated(leaf.sharding))
+    if not shardings:
+        raise ValueError(
+            "the hyperparameters are on different devices, and no param is bound to a device. Give "
+            "them as floats, or move them to one device with jax.device_put."
+        )
     first = next((g for g in _groups_in(shared) if g in shardings), next(iter(shardings)))
     return group_at, {first: shardings.pop(first), **shardings}
 
@@ -175,10 +180,10 @@ def replicated(sharding: Any) -> Sharding:
 
 def _only(group: Group, group_at: dict[Path, Group], trees: PyTree) -> PyTree:
     """The trees, with None in place of arrays of other groups."""
-    first = next(iter(group_at.values()))
+    of_unbound = next(iter(group_at.values()))
 
     def leaf(path, x):
-        return x if group_at.get(path, first) == group else None
+        return x if group_at.get(path, of_unbound) == group else None
 
     return tuple(jax.tree_util.tree_map_with_path(leaf, tree) for tree in trees)
 

@@ -151,6 +151,8 @@ def _shape(*shape):
 
 
 TREES = {
+    # Blocks of int8 that are whole, and shapes that they do not divide.
+    "blocks": {"first": _shape(33, 8), "large": _shape(64, 128), "odd": _shape(33, 8)},
     "array": _shape(128, 64),
     "dict": {"w": _shape(4, 8), "b": _shape(8), "scale": _shape(), "empty": _shape(0, 3)},
     "nested": {
@@ -158,8 +160,6 @@ TREES = {
         "list": [_shape(3), (_shape(2, 1, 3), ())],
         "masked": optax.MaskedNode(),
     },
-    # Blocks of int8 that are whole, and a shape that they do not divide.
-    "blocks": {"large": _shape(64, 128), "odd": _shape(33, 8)},
 }
 
 # Dtypes of the params and of their gradients, which the leaves of a tree take in turn.
@@ -237,9 +237,9 @@ AXES: dict[str, list[Any]] = {
 # Pairs of values that do not go together: the reason, and a rule for the values of two axes.
 IMPOSSIBLE: list[tuple[str, tuple[str, str], Callable[[Any, Any], bool]]] = [
     (
-        "a low-precision velocity of complex params is refused",
+        "a velocity_dtype of real numbers is refused for complex params",
         ("storage", "dtypes"),
-        lambda storage, dtypes: storage is not None and dtypes == "complex64",
+        lambda storage, dtypes: storage not in (None, "int8") and dtypes == "complex64",
     ),
     (
         "PyTorch's recipe has no velocity_dtype",
@@ -289,9 +289,14 @@ IMPOSSIBLE: list[tuple[str, tuple[str, str], Callable[[Any, Any], bool]]] = [
         lambda method, dtypes: method == "zero1" and dtypes.startswith("weak"),
     ),
     (
-        "an array alone has no subtree",
+        "an array alone has no other leaf",
         ("tree", "missing"),
-        lambda tree, missing: tree == "array" and missing == "subtree",
+        lambda tree, missing: tree == "array" and missing != "nothing missing",
+    ),
+    (
+        "an array alone has one dtype",
+        ("tree", "dtypes"),
+        lambda tree, dtypes: tree == "array" and len(DTYPES[dtypes]) > 1,
     ),
 ]
 
@@ -508,25 +513,24 @@ class Snapshot(NamedTuple):
 
 
 def layout(tree: Any) -> dict[str, Any]:
-    """Returns, by path, the shape, dtype, weak type, slices per device, and memory of each leaf."""
+    """Returns, by path, the shape, dtype, weak type, slices per device and type of its mesh."""
     return {
         jax.tree_util.keystr(path): (
             x.shape,
             x.dtype,
             x.weak_type,
             x.sharding.devices_indices_map(x.shape),
-            x.sharding.memory_kind,
+            getattr(getattr(x.sharding, "mesh", None), "axis_types", None),
         )
         for path, x in jax.tree.leaves_with_path(tree)
     }
 
 
-def snapshot(params: Any, state: Any) -> Snapshot:
+def snapshot(params: Any, state: Any, *, placed: bool = True) -> Snapshot:
     """Copies the values to the host, so that the arrays may be donated."""
     both = {"params": jax.tree.map(jnp.asarray, params), "state": state}
     host = jax.tree.map(np.array, both)
     velocity = jax.tree.map(np.array, mj.read_velocity(state))
-    placed = all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
     return Snapshot(layout(both) if placed else None, host["params"], host["state"], velocity)
 
 
@@ -561,8 +565,10 @@ def _is_nothing(x):
 
 def take(case: Case, tx: Any, extra: Any, what: Given, mesh: Any) -> tuple[Snapshot, list[Step]]:
     """Makes the state and takes the steps, as the carrier says."""
+    traces = []
 
     def step(params, state, arrays, i):
+        traces.append(i)
         grads = what.complete(arrays)
         updates, state = tx.update(grads, state, params, **extra(i))
         like, found = (
@@ -570,7 +576,7 @@ def take(case: Case, tx: Any, extra: Any, what: Given, mesh: Any) -> tuple[Snaps
         )
         assert [path for path, _ in found] == [path for path, _ in like]
         for (path, u), (_, g) in zip(found, like, strict=True):
-            assert _is_nothing(u) == _is_nothing(g), path
+            assert not _is_nothing(g) or type(u) is type(g), path
             assert _is_nothing(g) or u.dtype == g.dtype or case.method == "kahan", path
         present = [u for u in jax.tree.leaves(updates) if u.dtype != jax.dtypes.float0]
         return mj.apply_updates(params, updates), state, present
@@ -583,6 +589,7 @@ def take(case: Case, tx: Any, extra: Any, what: Given, mesh: Any) -> tuple[Snaps
     if case.carrier == "vmap":
         state = jax.vmap(tx.init)(params)
         step = jax.vmap(step, in_axes=(0, 0, 0, None))
+    state = _moving(state)
     before = snapshot(params, state)
     if case.carrier in ("scan", "fori_loop"):
         return before, _in_a_loop(case, step, params, state, what.grads)
@@ -605,7 +612,21 @@ def take(case: Case, tx: Any, extra: Any, what: Given, mesh: Any) -> tuple[Snaps
                 len(set(addresses)) < len(addresses),
             )
         )
+    # What Python and NumPy gave are JAX arrays after the first step.
+    assert len(traces) == 1 or case.carrier == "eager" or "weak" in case.dtypes, "C2"
     return before, steps
+
+
+def _moving(state):
+    """The state with nonzero velocities, so that mu and missing gradients matter in each step."""
+
+    def leaf(path, x):
+        is_velocity = re.search(r"\.(velocity|trace)\b", jax.tree_util.keystr(path))
+        is_scale = re.search(r"\.scales\b", jax.tree_util.keystr(path))
+        moves = is_velocity and (jnp.issubdtype(x.dtype, np.inexact) or x.dtype == np.int8)
+        return x + jnp.ones((), x.dtype) if moves or is_scale else x
+
+    return jax.tree_util.tree_map_with_path(leaf, state)
 
 
 def _in_a_loop(case, step, params, state, grads):
@@ -640,7 +661,7 @@ def _in_a_loop(case, step, params, state, grads):
     steps = []
     for i in range(STEPS):
         params, state, updates = jax.tree.map(lambda x, i=i: np.asarray(x)[i], history)
-        after = snapshot(params, state)
+        after = snapshot(params, state, placed=False)
         steps.append(Step(jax.tree.map(np.array, updates), after))
     steps[-1] = steps[-1]._replace(after=snapshot(*last))
     return steps
@@ -656,8 +677,10 @@ def _of_stack(x):
 # What must hold. -------------------------------------------------------------------------
 
 
-def assert_rounded(actual: Any, exact: Any, dtype: Any, slack: Any, what: str) -> None:
-    """Checks that each number is the exact one (but for the slack), rounded up or down."""
+def assert_rounded(
+    actual: Any, exact: Any, dtype: Any, slack: Any, what: str, *, gaps: float = 0.5
+) -> None:
+    """Checks that each number is the exact one, but for the slack and a part of the dtype's gap."""
     info = jnp.finfo(dtype)
     pairs = [(np.real(actual), np.real(exact))]
     if np.iscomplexobj(exact):
@@ -666,16 +689,22 @@ def assert_rounded(actual: Any, exact: Any, dtype: Any, slack: Any, what: str) -
         exponent = np.frexp(np.abs(part) + slack)[1] - 1
         gap = 2.0 ** (np.maximum(exponent, info.minexp) - info.nmant)
         distance = np.abs(np.asarray(found, np.float64) - part)
-        assert np.all(distance < gap + slack), f"{what}: {found} for {part}"
+        assert np.all(distance <= gaps * gap + slack), f"{what}: {found} for {part}"
 
 
 def check_invariants(case: Case, what: Given, before: Snapshot, steps: list[Step]) -> None:
     """Checks promises C2 to C7 and C10 of one case, beside the equations in float64."""
+    assert what.grads[0], "there is no gradient"
     check_mirror(case, before)
     state, previous_params = before, before.params
     for i, step in enumerate(steps):
-        found = step.after.layout or before.layout
-        assert found.keys() == before.layout.keys(), "C2: the structure changed"
+        structures = [jax.tree.structure(each[1:3]) for each in (step.after, before)]
+        assert structures[0] == structures[1], "C2: the structure changed"
+        found = step.after.layout
+        if found is None:
+            assert case.carrier in ("scan", "fori_loop")
+            assert i < STEPS - 1
+            found = before.layout
         changed = {k: (found[k], v) for k, v in before.layout.items() if found[k] != v}
         assert not changed, "C2: a shape, dtype or sharding changed"
         assert not step.shared, "C10: the updates and the state share a buffer"
@@ -684,7 +713,7 @@ def check_invariants(case: Case, what: Given, before: Snapshot, steps: list[Step
 
 
 def check_mirror(case: Case, before: Snapshot) -> None:
-    """C4, C6, C7: each velocity is under its param's path, in its shape, sharding and memory."""
+    """C4, C6, C7: each velocity is under its param's path, in its shape and sharding."""
     for path, (shape, dtype, _, *place) in before.layout.items():
         if not path.startswith("['params']"):
             continue
@@ -696,10 +725,14 @@ def check_mirror(case: Case, before: Snapshot) -> None:
             assert its_shape == shape, f"C6: {path}"
             assert its_dtype == stored_dtype(case, shape, dtype), f"C4: {path}"
             assert not weak, f"C2: {path}"
-            assert its_place == place or case.method == "zero1", f"C7: {path}"
+            if case.method == "zero1":
+                parts = len(set(map(str, its_place[0].values())))
+                assert parts % 4 == 0 or not any(n and n % 4 == 0 for n in shape), f"C7: {path}"
+            else:
+                assert its_place == place, f"C7: {path}"
         scales = re.compile(stored.pattern.replace("velocity|trace", "scales"))
         ranks = {len(value[0]) for key, value in before.layout.items() if scales.fullmatch(key)}
-        assert ranks <= {len(shape)}, f"C6: {path}"
+        assert ranks == ({len(shape)} if case.storage == "int8" else set()), f"C6: {path}"
 
 
 def check_values(case, what, i, state, step, previous_params):
@@ -710,13 +743,15 @@ def check_values(case, what, i, state, step, previous_params):
     missing = what.missing
     grads, updates = iter(what.grads[i]), iter(step.updates)
     present = [k for k in range(len(leaves[0])) if k not in missing]
-    for k in missing:
-        assert _bits(velocities[0][k]) == _bits(velocities[1][k]), "C5: the velocity changed"
-        assert _bits(leaves[0][k]) == _bits(leaves[1][k]), "C5: the param changed"
     rate, mu = hyperparameters(case)[i]
     wide = {k: _wide(g) for k, g in zip(present, grads, strict=True)}
     dtypes = {k: np.asarray(g).dtype for k, g in zip(present, what.grads[i], strict=True)}
     keeps = _keeps(case, wide, leaves)
+    for k in missing:
+        assert _bits(leaves[0][k]) == _bits(leaves[1][k]), "C5: the param changed"
+        # A restart sets every velocity to 0.
+        kept = [((keeps * v.T).T).astype(v.dtype) for v in velocities[0][k]]
+        assert _bits(kept) == _bits(velocities[1][k]), "C5: the velocity changed"
     for k in present:
         w, moved = leaves[0][k], leaves[1][k]
         stored = stored_dtype(case, w.shape, w.dtype)
@@ -732,12 +767,21 @@ def check_values(case, what, i, state, step, previous_params):
         size = sum(map(np.abs, v)) + np.abs(g) + WEIGHT_DECAY * np.abs(_wide(w))
         for found, each in zip(velocities[1][k], exact, strict=True):
             if stored == np.int8:
-                # Two codes of 8 bits differ by at most this fraction of the largest value.
-                gap = 382 / (2 * 127**2) * np.max(np.abs(each), initial=0) * (1 + 2**-7)
+                # Code k stands for k (|k| + 127) units; the next one is 2 |k| + 128 units away.
+                unit = np.max(np.abs(each)) * (1 + 2**-7) / (2 * 127**2)
+                gap = unit * (2 * np.sqrt(np.abs(each) / unit + 127**2 / 4) + 1)
                 assert np.all(np.abs(found - each) <= gap + eps * size), "C4: the velocity"
             else:
-                assert_rounded(found, each, stored, eps * size, "C4: the velocity")
+                # 16 bits are rounded up or down at random.
+                gaps = 1.0 if stored.itemsize == 2 else 0.5
+                assert_rounded(found, each, stored, eps * size, "C4: the velocity", gaps=gaps)
         update, w = next(updates), _wide(w)
+        add = (
+            16
+            * jnp.finfo(
+                np.promote_types(np.promote_types(moved.dtype, np.float32), update.dtype)
+            ).eps
+        )
         if case.method == "kahan" and moved.dtype.itemsize == 2:
             lost = np.abs(compensations[1][k]) * 2.0**-8 + eps * (np.abs(w) + size)
             lost = lost + np.abs(exact_update) * float(jnp.finfo(dtypes[k]).eps)
@@ -747,7 +791,9 @@ def check_values(case, what, i, state, step, previous_params):
             assert np.all(np.abs(after - before - exact_update) <= lost), "kahan: the sum"
             continue
         assert_rounded(update, exact_update, dtypes[k], eps * size, "C3, C4: the update")
-        assert_rounded(moved, w + _wide(update), moved.dtype, eps * (np.abs(w) + size), "the param")
+        update = _wide(update)
+        slack = add * (np.abs(w) + np.abs(update))
+        assert_rounded(moved, w + update, moved.dtype, slack, "the param")
 
 
 def stored_dtype(case: Case, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -756,8 +802,9 @@ def stored_dtype(case: Case, shape: tuple[int, ...], dtype: Any) -> Any:
         return dtype  # It has no gradient.
     if case.carrier == "vmap":
         shape = shape[1:]
-    small = math.prod(shape) < 4096 or not any(_blocks(shape))
-    if case.storage is None or (case.storage == "int8" and small):
+    is_complex = jnp.issubdtype(dtype, np.complexfloating)
+    whole = is_complex or math.prod(shape) < 4096 or not any(_blocks(shape))
+    if case.storage is None or (case.storage == "int8" and whole):
         return np.promote_types(dtype, np.float32)
     return jnp.dtype(case.storage)
 

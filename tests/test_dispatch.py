@@ -293,3 +293,11 @@ def test_c9_errors_on_several_devices():
     with pytest.raises(ValueError, match=r"one structure"):
         tx.update({"a": params["a"]}, state)
     assert bits((params, state)) == before
+
+
+def test_c9_hyperparameters_on_different_devices_need_a_param_on_one():
+    one, other = (jax.device_put(0.5, device) for device in jax.devices()[:2])
+    tx = mj.momentum(one, other)
+    grads = np.ones(3, np.float32)
+    with pytest.raises(ValueError, match=r"hyperparameters are on different devices.*as floats"):
+        tx.update(grads, mj.momentum(0.5).init(grads))

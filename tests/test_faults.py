@@ -318,7 +318,7 @@ def test_integer_params_truncate_silently(param):
 
 @every_transform
 def test_a_fast_path_differs_from_the_reference(name):
-    """Eager, jitted, one leaf at a time, on one device and on eight: the bits are the same.
+    """Eager, and in a jitted scan, on one device and on eight: the bits are the same.
 
     Before JAX 0.8, the compiler fuses the products of trace with its sum differently in a single
     step and in a loop. There, the last bits of a sum of numbers near 1 may differ.
@@ -384,7 +384,7 @@ def torch_sgd(gradients, mu, dampening):
 
 
 def test_the_first_step_of_torch_is_exempt_from_dampening():
-    """Ours applies dampening in the first step, as documented; its recipe for PyTorch works."""
+    """Ours applies dampening in the first step; a schedule of dampening gives PyTorch's rule."""
     gradients = [1.0, -2.0, 0.5, 4.0]
     mu, dampening = 0.75, 0.25
     always, _ = run(trace(mu, dampening=dampening), [jnp.array(g) for g in gradients])

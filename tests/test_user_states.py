@@ -147,3 +147,24 @@ def test_a_single_param_beside_a_state_of_a_users_type():
     _, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
     carried: Any = mj.transplant(state, tx.init(jnp.ones(5)), resize=True)[0]
     np.testing.assert_allclose(carried[0][0].mu, [0.1, 0.1, 0.1, 0, 0])
+
+
+class Best(NamedTuple):
+    """The lowest loss so far, which is of no param."""
+
+    loss: Any
+
+
+def test_a_number_alone_in_a_users_state_belongs_to_no_param():
+    """It goes with the params; without them, nothing is carried over."""
+    make: Any = optax.GradientTransformation
+    tx: Any = optax.chain(
+        make(lambda _: Best(jnp.inf), lambda u, s, _=None: (u, s)),
+        mj.momentum(0.1),
+    )
+    params, other = {"a": jnp.ones(3)}, {"b": jnp.ones(3)}
+    state: Any = (Best(jnp.float32(0.25)), tx.init(params)[1])
+    carried: Any = mj.transplant(state, tx.init(other), {"['a']": "['b']"})[0]
+    assert carried[0].loss == 0.25
+    with pytest.raises(ValueError, match="nothing of the old state can be carried over"):
+        mj.transplant(state, tx.init(other))

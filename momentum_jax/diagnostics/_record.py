@@ -139,7 +139,11 @@ def record(
 
     def make_state(inner, params):
         inner_state = inner.init(params)
-        first = _unknown((every is not None,), (materialize(params),))[1]
+        params = materialize(params)
+        leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+        kinds = [compute_dtype(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+        width = jnp.finfo(jnp.result_type(jnp.float32, *kinds)).dtype
+        first = _unknown((width, every is not None), (params,))[1]
         return RecordState(**first, inner_state=inner_state)
 
     def step(inner, updates, state, params, extra_args):
@@ -162,15 +166,16 @@ def record(
                 for x, last in zip(found, state.measurement, strict=True)
             )
         )
-        bent, fraction = state.curvature, state.fraction
+        last_curvature, fraction = state.curvature, state.fraction
         if every is not None:
-            bent, fraction = _every_so_often(
+            last_curvature, fraction = curvature_if_due(
                 state, params, extra_args.get("value_fn"), rate, momentum
             )
         count = incremented(state.count)
-        return moved, RecordState(count, found, bent, fraction, exponents, inner_state)
+        return moved, RecordState(count, found, last_curvature, fraction, exponents, inner_state)
 
-    def _every_so_often(state, params, loss, rate, momentum):
+    def curvature_if_due(state, params, loss, rate, momentum):
+        last = state.curvature, state.fraction
         if params is None or loss is None:
             raise ValueError(
                 f"every={every} needs the params and the loss. Call update(grads, state, params, "
@@ -178,17 +183,13 @@ def record(
             )
 
         def measured(params):
-            bent = curvature(loss, params, steps=steps)
+            found = curvature(loss, params, steps=steps)
             limit = _formulas.stability_limit(momentum, nesterov=nesterov)
-            limit = jnp.asarray(limit, bent.largest.dtype)
-            fraction = _formulas.fraction_of_limit(rate, bent.largest, limit)
-            return jax.tree.map(
-                lambda x, held: x.astype(held.dtype), (bent, fraction), (state[2], state[3])
-            )
+            limit = jnp.asarray(limit, found.largest.dtype)
+            fraction = _formulas.fraction_of_limit(rate, found.largest, limit)
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), (found, fraction), last)
 
-        return jax.lax.cond(
-            state.count % every == 0, measured, lambda params: (state[2], state[3]), params
-        )
+        return jax.lax.cond(state.count % every == 0, measured, lambda params: last, params)
 
     parts = learning_rate, mu, every, nesterov, steps
     return wrapper(RecordState, inner, make_state, step, *parts)
@@ -197,10 +198,8 @@ def record(
 @jit_by_leaf
 def _unknown(static, trees, _):
     """The fields of the state before the first step, on the devices of the params."""
-    (with_curvature,), (params,) = static, trees
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
-    kinds = [compute_dtype(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-    width = jnp.finfo(jnp.result_type(jnp.float32, *kinds)).dtype
+    del trees
+    width, with_curvature = static
     unknown, zero = jnp.full((), jnp.nan, width), jnp.zeros([], jnp.int32)
     flag = jnp.zeros((), bool)
     return (), {
