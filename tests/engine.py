@@ -65,7 +65,8 @@ def _trace(nesterov, dampening):
 
 
 def _aggmo(velocities, g, w, lr, mu):
-    steps = [_last(reference.momentum([g], lr, m, start=v)) for m, v in zip((0.0, mu), velocities)]  # noqa: B905
+    pairs = zip((0.0, mu), velocities, strict=True)
+    steps = [_last(reference.momentum([g], lr, m, start=v)) for m, v in pairs]
     return tuple(v for v, _ in steps), sum(u for _, u in steps) / 2
 
 
@@ -301,9 +302,9 @@ IMPOSSIBLE: list[tuple[str, tuple[str, str], Callable[[Any, Any], bool]]] = [
 ]
 
 
-def possible_pairs() -> set[frozenset[tuple[str, Any]]]:
+def possible_pairs() -> list[frozenset[tuple[str, Any]]]:
     """Returns the pairs of values of two axes that go together."""
-    return {
+    return [
         frozenset({(a, value), (b, other)})
         for a, b in itertools.combinations(AXES, 2)
         for value, other in itertools.product(AXES[a], AXES[b])
@@ -311,18 +312,13 @@ def possible_pairs() -> set[frozenset[tuple[str, Any]]]:
             {a, b} == set(names) and rule(*({a: value, b: other}[name] for name in names))
             for _, names, rule in IMPOSSIBLE
         )
-    }
+    ]
 
 
 def pairwise() -> list[Case]:
     """Returns a few cases in which any two values of two axes that go together occur together."""
-    possible = possible_pairs()
-    left = dict.fromkeys(
-        pair
-        for a, b in itertools.combinations(AXES, 2)
-        for value, other in itertools.product(AXES[a], AXES[b])
-        if (pair := frozenset({(a, value), (b, other)})) in possible
-    )
+    left = dict.fromkeys(possible_pairs())
+    possible = frozenset(left)
 
     def completed(case):
         name = next((name for name in AXES if name not in case), None)
@@ -436,13 +432,10 @@ def given(case: Case, mesh: Any) -> Given:
         sharding = _sharding(case, mesh, shape, of)
         return x if sharding is None else jax.device_put(x, sharding)
 
-    params = [array(i, x.shape, "params", k) for i, (x, (k, _)) in enumerate(zip(shapes, kinds))]  # noqa: B905
+    leaves = list(enumerate(zip(shapes, kinds, strict=True)))
+    params = [array(i, x.shape, "params", k) for i, (x, (k, _)) in leaves]
     grads = [
-        [
-            array(i, x.shape, "grads", k)
-            for i, (x, (_, k)) in enumerate(zip(shapes, kinds))  # noqa: B905
-            if i not in missing
-        ]
+        [array(i, x.shape, "grads", k) for i, (x, (_, k)) in leaves if i not in missing]
         for _ in range(STEPS)
     ]
 
@@ -559,7 +552,8 @@ class Step(NamedTuple):
     shared: bool | None = None
 
 
-def _is_nothing(x):
+def is_nothing(x: Any) -> bool:
+    """Whether this stands for no gradient; for `is_leaf`."""
     return x is None or isinstance(x, optax.MaskedNode)
 
 
@@ -572,12 +566,12 @@ def take(case: Case, tx: Any, extra: Any, what: Given, mesh: Any) -> tuple[Snaps
         grads = what.complete(arrays)
         updates, state = tx.update(grads, state, params, **extra(i))
         like, found = (
-            jax.tree.leaves_with_path(tree, is_leaf=_is_nothing) for tree in (grads, updates)
+            jax.tree.leaves_with_path(tree, is_leaf=is_nothing) for tree in (grads, updates)
         )
         assert [path for path, _ in found] == [path for path, _ in like]
         for (path, u), (_, g) in zip(found, like, strict=True):
-            assert not _is_nothing(g) or type(u) is type(g), path
-            assert _is_nothing(g) or u.dtype == g.dtype or case.method == "kahan", path
+            assert not is_nothing(g) or type(u) is type(g), path
+            assert is_nothing(g) or u.dtype == g.dtype or case.method == "kahan", path
         present = [u for u in jax.tree.leaves(updates) if u.dtype != jax.dtypes.float0]
         return mj.apply_updates(params, updates), state, present
 

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,6 +24,7 @@ import optax
 import pytest
 import reference
 from compiles import clear_caches, count_compiles, new_size
+from engine import Block, Layer, buffers, is_nothing
 from flax.core import FrozenDict
 from jax import export
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
@@ -999,11 +1000,6 @@ def test_c4_chosen_velocity_dtype(velocity_dtype, spelling):
 ABSENT = {"None": None, "MaskedNode": optax.MaskedNode()}
 
 
-def is_nothing(x):
-    """Whether this stands for no gradient; used as `is_leaf` in tests of the structure."""
-    return x is None or isinstance(x, optax.MaskedNode)
-
-
 # JAX does not accept float0 as an argument of jit. Inside jit, see the test below.
 
 
@@ -1093,23 +1089,6 @@ def test_c5_integer_param_with_a_gradient_is_refused(param, jitted):
 
 
 # C6: the velocity mirrors the params. ----------------------------------------------------
-
-
-class Layer(NamedTuple):
-    """A named tuple as a container."""
-
-    kernel: Any
-    bias: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Block:
-    """A container with a field that is not a leaf."""
-
-    layer: Layer
-    scale: Any
-    activation: str = dataclasses.field(default="relu", metadata={"static": True})
 
 
 @jax.tree_util.register_static
@@ -1560,16 +1539,6 @@ def test_c9_traced_values_are_never_branched_on(nesterov):
 
 
 # C10: no shared buffer. ------------------------------------------------------------------
-
-
-def buffers(tree):
-    """Returns the address of each device's part of each leaf; an empty array has none."""
-    return [
-        shard.data.unsafe_buffer_pointer()
-        for leaf in jax.tree.leaves(tree)
-        for shard in leaf.addressable_shards
-        if shard.data.size
-    ]
 
 
 def mixed_tree():
