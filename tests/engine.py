@@ -372,7 +372,7 @@ def _values(rng, shape, kind):
         return np.asarray(draw, np.float32)
     if kind == "python":
         return float(draw) if shape == () else np.asarray(draw, np.float32)
-    return jnp.asarray(draw, kind)
+    return draw.astype(jnp.dtype(kind))
 
 
 def _spec(shape, axes):
@@ -426,11 +426,12 @@ def given(case: Case, mesh: Any) -> Given:
 
     def array(i, shape, of, kind):
         models = [_values(rng, shape, kind) for _ in range(2 if case.carrier == "vmap" else 1)]
-        x = jnp.stack(models) if case.carrier == "vmap" else models[0]
         if case.missing == "float0" and i in missing and of == "params":
-            x = jnp.asarray(x).real.astype(np.int32)
-        sharding = _sharding(case, mesh, shape, of)
-        return x if sharding is None else jax.device_put(x, sharding)
+            models = [np.asarray(np.real(x), np.int32) for x in models]
+        elif kind in ("weak", "numpy", "python"):
+            return models[0]
+        x = np.stack(models) if case.carrier == "vmap" else models[0]
+        return jax.device_put(x, _sharding(case, mesh, shape, of))
 
     leaves = list(enumerate(zip(shapes, kinds, strict=True)))
     params = [array(i, x.shape, "params", k) for i, (x, (k, _)) in leaves]
@@ -618,7 +619,10 @@ def _moving(state):
         is_velocity = re.search(r"\.(velocity|trace)\b", jax.tree_util.keystr(path))
         is_scale = re.search(r"\.scales\b", jax.tree_util.keystr(path))
         moves = is_velocity and (jnp.issubdtype(x.dtype, np.inexact) or x.dtype == np.int8)
-        return x + jnp.ones((), x.dtype) if moves or is_scale else x
+        if not (moves or is_scale):
+            return x
+        # On the host, where the sum is not compiled.
+        return jax.device_put(np.asarray(x) + x.dtype.type(1), x.sharding if x.committed else None)
 
     return jax.tree_util.tree_map_with_path(leaf, state)
 
@@ -626,7 +630,7 @@ def _moving(state):
 def _in_a_loop(case, step, params, state, grads):
     """Steps of one program; the types are those of the last params and state."""
     stacked = [
-        jax.device_put(jnp.stack(each), _of_stack(each[0])) for each in zip(*grads, strict=True)
+        jax.device_put(np.stack(each), _of_stack(each[0])) for each in zip(*grads, strict=True)
     ]
 
     def body(carry, given):

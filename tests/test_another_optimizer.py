@@ -1,5 +1,6 @@
 """States that are carried over to another optimizer: other dtypes, wrappers, Optax, Flax."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -28,12 +29,18 @@ mj: Any = momentum_jax  # Optax types a state as any tree of arrays.
 DTYPES = [None, "float32", "bfloat16", "float16", "int8"]
 
 
+@functools.cache
+def stored_in(make, dtype):
+    """Made once for a dtype, so that its step is compiled once."""
+    return make(0.1, velocity_dtype=dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", list(itertools.permutations(DTYPES, 2)), ids=str)
 @pytest.mark.parametrize("make", [mj.momentum, mj.qhm, mj.aggmo], ids=["momentum", "qhm", "aggmo"])
 def test_the_velocity_dtype_changes(make, pair):
     """Values are rounded to the new dtype. To float32 and back, they are equal."""
-    one, other = (make(0.1, velocity_dtype=dtype) for dtype in pair)
+    one, other = (stored_in(make, dtype) for dtype in pair)
     params, state = begun(one, params_of("enc"))
     carried, report = mj.transplant(state, other.init(params), strict=True)
     assert report.kept

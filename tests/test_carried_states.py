@@ -1,5 +1,6 @@
 """States that are carried over: what is refused because it would be lost, dtypes, shardings."""
 
+import functools
 import re
 from typing import Any
 
@@ -74,6 +75,7 @@ REMEMBERED = {
 }
 
 
+@functools.cache
 def states_before_and_during(case, tx):
     """The initial state of a wrapper, and one in which it has something to lose."""
     tx = REMEMBERED[case][0](tx)
