@@ -74,7 +74,7 @@ def average(velocity, gradient, mu):
     return velocity, -0.1 * velocity
 
 
-_MADE: dict[str, Any] = {
+KINDS: dict[str, Any] = {
     "momentum": lambda: mj.momentum(scheduled, 0.9),
     "bfloat16": lambda: mj.momentum(0.1, velocity_dtype="bfloat16"),
     "int8": lambda: mj.momentum(0.1, velocity_dtype="int8"),
@@ -110,7 +110,7 @@ _MADE: dict[str, Any] = {
     ),
 }
 # Each is made once, so that the tests of a module compile its step once.
-KINDS = {name: functools.cache(make) for name, make in _MADE.items()}
+KINDS = {name: functools.cache(make) for name, make in KINDS.items()}
 
 
 OFF = optax.set_to_zero()
