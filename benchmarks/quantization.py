@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 import momentum_jax as mj
+from benchmarks.__main__ import machine
 from benchmarks.timing import interleave, paired_ratio, summary
 from momentum_jax import study
 from momentum_jax._rounding import seed_of
@@ -450,7 +451,9 @@ def main(arguments: list[str] | None = None) -> None:
         "benchmarks/results)",
     )
     args = parser.parse_args(arguments)
-    results: dict[str, Any] = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    host = machine()
+    device = host["cpu"] if host["platform"] == "cpu" else host["device"]
+    results: dict[str, Any] = {"jax": host["jax"], "device": device}
     if args.speed:
         results["shapes"] = {}
         for name in args.shapes:

@@ -157,6 +157,13 @@ def machine(path: Path, results: dict) -> str:
     for kind in kinds:
         pairs = [(name, of["torch"][kind], kind) for name, of in sizes.items() if "torch" in of]
         lines += comparison(f"Jitted step, compared with PyTorch's SGD ({kind})", "PyTorch", pairs)
+    measured, stages = results["diagnostics"], dict(results["compile_times"])
+    lines += comparison(
+        "`measure`, compared with a jitted step", "step", [(measured["size"], measured, "step")]
+    )
+    size = stages.pop("size")
+    lines += [f"### Tracing and compiling a jitted step of {size} values", ""]
+    lines += times("stage", "Optax", [(stage, of, "optax") for stage, of in stages.items()])
     lines += ["### Compilations for a new learning rate and for a new mu", ""]
     lines += ["Each cell: compilations for a new learning rate, for a new mu.", ""]
     lines += ["| situation | momentum_jax | Optax |", "| --- | --- | --- |"]
@@ -167,9 +174,13 @@ def machine(path: Path, results: dict) -> str:
 
 
 def comparison(title: str, other: str, pairs: list[tuple[str, dict, str]]) -> list[str]:
-    """Returns a table with one line per size."""
-    lines = [f"### {title}", "", f"| float32 values | momentum_jax | {other} | ratio |"]
-    lines.append("| --- | --- | --- | --- |")
+    """Returns a section with a table that has one line per size."""
+    return [f"### {title}", "", *times("float32 values", other, pairs)]
+
+
+def times(first: str, other: str, pairs: list[tuple[str, dict, str]]) -> list[str]:
+    """Returns a table of our times, the times of another, and their ratio; `first` is of names."""
+    lines = [f"| {first} | momentum_jax | {other} | ratio |", "| --- | --- | --- | --- |"]
     for name, numbers, key in pairs:
         ours, theirs = (duration(numbers[of]["median"]) for of in ("ours", key))
         ratio = numbers["ratio"]

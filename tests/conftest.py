@@ -90,30 +90,39 @@ def pytest_addoption(parser):
         action="store_true",
         help="run every case of each test, not only cases in which each pair of values occurs",
     )
+    parser.addoption(
+        "--each-value",
+        action="store_true",
+        help="run only cases in which each value of each parameter occurs, for the second and "
+        "third versions of JAX: with the version as one more parameter, each pair still occurs",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     """Deselects the cases of a grid whose pairs of values all occur in other cases."""
     if config.getoption("--every-case"):
         return
+    size = 1 if config.getoption("--each-value") else 2
     tests = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item for cases in tests.values() for item in pairwise(cases)}
+    kept = {item for cases in tests.values() for item in covering(cases, size)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
 
-def pairwise(cases):
-    """Returns cases of one test in which each pair of values of two parameters occurs.
+def covering(cases, size):
+    """Returns cases of one test in which all that occurs in `size` parameters together occurs.
 
-    A test with one or two parameters keeps all of its cases.
+    A test with no more parameters than that keeps all of its cases.
     """
-    if not hasattr(cases[0], "callspec") or len(cases[0].callspec.params) < 3:
+    if not hasattr(cases[0], "callspec") or len(cases[0].callspec.params) <= size:
         return cases
     # The cases share the objects of their parameters, so values are compared by identity.
     left = {
-        case: set(itertools.combinations([(k, id(v)) for k, v in case.callspec.params.items()], 2))
+        case: set(
+            itertools.combinations([(k, id(v)) for k, v in case.callspec.params.items()], size)
+        )
         for case in cases
     }
     found = []

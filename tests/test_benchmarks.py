@@ -208,8 +208,8 @@ def test_the_page_about_low_precision_says_what_was_measured():
         dtype: [of[dtype]["ratio"]["median"] for of in timed["shapes"].values()]
         for dtype in ("bfloat16", "int8")
     }
-    assert 1.05 < min(ratios["bfloat16"]) <= max(ratios["bfloat16"]) < 1.35
-    assert ratios["int8"] == pytest.approx([2.2, 2.2], abs=0.1)
+    assert 1.45 < min(ratios["bfloat16"]) <= max(ratios["bfloat16"]) < 1.85
+    assert 2.65 < min(ratios["int8"]) <= max(ratios["int8"]) < 3.25
 
 
 def test_the_times_on_a_gpu_are_those_of_the_pages():

@@ -8,8 +8,11 @@ import pytest
 CASES = engine.pairwise()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_c2_c3_c4_c5_c6_c7_c10_hold_together(case, request):
+@pytest.mark.parametrize(engine.Case._fields, CASES, ids=map(str, CASES))
+def test_c2_c3_c4_c5_c6_c7_c10_hold_together(
+    method, storage, tree, dtypes, missing, place, hyperparameters, carrier, request
+):
+    case = engine.Case(method, storage, tree, dtypes, missing, place, hyperparameters, carrier)
     if case.dtypes == "64 bits":
         request.getfixturevalue("x64")
     mesh = engine.mesh_of(case)
