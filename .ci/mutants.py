@@ -2,6 +2,8 @@
 
     .venv/bin/pip install -q cosmic-ray && .venv/bin/python .ci/mutants.py --sample 100 --seed 0
 
+`--in-turn` takes a mutant of each file, then another of each, and so on.
+
 A mutant is killed if a test fails or takes too long. A mutant that cannot be imported is not
 counted. Each mutant is made in a copy of the repository. Without `--files`, all of `momentum_jax/`
 is mutated, except the study and `_command.py`.
@@ -123,19 +125,23 @@ def run(copy: Path, path: Path, mutated: str, limit: float) -> str:
         target.write_text(original)
 
 
-def sample(paths: list[Path], seed: int) -> Iterator[tuple[Path, str]]:
-    """Draws a file, by its size, then a line that was not drawn yet, then one of its mutants."""
+def sample(paths: list[Path], seed: int, in_turn: bool) -> Iterator[tuple[Path, str]]:
+    """Draws a file, then a line that was not drawn yet, then one of its mutants.
+
+    A file is drawn by its size, or each is taken in turn.
+    """
     rng = random.Random(seed)
     left = {path: path.stat().st_size for path in paths}
     lines: dict[Path, dict[int, list[str]]] = {}
     while left:
-        path = rng.choices(list(left), list(left.values()))[0]
-        if path not in lines:
-            lines[path] = mutants_of(path)
-        if not lines[path]:
-            del left[path]
-            continue
-        yield path, rng.choice(lines[path].pop(rng.choice(sorted(lines[path]))))
+        some = list(left) if in_turn else rng.choices(list(left), list(left.values()))
+        for path in some:
+            if path not in lines:
+                lines[path] = mutants_of(path)
+            if lines[path]:
+                yield path, rng.choice(lines[path].pop(rng.choice(sorted(lines[path]))))
+            else:
+                del left[path]
 
 
 def main() -> None:
@@ -148,10 +154,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="how many copies of the repository")
     parser.add_argument("--limit", type=float, default=900, help="seconds that a mutant may take")
     parser.add_argument("--files", nargs="+", type=Path, help="default: all but the study")
+    parser.add_argument("--in-turn", action="store_true", help="a mutant of each file, and so on")
     options = parser.parse_args()
     paths = options.files or sorted((ROOT / "momentum_jax").rglob("*.py"))
     paths = [p.resolve() for p in paths if "study" not in p.parts and p.name != "_command.py"]
-    drawn = sample(paths, options.seed)
+    drawn = sample(paths, options.seed, options.in_turn)
     lock, results, passing = threading.Lock(), [], set()
     with tempfile.TemporaryDirectory() as folder:
 
@@ -178,9 +185,14 @@ def main() -> None:
 
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(work, range(options.jobs)))
-    outcomes = [outcome for _, outcome in results if outcome != "no module"]
-    killed = outcomes.count("killed")
-    print(f"killed: {killed} of {len(outcomes)}, {killed / max(len(outcomes), 1):.0%}")
+    by_file = collections.defaultdict(list)
+    for name, outcome in results:
+        if outcome != "no module":
+            by_file[name].append(outcome == "killed")
+    for name, killed in sorted(by_file.items()):
+        print(f"{sum(killed):4d} of {len(killed):3d} {name}")
+    killed = [one for several in by_file.values() for one in several]
+    print(f"killed: {sum(killed)} of {len(killed)}, {sum(killed) / max(len(killed), 1):.0%}")
 
 
 if __name__ == "__main__":

@@ -90,25 +90,27 @@ def pytest_addoption(parser):
         action="store_true",
         help="run every case of each test, not only cases in which each pair of values occurs",
     )
-    parser.addoption(
-        "--each-value",
-        action="store_true",
-        help="run only cases in which each value of each parameter occurs, for the second and "
-        "third versions of JAX: with the version as one more parameter, each pair still occurs",
-    )
 
 
+@pytest.hookimpl(tryfirst=True)  # Before `-m` looks at the markers.
 def pytest_collection_modifyitems(config, items):
-    """Deselects the cases of a grid whose pairs of values all occur in other cases."""
+    """Deselects the cases of a grid whose pairs of values all occur in other cases.
+
+    Of the others, those whose values all occur in other cases are slow tests: the pairs are tested
+    once, and the values with every version of JAX.
+    """
     if config.getoption("--every-case"):
         return
-    size = 1 if config.getoption("--each-value") else 2
     tests = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item for cases in tests.values() for item in covering(cases, size)}
+    kept = {item for cases in tests.values() for item in covering(cases, 2)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+    for cases in tests.values():
+        quick = [case for case in cases if case in kept and not case.get_closest_marker("slow")]
+        for case in set(quick).difference(covering(quick, 1)):
+            case.add_marker("slow")
 
 
 def covering(cases, size):
@@ -116,7 +118,7 @@ def covering(cases, size):
 
     A test with no more parameters than that keeps all of its cases.
     """
-    if not hasattr(cases[0], "callspec") or len(cases[0].callspec.params) <= size:
+    if not cases or not hasattr(cases[0], "callspec") or len(cases[0].callspec.params) <= size:
         return cases
     # The cases share the objects of their parameters, so values are compared by identity.
     left = {
