@@ -159,8 +159,8 @@ def test_the_chosen_scheme_is_what_the_package_does():
     once = errors(SCHEMES[CHOSEN], {"normal": values})["normal"]
     grads = jnp.asarray(values.reshape(-1, 512), jnp.float32)
     tx: Any = trace(0.0, velocity_dtype="int8")
-    held = np.asarray(read_velocity(tx.update(grads, tx.init(grads))[1]), np.float64)
-    difference = held - np.asarray(grads, np.float64)
+    stored = np.asarray(read_velocity(tx.update(grads, tx.init(grads))[1]), np.float64)
+    difference = stored - np.asarray(grads, np.float64)
     assert np.sqrt(np.mean(difference**2) / np.mean(values**2)) == pytest.approx(once, rel=0.01)
     assert SCHEMES[CHOSEN].bytes == 1.0625
 

@@ -190,12 +190,12 @@ def test_real_and_complex_velocities_do_not_mix():
     state = load_torch(trace.init(params), state_dict, **named)
     dumped = dump_torch(state, state_dict, **named)["state"]
     assert [dumped[i]["momentum_buffer"].dtype for i in range(2)] == [np.complex64, np.float32]
-    held = mj.MomentumState(jnp.int32(1), {"kernel": jnp.ones(2, "complex64")})
+    state = mj.MomentumState(jnp.int32(1), {"kernel": jnp.ones(2, "complex64")})
     variables = {"sgd/iteration": np.array(0), "sgd/kernel_momentum": np.zeros(2, "f")}
     with pytest.raises(
         TypeError, match="the velocity of kernel is complex64, but Keras's variable is float32"
     ):
-        dump_keras(held, variables, names=["kernel"], to_params=lambda weights: weights)
+        dump_keras(state, variables, names=["kernel"], to_params=lambda weights: weights)
 
 
 def test_only_velocities_and_counts_are_carried_over():

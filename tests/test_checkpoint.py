@@ -122,9 +122,9 @@ def test_c2_orbax_restores_the_state_to_the_bit(sharded, velocity_dtype, tmp_pat
     for leaf, original in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         assert jax.typeof(leaf) == jax.typeof(original)
         assert leaf.sharding == original.sharding
-    held = restored[1].inner_states["nesterov"].inner_state.velocity["head"]
-    assert held.dtype == (velocity_dtype or jnp.float32)
-    assert len(held.sharding.device_set) == (8 if sharded else 1)
+    velocity = restored[1].inner_states["nesterov"].inner_state.velocity["head"]
+    assert velocity.dtype == (velocity_dtype or jnp.float32)
+    assert len(velocity.sharding.device_set) == (8 if sharded else 1)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one device", "eight devices"])

@@ -87,11 +87,11 @@ def pure(module, *filters) -> Any:
 
 def assert_trained_as_by_plain_loop(model, optimizer, start, tx=TX):
     params, state = plain_loop(start, tx)
-    held = pure(optimizer)["opt_state"]
+    opt_state = pure(optimizer)["opt_state"]
     assert bits(pure(model, nnx.Param)) == bits(params)
     for name in ("velocity", "scales"):
-        assert bits(held[name]) == bits(getattr(state, name))
-    assert held["count"] == STEPS
+        assert bits(opt_state[name]) == bits(getattr(state, name))
+    assert opt_state["count"] == STEPS
 
 
 @pytest.mark.slow
@@ -170,12 +170,12 @@ def test_c6_nnx_scan_over_stacked_layers():
         params = optax.apply_updates(params, updates)
         optimizer.update(model, grads)
         losses.append(loss)
-    held = pure(optimizer)["opt_state"]
-    assert held["velocity"]["layers"]["kernel"].shape == (3, 64, 64)
-    assert held["velocity"]["layers"]["kernel"].dtype == np.int8
-    assert held["scales"]["layers"]["kernel"].shape == (3, 2, 64)
-    assert bits(held["velocity"]) == bits(state.velocity)
-    assert bits(held["scales"]) == bits(state.scales)
+    opt_state = pure(optimizer)["opt_state"]
+    assert opt_state["velocity"]["layers"]["kernel"].shape == (3, 64, 64)
+    assert opt_state["velocity"]["layers"]["kernel"].dtype == np.int8
+    assert opt_state["scales"]["layers"]["kernel"].shape == (3, 2, 64)
+    assert bits(opt_state["velocity"]) == bits(state.velocity)
+    assert bits(opt_state["scales"]) == bits(state.scales)
     assert bits(pure(model, nnx.Param)) == bits(params)
     assert losses[-1] < losses[0]
 
@@ -251,10 +251,10 @@ def test_c6_nnx_metadata_shards_codes_and_scales(spec):
         model, optimizer = create()
         for batch in batches():
             nnx.jit(nnx_step)(model, optimizer, *batch)
-    held = pure(optimizer)["opt_state"]
+    opt_state = pure(optimizer)["opt_state"]
     sharding = NamedSharding(mesh, P(*spec))
     for name in ("velocity", "scales"):
-        assert held[name]["kernel"].sharding.is_equivalent_to(sharding, 2)
+        assert opt_state[name]["kernel"].sharding.is_equivalent_to(sharding, 2)
     assert_trained_as_by_plain_loop(model, optimizer, start)
 
 

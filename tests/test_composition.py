@@ -632,9 +632,9 @@ def equinox_network() -> Any:
     return EquinoxNetwork(layers, jnp.arange(3), jnp.tanh)
 
 
-def equinox_step(tx, held, model, state, batch):
+def equinox_step(tx, is_param, model, state, batch):
     grads = equinox_gradients(model, batch)
-    updates, state = tx.update(grads, state, eqx.filter(model, held))
+    updates, state = tx.update(grads, state, eqx.filter(model, is_param))
     return eqx.apply_updates(model, updates), state
 
 
@@ -644,22 +644,22 @@ compiled_equinox_step = eqx.filter_jit(equinox_step)
 
 
 @pytest.mark.parametrize(
-    ("held", "compiled"), [(eqx.is_inexact_array, True), (eqx.is_array, False)]
+    ("is_param", "compiled"), [(eqx.is_inexact_array, True), (eqx.is_array, False)]
 )
-def test_equinox_model_trains_as_a_plain_loop(held, compiled):
+def test_equinox_model_trains_as_a_plain_loop(is_param, compiled):
     """In the filtered model, leaves that are not params are None, as is an integer's gradient."""
     model = equinox_network()
     start, table = model.layers, model.table
     tx: Any = clipped_momentum()
-    state = tx.init(eqx.filter(model, held))
+    state = tx.init(eqx.filter(model, is_param))
     step = compiled_equinox_step if compiled else equinox_step
     for batch in batches():
-        model, state = step(tx, held, model, state, batch)
+        model, state = step(tx, is_param, model, state, batch)
     velocity = state[1].velocity
     assert_trained_as_by_plain_loop(model.layers, velocity.layers, start)
     assert_same_bits(model.table, table)
     assert velocity.activation is None
-    if held is eqx.is_inexact_array:
+    if is_param is eqx.is_inexact_array:
         assert velocity.table is None
     else:
         assert_same_bits(velocity.table, jnp.zeros_like(table))

@@ -920,11 +920,11 @@ def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
     """
     make_tx, equations = TRANSFORMS[name]
     tx = make_tx(velocity_dtype=velocity_dtype)
-    held = np.dtype(velocity_dtype or "float32")
+    storage_dtype = np.dtype(velocity_dtype or "float32")
     dtypes = ["bfloat16", "float16", "float32"]
     state = tx.init({dtype: jnp.zeros(512, dtype) for dtype in dtypes})
-    velocity = {dtype: np.zeros(512, held) for dtype in dtypes}
-    narrow = np.zeros(512, held)
+    velocity = {dtype: np.zeros(512, storage_dtype) for dtype in dtypes}
+    in_storage_dtype = np.zeros(512, storage_dtype)
     for seed in range(4):
         grads = {dtype: numbers((512,), seed=seed).astype(np.dtype(dtype)) for dtype in dtypes}
         updates, state = tx.update(grads, state)
@@ -938,13 +938,15 @@ def test_c4_wide_arithmetic_narrowed_once(name, velocity_dtype):
                 wide_velocity = reference.stochastic_round(
                     wide_velocity, velocity_dtype, bits_of_step
                 )
-            velocity[dtype] = wide_velocity.astype(held)
-            held_velocity = state[1][0] if name == "aggmo" else state[1]
-            assert bits(held_velocity[dtype]) == bits(velocity[dtype])
+            velocity[dtype] = wide_velocity.astype(storage_dtype)
+            stored_velocity = state[1][0] if name == "aggmo" else state[1]
+            assert bits(stored_velocity[dtype]) == bits(velocity[dtype])
             assert bits(updates[dtype]) == bits(wide_update.astype(np.dtype(dtype)))
-        narrow = equations(narrow, grads["float32"].astype(held))[0]
-    if held.itemsize == 2:
-        assert np.any(narrow != velocity["float32"]), "narrow arithmetic would go unnoticed"
+        in_storage_dtype = equations(in_storage_dtype, grads["float32"].astype(storage_dtype))[0]
+    if storage_dtype.itemsize == 2:
+        assert np.any(in_storage_dtype != velocity["float32"]), (
+            "narrow arithmetic would go unnoticed"
+        )
 
 
 @pytest.mark.parametrize("update_dtype", ["bfloat16", "float16", "float32"])
@@ -1546,7 +1548,7 @@ def mixed_tree():
     return {
         "scalar": jnp.ones(()),
         "large": jnp.ones((256, 130)),
-        "narrow": jnp.ones(5, jnp.bfloat16),
+        "bfloat16": jnp.ones(5, jnp.bfloat16),
         "complex": jnp.ones(3, jnp.complex64),
         "empty": jnp.ones((0, 3)),
     }

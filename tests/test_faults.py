@@ -252,7 +252,7 @@ def test_mu_is_rounded_to_the_dtype_of_the_params(name, dtype):
 
 MIXED = {
     "wide": jnp.ones(2),
-    "narrow": jnp.ones(3, jnp.bfloat16),
+    "bfloat16": jnp.ones(3, jnp.bfloat16),
     "half": jnp.ones((), jnp.float16),
     "complex": jnp.ones(2, jnp.complex64),
 }
@@ -262,7 +262,7 @@ MIXED = {
 def test_apply_if_finite_raises_over_mixed_dtypes(name):
     """Its two branches must agree in every dtype of the state."""
     tx: Any = optax.apply_if_finite(TRANSFORMS[name](), 2)
-    grads = {**MIXED, "narrow": jnp.ones(3), "half": jnp.ones(())}
+    grads = {**MIXED, "bfloat16": jnp.ones(3), "half": jnp.ones(())}
     state = tx.init(MIXED)
     _, after = tx.update(grads, state)
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.dtype, y.dtype), after, state)
@@ -277,7 +277,7 @@ def test_momentum_advances_on_a_skipped_step(name):
     _, state = update(MIXED, tx.init(MIXED))
     straight, _ = update(MIXED, state)
     for bad in (np.nan, np.inf):
-        updates, skipped = update({**MIXED, "narrow": jnp.full(3, bad, jnp.bfloat16)}, state)
+        updates, skipped = update({**MIXED, "bfloat16": jnp.full(3, bad, jnp.bfloat16)}, state)
         jax.tree.map(np.testing.assert_array_equal, skipped.inner_state, state.inner_state)
         assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
         jax.tree.map(np.testing.assert_array_equal, update(MIXED, skipped)[0], straight)

@@ -74,8 +74,8 @@ def test_float32_is_followed_to_16_bits(dtype):
     steps = jnp.asarray(steps, "float32")
     (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, steps))(carry)
     wide = np.asarray(start, np.float64) + np.asarray(steps, np.float64).sum(0)
-    held = np.asarray(params, np.float64) + np.asarray(state.compensation, np.float64)
-    assert np.abs(held - wide).max() < 2e-3
+    compensated = np.asarray(params, np.float64) + np.asarray(state.compensation, np.float64)
+    assert np.abs(compensated - wide).max() < 2e-3
     assert np.abs(np.asarray(start, np.float64) - wide).min() > 0.1
 
 
@@ -165,14 +165,14 @@ def with_pairs_of_casts_dropped(f, *args):
     """
 
     def run(jaxpr, consts, args):
-        held: dict[Any, Any] = {}
+        known: dict[Any, Any] = {}
         before_cast: dict[Any, Any] = {}
 
         def read(atom):
-            return atom.val if hasattr(atom, "val") else held[atom]
+            return atom.val if hasattr(atom, "val") else known[atom]
 
-        held.update(zip(jaxpr.constvars, consts, strict=True))
-        held.update(zip(jaxpr.invars, args, strict=True))
+        known.update(zip(jaxpr.constvars, consts, strict=True))
+        known.update(zip(jaxpr.invars, args, strict=True))
         for eqn in jaxpr.eqns:
             values = [read(atom) for atom in eqn.invars]
             inner = eqn.params.get("jaxpr")
@@ -188,7 +188,7 @@ def with_pairs_of_casts_dropped(f, *args):
                 elif source in before_cast and result.aval.dtype == np.float32:
                     results = [before_cast[source]]
                     dropped.append(source)
-            held.update(zip(eqn.outvars, results, strict=True))
+            known.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     dropped: list[Any] = []
@@ -457,8 +457,8 @@ def test_a_pruned_weight_stays_pruned():
     _, state = tx.update(jnp.ones(2), tx.init(params), params)
     pruned = params.at[0].set(0)
     reset = mj.reset_velocity(state, jnp.array([True, False]))
-    for held, expected in ((state, True), (reset, False)):
-        updates, _ = tx.update(zero, held, pruned)
+    for given, expected in ((state, True), (reset, False)):
+        updates, _ = tx.update(zero, given, pruned)
         moved = mj.apply_updates(pruned, updates)
         assert bool(moved[0] != 0) == expected
 
@@ -689,10 +689,10 @@ def test_the_compensation_is_right_between_restarts():
         assert_same(
             (inside[0][name], compensations[0][name]), (around[0][name], compensations[1][name])
         )
-        held = np.asarray(inside[0][name], np.float64) + np.asarray(
+        compensated = np.asarray(inside[0][name], np.float64) + np.asarray(
             compensations[0][name], np.float64
         )
-        np.testing.assert_allclose(held, inside[2][name], atol=RIGHT, rtol=0)
+        np.testing.assert_allclose(compensated, inside[2][name], atol=RIGHT, rtol=0)
 
 
 def test_inject_hyperparams_rounds_the_learning_rate():

@@ -651,18 +651,21 @@ def test_a_learning_rate_of_0_lets_the_velocity_coast_and_none_freezes():
 def test_c4_what_bfloat16_gradients_cost_float32_params():
     """Updates are off by up to 1 / 256, velocities are exact; converted first, both are exact."""
     grads = normal_trees(15, 100, shapes={"w": (500,)})
-    narrow = [jax.tree.map(lambda g: jnp.asarray(g, jnp.bfloat16), g) for g in grads]
-    wide_grads = [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in narrow]
-    exact, velocities = reference.momentum([wide(g["w"]) for g in narrow], 0.1, 0.9)
-    for each, dtype, error in ((narrow, jnp.bfloat16, 2**-8), (wide_grads, np.float32, 1e-4)):
+    bfloat16_grads = [jax.tree.map(lambda g: jnp.asarray(g, jnp.bfloat16), g) for g in grads]
+    wide_grads = [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in bfloat16_grads]
+    exact, velocities = reference.momentum([wide(g["w"]) for g in bfloat16_grads], 0.1, 0.9)
+    for each, dtype, error in (
+        (bfloat16_grads, jnp.bfloat16, 2**-8),
+        (wide_grads, np.float32, 1e-4),
+    ):
         updates, states = run(mj.momentum(0.1, 0.9), each)
         assert {u["w"].dtype for u in updates} == {np.dtype(dtype)}
         found = np.stack([wide(u["w"]) for u in updates])
         worst = np.max(np.abs(found - exact) / np.maximum(np.abs(exact), 0.01))
         assert worst <= 1.01 * error
         assert (worst > error / 2) == (dtype == jnp.bfloat16)
-        held = np.stack([wide(s.velocity["w"]) for s in states])
-        np.testing.assert_allclose(held, velocities, rtol=0, atol=1e-5)
+        stored = np.stack([wide(s.velocity["w"]) for s in states])
+        np.testing.assert_allclose(stored, velocities, rtol=0, atol=1e-5)
 
 
 # apply_updates.

@@ -71,17 +71,17 @@ def test_block_axis_and_bytes_per_parameter(shape, expected):
     assert _quantization.block_axis(shape) == expected
     param = jax.ShapeDtypeStruct(shape, np.float32)
     state = jax.eval_shape(lambda: make("int8").init(jnp.ones(shape)))
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state[1:]))
+    nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state[1:]))
     if expected is None:
         assert state.velocity.dtype == np.float32
-        assert held == 5 * param.size
+        assert nbytes == 5 * param.size
         return
     axis, length = expected
     assert (state.velocity.shape, state.velocity.dtype) == (shape, np.int8)
     of_scales = (*shape[:axis], shape[axis] // length, *shape[axis + 1 :])
     assert (state.scales.shape, state.scales.dtype) == (of_scales, jnp.bfloat16)
     limit = 1.0625 if any(size % 32 == 0 for size in shape) else 1.13
-    assert held <= limit * param.size
+    assert nbytes <= limit * param.size
 
 
 @given(st.lists(st.integers(1, 2000), max_size=4).map(tuple))

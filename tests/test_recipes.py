@@ -90,18 +90,18 @@ def quadratic(w):
 def test_nesterov_in_the_variables_of_the_paper():
     """Its look-ahead point equals the params of `momentum(nesterov=True)`."""
     names = run("Nesterov's method in the paper's variables")
-    params = held = {"w": jnp.ones(3)}
+    params = moved = {"w": jnp.ones(3)}
     state, nesterov = names["tx"].init(params), mj.momentum(0.1, 0.9, nesterov=True)
-    held_state = nesterov.init(held)
+    moved_state = nesterov.init(moved)
     w, v = np.ones(3), np.zeros(3)
     for _ in range(20):
         v = 0.9 * v - 0.1 * CURVATURES * (w + 0.9 * v)
         w = w + v
         params, state = names["step"](quadratic, params, state)
         np.testing.assert_allclose(params["w"], w, rtol=1e-5, atol=1e-6)
-        updates, held_state = nesterov.update(jax.grad(quadratic)(held), held_state)
-        held = mj.apply_updates(held, updates)
-        np.testing.assert_allclose(held["w"], w + 0.9 * v, rtol=1e-5, atol=1e-6)
+        updates, moved_state = nesterov.update(jax.grad(quadratic)(moved), moved_state)
+        moved = mj.apply_updates(moved, updates)
+        np.testing.assert_allclose(moved["w"], w + 0.9 * v, rtol=1e-5, atol=1e-6)
 
 
 def test_storm():

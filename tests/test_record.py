@@ -50,10 +50,10 @@ def test_it_holds_what_is_measured_by_hand(name: str):
     step = jax.jit(stepper(tx))
     params, state = PARAMS, tx.init(PARAMS)
     expected: Any = PARAMS
-    held = alone.init(PARAMS)
+    state_alone = alone.init(PARAMS)
     for _ in range(5):
         value, grads = jax.value_and_grad(loss)(expected)
-        updates, held = alone.update(grads, held, expected)
+        updates, state_alone = alone.update(grads, state_alone, expected)
         params, state = step(params, state)
         found = measure(grads, updates, learning_rate=0.1, mu=0.9, loss=value)
         expected = optax.apply_updates(expected, updates)

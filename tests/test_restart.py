@@ -138,8 +138,8 @@ def test_restart_donates_safely(shape):
     state = start = tx.init(w)
     updates, state = tx.update(w, start, w)
     jitted, after = jax.jit(tx.update)(w, state, w)
-    held = [x for s in (start, state, after) for x in (s.previous_params, s.inner_state.velocity)]
-    pointers = [x.unsafe_buffer_pointer() for x in (w, updates, jitted, *held)]
+    stored = [x for s in (start, state, after) for x in (s.previous_params, s.inner_state.velocity)]
+    pointers = [x.unsafe_buffer_pointer() for x in (w, updates, jitted, *stored)]
     assert len(set(pointers)) == len(pointers)
 
 

@@ -133,11 +133,11 @@ def assert_same_sharding(actual, expected):
 
 
 def bytes_by_device(tree):
-    held = dict.fromkeys(jax.devices(), 0)
+    total = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
-            held[shard.device] += shard.data.nbytes
-    return set(held.values())
+            total[shard.device] += shard.data.nbytes
+    return set(total.values())
 
 
 @pytest.fixture(scope="module")
@@ -505,26 +505,26 @@ def test_a_learning_rate_may_be_an_array_on_the_mesh(number):
 def test_an_instance_is_freed_completely(axis_type, wrap):
     """Compiled programs keep what their functions refer to, and are freed with the instance."""
 
-    class Held:
+    class Marker:
         pass
 
     def use():
-        held, inner = Held(), mj.momentum(0.1)
+        marker, inner = Marker(), mj.momentum(0.1)
         mesh = make_mesh(axis_type)
 
         def init(params):
-            assert held
+            assert marker
             return inner.init(params)
 
         tx = zero1(optax.GradientTransformation(init, inner.update), mesh)
         with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
             params = make_params(mesh, SMALL)
             wrap(tx.update)(params, wrap(tx.init)(params), params)
-        return weakref.ref(held)
+        return weakref.ref(marker)
 
-    held = use()
+    marker = use()
     gc.collect()
-    assert held() is None
+    assert marker() is None
 
 
 @pytest.mark.parametrize(("axis_type", "axes"), MESHES)
@@ -578,8 +578,8 @@ def test_jitted_init_never_holds_a_whole_array_of_the_state(name, axis_type, axe
     }
     assert max(map(math.prod, arrays_in(compiled))) == max(slices.values())
     assert compiled.memory_analysis().temp_size_in_bytes == 0
-    held = sum(slices.values()) + 3
-    assert bytes_by_device(state) == {4 * held * (1 if name == "momentum" else 2) + 4}
+    values = sum(slices.values()) + 3
+    assert bytes_by_device(state) == {4 * values * (1 if name == "momentum" else 2) + 4}
 
 
 def collectives(compiled):
@@ -818,11 +818,11 @@ def test_velocities_of_8_bits_are_split_with_their_scales(axis_type, axes):
         moved = run(tx, params, state)
         read = mj.read_velocity(moved[1])
     assert_same_sharding(moved, (params, state))
-    held: Any = state.inner_state
+    inner_state: Any = state.inner_state
     # 1 + 1/16 bytes per parameter, for an eighth of the parameters.
     eighth = 64 * 256 // 8
-    assert bytes_by_device(held.velocity["hidden"]) == {eighth}
-    assert bytes_by_device(held.scales["hidden"]) == {eighth // 16}
+    assert bytes_by_device(inner_state.velocity["hidden"]) == {eighth}
+    assert bytes_by_device(inner_state.scales["hidden"]) == {eighth // 16}
     params = jax.tree.map(jnp.asarray, make_params(shapes=shapes))
     expected = run(inner, params, inner.init(params))
     assert_close(moved[0], expected[0])

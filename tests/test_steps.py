@@ -173,8 +173,8 @@ def test_updates_are_computed_wide_and_rounded_once(make, case):
     """The updates equal those of the same numbers in float32, rounded once."""
     rng = np.random.default_rng(0)
     kinds = ["float32", "bfloat16", "float16"]
-    pairs = [(held, given) for held in kinds for given in kinds]
-    w = [jnp.asarray(rng.normal(size=64), held) for held, _ in pairs]
+    pairs = [(of_param, given) for of_param in kinds for given in kinds]
+    w = [jnp.asarray(rng.normal(size=64), of_param) for of_param, _ in pairs]
     grads = [[jnp.asarray(rng.normal(size=64), given) for _, given in pairs] for _ in range(2)]
     tx = make(0.1, **case)
     # Strict promotion allows no implicit conversion between two dtypes.

@@ -260,13 +260,13 @@ def test_c9_a_state_stored_in_another_dtype_is_refused(name):
     made = {dtype: TRANSFORMS[name](dtype) for dtype in STORED}
     states = {dtype: made[dtype].init(params) for dtype in STORED}
     alike = {(None, "float32"), ("float32", None), ("float64", None)}
-    for (held, state), (asked, tx) in itertools.product(states.items(), made.items()):
+    for (given, state), (asked, tx) in itertools.product(states.items(), made.items()):
         for grads in (params, {**params, "b": None}, {**params, "w": None}):
-            if held == asked or (held, asked) in alike:
+            if given == asked or (given, asked) in alike:
                 assert types(jax.eval_shape(tx.update, grads, state)[1]) == types(state)
                 continue
             (path, shape) = ("b", (3,)) if grads["b"] is not None else ("w", SHAPE)
-            stored = "float32" if held in (None, "int8") and shape == (3,) else held or "float32"
+            stored = "float32" if given in (None, "int8") and shape == (3,) else given or "float32"
             message = (
                 rf"the velocity at \['{path}'\] in {stored}.* velocity_dtype={asked}\..* "
                 "(Make it with|make a new state)"
@@ -274,17 +274,17 @@ def test_c9_a_state_stored_in_another_dtype_is_refused(name):
             for update in (tx.update, jax.jit(tx.update)):
                 with pytest.raises(TypeError, match=message) as error:
                     update(grads, state)
-                assert ("int8" in str(error.value)) == ("int8" in (held, asked))
+                assert ("int8" in str(error.value)) == ("int8" in (given, asked))
 
 
-@pytest.mark.parametrize(("held", "asked"), list(itertools.permutations(OWN, 2)))
-def test_c9_a_state_of_another_transformation_is_refused(held, asked):
+@pytest.mark.parametrize(("given", "asked"), list(itertools.permutations(OWN, 2)))
+def test_c9_a_state_of_another_transformation_is_refused(given, asked):
     """All pairs, also within a chain. The error gives the names of both types."""
     params = {"w": jnp.ones(SHAPE)}
     names = {"momentum": "Momentum", "trace": "Trace", "qhm": "QHM", "aggmo": "AggMo"}
-    message = rf"the state is {names[held]}State, but must be the {names[asked]}State"
+    message = rf"the state is {names[given]}State, but must be the {names[asked]}State"
     for dtype in (None, "int8"):
-        theirs, ours = TRANSFORMS[held](dtype), TRANSFORMS[asked](dtype)
+        theirs, ours = TRANSFORMS[given](dtype), TRANSFORMS[asked](dtype)
         for make_tx in (lambda tx: tx, lambda tx: optax.chain(optax.clip(1.0), tx)):
             state = make_tx(theirs).init(params)
             with pytest.raises(TypeError, match=message):
@@ -477,11 +477,11 @@ def test_reset_of_8_bits():
     elsewhere = np.ones(SHAPE, bool)
     elsewhere[:32, 3] = False
     np.testing.assert_array_equal(read[elsewhere], before["w"][elsewhere])
-    for tree, held, others in (
+    for tree, old, others in (
         (after.velocity, state.velocity, elsewhere),
         (after.scales, state.scales, elsewhere[::32]),
     ):
-        np.testing.assert_array_equal(np.asarray(tree["w"])[others], np.asarray(held["w"])[others])
+        np.testing.assert_array_equal(np.asarray(tree["w"])[others], np.asarray(old["w"])[others])
     assert types(after) == types(state)
     with pytest.raises(ValueError, match=r"where at \['v'\] has shape \(3,\)"):
         mj.reset_velocity(state, {"w": False, "v": np.ones(3, bool)})
@@ -526,10 +526,10 @@ def test_explicit_meshes_bring_masks_and_gradients_to_the_velocity(velocity_dtyp
     # The params have moved by -3/8 of a gradient that turns, so the velocity restarts.
     updates, after = tx.update(-params, state, 0.625 * params)
     np.testing.assert_array_equal(updates, -whole)
-    held = after.inner_state
-    dumped = mj.frameworks.dump_optax(optax.trace(0.75).init(params), (held,))
-    back = mj.frameworks.load_optax((held,), (dumped,))[0]
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(held), strict=True):
+    inner = after.inner_state
+    dumped = mj.frameworks.dump_optax(optax.trace(0.75).init(params), (inner,))
+    back = mj.frameworks.load_optax((inner,), (dumped,))[0]
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(inner), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
@@ -539,12 +539,12 @@ def test_frameworks_of_8_bits():
     tx = mj.trace(0.75, velocity_dtype="int8")
     state = moving(tx, params)
     dumped = mj.frameworks.dump_optax(optax.trace(0.75).init(params), (state,))
-    held = np.asarray(mj.read_velocity(state)["kernel"])
-    np.testing.assert_allclose(dumped.trace["kernel"], held, rtol=1e-6)
+    velocity = np.asarray(mj.read_velocity(state)["kernel"])
+    np.testing.assert_allclose(dumped.trace["kernel"], velocity, rtol=1e-6)
     back = mj.frameworks.load_optax((tx.init(params),), (dumped,))[0]
     assert types(back) == types(state)
-    error = np.linalg.norm(mj.read_velocity(back)["kernel"] - held)
-    assert error < 0.008 * np.linalg.norm(held)
+    error = np.linalg.norm(mj.read_velocity(back)["kernel"] - velocity)
+    assert error < 0.008 * np.linalg.norm(velocity)
 
 
 def test_read_velocity_puts_together_what_is_held_apart():
