@@ -135,6 +135,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def processor(host: dict[str, Any]) -> str:
+    """Returns what computed, by what `machine` returned: the model of the CPU, or the device."""
+    return host["cpu"] if host["platform"] == "cpu" else host["device"]
+
+
 def show_progress(text: str) -> None:
     """Shows a line on stderr, which the next call overwrites."""
     print(f"\r{text:<60}", end="" if text else "\r", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 import momentum_jax as mj
-from benchmarks.__main__ import machine
+from benchmarks.__main__ import machine, processor
 from benchmarks.timing import interleave, paired_ratio, summary
 from momentum_jax import study
 from momentum_jax._rounding import seed_of
@@ -452,8 +452,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     host = machine()
-    device = host["cpu"] if host["platform"] == "cpu" else host["device"]
-    results: dict[str, Any] = {"jax": host["jax"], "device": device}
+    results: dict[str, Any] = {"jax": host["jax"], "device": processor(host)}
     if args.speed:
         results["shapes"] = {}
         for name in args.shapes:

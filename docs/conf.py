@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import clients, compiled, on_device, optax_suite  # noqa: E402
-from benchmarks.__main__ import LABELS, duration  # noqa: E402
+from benchmarks.__main__ import LABELS, duration, processor  # noqa: E402
 from momentum_jax import __version__ as release  # noqa: E402, F401
 
 project = "momentum_jax"
@@ -141,9 +141,8 @@ def on_device_table(results: dict) -> str:
 def machine(path: Path, results: dict) -> str:
     """Returns the section with the results in one file."""
     host = results["machine"]
-    processor = host["cpu"] if host["platform"] == "cpu" else host["device"]
     lines = [
-        f"## {processor}",
+        f"## {processor(host)}",
         "",
         f"Measured on {results['date']} with {host['cores']} processor cores, Python "
         f"{host['python']}, JAX {host['jax']}, Optax {host['optax']}, PyTorch {results['torch']}; "

@@ -505,26 +505,26 @@ def test_a_learning_rate_may_be_an_array_on_the_mesh(number):
 def test_an_instance_is_freed_completely(axis_type, wrap):
     """Compiled programs keep what their functions refer to, and are freed with the instance."""
 
-    class Marker:
+    class Referent:
         pass
 
     def use():
-        marker, inner = Marker(), mj.momentum(0.1)
+        referent, inner = Referent(), mj.momentum(0.1)
         mesh = make_mesh(axis_type)
 
         def init(params):
-            assert marker
+            assert referent
             return inner.init(params)
 
         tx = zero1(optax.GradientTransformation(init, inner.update), mesh)
         with set_mesh(mesh) if axis_type is EXPLICIT else contextlib.nullcontext():
             params = make_params(mesh, SMALL)
             wrap(tx.update)(params, wrap(tx.init)(params), params)
-        return weakref.ref(marker)
+        return weakref.ref(referent)
 
-    marker = use()
+    weak = use()
     gc.collect()
-    assert marker() is None
+    assert weak() is None
 
 
 @pytest.mark.parametrize(("axis_type", "axes"), MESHES)
