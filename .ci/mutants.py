@@ -82,23 +82,12 @@ def changed(before: str, after: str) -> tuple[int, str, str]:
     return next(((n, a.strip(), b.strip()) for n, (a, b) in pairs if a != b), (0, "", ""))
 
 
-def compiled(copy: Path) -> Path:
-    """Where JAX keeps what it compiled for a copy of the repository: a mutant changes little."""
-    return copy.parent / "compiled"
-
-
 def python(copy: Path, limit: float, *arguments: str) -> int:
     """Runs Python on a copy of the repository; returns the exit status."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=copy,
-        env=os.environ
-        | {
-            "PYTHONPATH": str(copy),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled(copy)),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
+        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         check=False,
         timeout=limit,
@@ -118,8 +107,6 @@ def run(copy: Path, path: Path, mutated: str, limit: float) -> str:
             return "no module"
         return "killed" if python(copy, limit, *TEST, *tests_of(path)) else "survived"
     except subprocess.TimeoutExpired:
-        # What was being written when it was stopped is no program.
-        shutil.rmtree(compiled(copy), ignore_errors=True)
         return "killed"
     finally:
         target.write_text(original)
